@@ -1,0 +1,56 @@
+// Every schema of pins_ext, once. CPU kernels register in csrc/cpu, CUDA kernels in csrc/cuda, Triton kernels and the
+// fake (meta) versions from pins_ext/ops.py.
+//
+// Common arguments of a list operator over n tensors:
+//   layout    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
+//   chunks    int64 [m, 2]   work list: (tensor, local offset); a chunk is kChunk weights, less at a tensor's end
+//   rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
+//   accepted  float32 [1]    gradients accepted in this window before this step
+//   pointers  int64 [k, n]   CUDA only: the addresses of the k lists in argument order; uploaded by the op if absent
+// All of them live on the tensors' device. A list that is not wanted is empty.
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pins_ext, m) {
+  m.def(
+      "accumulate_(Tensor(a!)[] ipt, Tensor[] params, Tensor[] grads, Tensor layout, Tensor chunks, Tensor lr, "
+      "Tensor accepted, Tensor rng, str criterion, *, Tensor? grad_scale=None, Tensor? clip=None, "
+      "Tensor? found_inf=None, Tensor? pointers=None) -> ()");
+  m.def(
+      "fold_(Tensor(a!)[] exp_avg_ipt, Tensor(b!)[] exp_avg_unc, Tensor[] ipt, Tensor layout, Tensor chunks, "
+      "Tensor accepted, Tensor rng, float beta1, float beta2, *, Tensor? bracket=None, Tensor(c!)? counts=None, "
+      "Tensor? pointers=None) -> ()");
+  m.def(
+      "sample(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, int size, *, Tensor? pointers=None) "
+      "-> Tensor");
+  m.def(
+      "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
+      "Tensor? pointers=None) -> ()");
+  m.def(
+      "tie_index(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
+      "Tensor? pointers=None) -> Tensor");
+  m.def(
+      "select(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
+      "Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
+  m.def(
+      "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, "
+      "Tensor threshold, *, Tensor? pointers=None) -> ()");
+  m.def(
+      "masked_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] ipt, "
+      "Tensor(e!)[] shadow, Tensor[] grads, Tensor[] masks, Tensor layout, Tensor chunks, Tensor hyper, "
+      "Tensor accepted, Tensor rng, str criterion, bool clear_state=False, *, Tensor? grad_scale=None, "
+      "Tensor? clip=None, Tensor? found_inf=None, Tensor? pointers=None) -> ()");
+  m.def(
+      "masked_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffer, Tensor(c!)[] ipt, Tensor(d!)[] shadow, "
+      "Tensor[] grads, Tensor[] masks, Tensor layout, Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, "
+      "str criterion, bool clear_state=False, *, Tensor? grad_scale=None, Tensor? clip=None, Tensor? found_inf=None, "
+      "Tensor? pointers=None) -> ()");
+  m.def("apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor layout, Tensor chunks, *, Tensor? pointers=None) -> ()");
+}
+
+// `import pins_ext._C` loads the library; the operators register themselves.
+extern "C" PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,282 @@
+"""The algorithm in plain PyTorch: the specification that every kernel is held against.
+
+Slow, short, and literal. Tensors are computed in float32 whatever they are stored in; a bfloat16 state is rounded
+stochastically with integer arithmetic, so that the result is the same on every device. Source of the formulas:
+Ren & Zhu, "Pruning Pre-trained Language Models with Principled Importance and Self-regularization", Findings of
+ACL 2023; smoothing and schedule: Zhang et al., "PLATON", ICML 2022. csrc/criterion.h is the same in C++.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+NAN_KEY = 0xFFFFFFFF
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """A double rounded once to float32, as a tensor: eager CUDA divides by a Python scalar through its reciprocal."""
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+# ---- criterion ------------------------------------------------------------------------------------------------------
+
+
+def instant_score(criterion: str, p: Tensor, p_next: Tensor, g: Tensor, lr: float) -> Tensor:
+    """Instant score c_t of each weight, float32, in the evaluation order every kernel keeps.
+
+    Args:
+        criterion: "pins" |lr g^2 - p g|, "pins-signed" without the absolute value, "pins-update" |p_next g|,
+            "platon" |p g|, "movement" -p g, "precomputed" g itself (a user's own score).
+        p: weights before the step. p_next: weights after it, before masking. g: gradients, same shape.
+        lr: learning rate of the coming step.
+    """
+    p, p_next, g = p.float(), p_next.float(), g.float()
+    match criterion:
+        case "pins" | "pins-signed":
+            signed = ((-p) * g) + ((_scalar(lr, p) * g) * g)
+            return signed.abs() if criterion == "pins" else signed
+        case "pins-update":
+            return (p_next * g).abs()
+        case "platon":
+            return (p * g).abs()
+        case "movement":
+            return (-p) * g
+        case "precomputed":
+            return g
+    raise ValueError(f"unknown criterion {criterion!r}")
+
+
+def next_ipt(criterion: str, ipt: Tensor, c: Tensor, accepted: int) -> Tensor:
+    """Mean of the instant scores of this window; `accepted` gradients came before this one. Movement sums instead."""
+    if criterion == "movement":
+        return ipt.float() + c
+    if accepted == 0:
+        return c
+    return ((ipt.float() * _scalar(accepted, c)) + c) / _scalar(accepted + 1, c)
+
+
+def fold(
+    exp_avg_ipt: Tensor, exp_avg_unc: Tensor | None, ipt: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor | None]:
+    """The two running averages at the end of a window, float32, before they are rounded for storage."""
+    ipt = ipt.float()
+    new_ipt = (_scalar(beta1, ipt) * exp_avg_ipt.float()) + (_scalar(1 - beta1, ipt) * ipt)
+    if exp_avg_unc is None:
+        return new_ipt, None
+    deviation = (ipt - new_ipt).abs()
+    return new_ipt, (_scalar(beta2, ipt) * exp_avg_unc.float()) + (_scalar(1 - beta2, ipt) * deviation)
+
+
+def score(kind: str, a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Score of each weight, float32. product: a b; identity: a; deviation: a |b - a|; magnitude: |a|."""
+    a = a.float()
+    match kind:
+        case "identity":
+            return a
+        case "magnitude":
+            return a.abs()
+        case "product" | "deviation" if b is not None:
+            return a * b.float() if kind == "product" else a * (b.float() - a).abs()
+    raise ValueError(f"score {kind!r} is unknown or lacks its second operand")
+
+
+# ---- selection ------------------------------------------------------------------------------------------------------
+
+
+def order_key(scores: Tensor) -> Tensor:
+    """Order-preserving key of a float32 score, int64 in [0, 2^32): -0 == +0, every NaN is 2^32 - 1, the highest."""
+    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64) & MASK32
+    flip = torch.where(bits >> 31 == 1, MASK32, 0x80000000)
+    return torch.where((bits & 0x7FFFFFFF) > 0x7F800000, NAN_KEY, bits ^ flip)
+
+
+def score_of_key(key: int) -> float:
+    """The score whose order key this is (NaN for 2^32 - 1)."""
+    bits = key ^ (0x80000000 if key >> 31 else MASK32)
+    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).item()
+
+
+def select(keys: Tensor, index: Tensor, n_prune: int, exact: bool = True) -> tuple[int, int]:
+    """Threshold (key, tie_index): a weight is pruned when (its key, its global index) < (key, tie_index).
+
+    Args:
+        keys: order keys of all weights, int64 [N]. index: their global indices, int64 [N].
+        n_prune: how many weights to prune.
+        exact: prune exactly the first n_prune in stable order. Otherwise the released rule: prune what lies strictly
+            below the n_prune-th smallest score, which is fewer under ties.
+    """
+    total = keys.numel()
+    if n_prune <= 0 or total == 0:
+        return 0, 0
+    if exact and n_prune >= total:
+        return MASK32, torch.iinfo(torch.int64).max
+    by_index = torch.argsort(index)
+    order = by_index[torch.argsort(keys[by_index], stable=True)]
+    if exact:
+        first_kept = order[n_prune]
+        return int(keys[first_kept]), int(index[first_kept])
+    key = int(keys[order[n_prune - 1]])
+    return (0, 0) if key == NAN_KEY else (key, 0)
+
+
+def keep_mask(keys: Tensor, index: Tensor, threshold: tuple[int, int]) -> Tensor:
+    """Boolean mask, True = keep."""
+    key, tie_index = threshold
+    return ~((keys < key) | ((keys == key) & (index < tie_index)))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Boolean mask to bits, least significant first, padded with zeros to whole 64-bit words: uint8 [8 ceil(n/64)]."""
+    flat = mask.flatten()
+    padded = torch.zeros(-(-flat.numel() // 64) * 64, dtype=torch.bool, device=flat.device)
+    padded[: flat.numel()] = flat
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=flat.device)
+    return (padded.view(-1, 8) * weights).sum(1).to(torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The boolean mask of this shape that `pack_bits` packed."""
+    n = 1
+    for size in shape:
+        n *= size
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).flatten()[:n].view(shape).bool()
+
+
+# ---- stochastic rounding --------------------------------------------------------------------------------------------
+
+
+def rounding_key(seed: int, step: int, stream: int) -> tuple[int, int]:
+    """Two 32-bit keys of the counter-based generator for one (seed, step, stream): splitmix64's finaliser."""
+    mask64 = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7 + 0x2545F4914F6CDD1D) & mask64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask64
+    z ^= z >> 31
+    return z & MASK32, z >> 32
+
+
+def random_bits(index: Tensor, key0: int, key1: int) -> Tensor:
+    """32 random bits for each global index, int64 in [0, 2^32)."""
+    x = (index & MASK32) ^ ((key0 + (index >> 32) * 0x9E3779B9) & MASK32)
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK32
+    x = x ^ (x >> 15)
+    x = (x + key1) & MASK32
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def store(x: Tensor, dtype: torch.dtype, random16: Tensor) -> Tensor:
+    """float32 to the state's dtype: unchanged, or bfloat16 by stochastic rounding with the low 16 bits of random16."""
+    if dtype == torch.float32:
+        return x
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & MASK32
+    rounded = (bits + (random16.view(bits.shape) & 0xFFFF)) >> 16
+    rounded = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded) & 0xFFFF
+    return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+# ---- sharding -------------------------------------------------------------------------------------------------------
+
+
+def global_index(layout_row: Tensor) -> Tensor:
+    """Global index of every local weight of one tensor, int64 [local numel], from its row of the layout table.
+
+    Args:
+        layout_row: int64 [13]: base, full sizes [4], local sizes [4], start per dimension [4], right-aligned.
+    """
+    base, *sizes = layout_row.tolist()
+    full, local, start = sizes[:4], sizes[4:8], sizes[8:]
+    index = torch.zeros(1, dtype=torch.int64)
+    for f, n, s in zip(full, local, start, strict=True):
+        index = (index[:, None] * f + (s + torch.arange(n))).flatten()
+    return base + index
+
+
+# ---- schedule -------------------------------------------------------------------------------------------------------
+
+
+def cubic_remaining_ratio(t: int, total: int, initial_warmup: int, final_cooldown: int, r0: float, r_final: float) -> float:
+    """Remaining ratio at step t: r0 up to the warm-up's end, then cubic, then r_final (Zhu & Gupta 2017)."""
+    if t <= initial_warmup:
+        return r0
+    if t > total - final_cooldown:
+        return r_final
+    progress = (t - initial_warmup) / (total - initial_warmup - final_cooldown)
+    return r_final + (r0 - r_final) * (1 - progress) ** 3
+
+
+class EagerPins:
+    """The released algorithm (METHOD: criterion, smoothing, schedule, selection, masking), one eager step at a time.
+
+    The peer of the benchmarks and the oracle of the tests: it concatenates every score and calls kthvalue, as the
+    authors' code does. Call `before_step` with gradients in place, step the optimizer, call `after_step`.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        total: int,
+        initial_warmup: int,
+        final_cooldown: int,
+        r_final: float,
+        r0: float = 1.0,
+        beta1: float = 0.85,
+        beta2: float = 0.95,
+        delta_t: int = 10,
+    ) -> None:
+        self.parameters = parameters
+        self.schedule = (total, initial_warmup, final_cooldown, r0, r_final)
+        self.beta1, self.beta2, self.delta_t = beta1, beta2, delta_t
+        self.ipt = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.exp_avg_ipt = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.exp_avg_unc = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.threshold: float | None = None
+        self.t = 0
+
+    @torch.no_grad()
+    def before_step(self, lr: float) -> None:
+        """Importance of the coming step, from weights and gradients before it."""
+        for name, p in self.parameters.items():
+            ipt, ea, eu = self.ipt[name], self.exp_avg_ipt[name], self.exp_avg_unc[name]
+            g = p.grad if p.grad is not None else torch.zeros_like(p)
+            c = ((-p * g) + (lr * g * g)).abs()
+            local_step = self.t % self.delta_t
+            if local_step == 0:
+                ea.mul_(self.beta1).add_((1 - self.beta1) * ipt)
+                if 0 < self.beta2 < 1:
+                    eu.mul_(self.beta2).add_((1 - self.beta2) * (ipt - ea).abs())
+                ipt.copy_(c)
+            else:
+                ipt.mul_(local_step).add_(c).div_(torch.tensor(float(local_step + 1)))
+
+    def scores(self) -> dict[str, Tensor]:
+        """The smoothed score of every weight."""
+        if self.beta2 == 1:
+            return self.exp_avg_ipt
+        if self.beta2 == 0:
+            return {n: self.exp_avg_ipt[n] * (self.ipt[n] - self.exp_avg_ipt[n]).abs() for n in self.ipt}
+        return {n: self.exp_avg_ipt[n] * self.exp_avg_unc[n] for n in self.ipt}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Zero what the schedule asks for."""
+        total, initial_warmup, final_cooldown, r0, r_final = self.schedule
+        ratio = cubic_remaining_ratio(self.t, total, initial_warmup, final_cooldown, r0, r_final)
+        final = self.t > total - final_cooldown
+        due = self.t > initial_warmup and (final or self.t % self.delta_t == 0)
+        self.t += 1
+        if not due:
+            return
+        scores = self.scores()
+        everything = torch.cat([s.flatten() for s in scores.values()])
+        k = int(everything.numel() * (1 - ratio))
+        if k == 0:
+            return
+        threshold = torch.kthvalue(everything, k).values
+        for name, p in self.parameters.items():
+            p.masked_fill_(scores[name] < threshold, 0.0)
+        self.threshold = threshold.item()
