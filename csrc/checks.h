@@ -1,0 +1,159 @@
+// Checks of the list operators, for CPU and CUDA. They name the argument: "params[3] must be contiguous, got strides
+// (1, 64)". Data is looked at only where `check_tables` says so, and only on the CPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pins_ext {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Raises RuntimeError with the parts of the message joined, unless `ok`.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (__builtin_expect(ok, 1)) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+
+template <class Range>
+std::string joined(const Range& values) {
+  std::ostringstream text;
+  const char* separator = "(";
+  for (int64_t value : values) {
+    text << separator << value;
+    separator = ", ";
+  }
+  text << (values.size() == 0 ? "()" : values.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+using Dtypes = std::initializer_list<ScalarType>;
+constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16};
+
+inline bool is_one_of(ScalarType dtype, Dtypes allowed) {
+  for (ScalarType one : allowed) {
+    if (dtype == one) return true;
+  }
+  return false;
+}
+
+inline std::string dtype_names(Dtypes allowed) {
+  std::string names;
+  for (ScalarType one : allowed) names += std::string(names.empty() ? "" : " or ") + dtype_name(one);
+  return names;
+}
+
+// A dense, contiguous tensor on this kind of device. `name` is a callable, so that a passing check builds no string.
+template <class Name>
+void check_tensor(const Name& name, const Tensor& tensor, DeviceType device, Dtypes allowed) {
+  check(tensor.device().type() == device, name(), " must be on the ", device == DeviceType::CPU ? "CPU" : "GPU",
+        " like the rest, got a tensor on device type ", static_cast<int>(tensor.device().type()));
+  check(tensor.layout() == torch::headeronly::Layout::Strided, name(), " must be dense");
+  ScalarType dtype = tensor.scalar_type();
+  check(is_one_of(dtype, allowed), name(), " must be ", dtype_names(allowed), ", got ", dtype_name(dtype));
+  check(tensor.is_contiguous(), name(), " must be contiguous, got strides ", joined(tensor.strides()));
+}
+
+// A list of n tensors of one dtype.
+inline void check_list(const char* list, const Tensors& tensors, size_t n, DeviceType device, Dtypes allowed) {
+  check(tensors.size() == n, list, " must have ", n, " tensors, one per row of layout, got ", tensors.size());
+  for (size_t i = 0; i < n; ++i) {
+    check_tensor([&] { return item(list, i); }, tensors[i], device, allowed);
+    check(tensors[i].scalar_type() == tensors[0].scalar_type(), item(list, i), " is ",
+          dtype_name(tensors[i].scalar_type()), " but ", item(list, 0), " is ", dtype_name(tensors[0].scalar_type()));
+  }
+}
+
+// The same, or an empty list where this operand is not wanted. Returns whether it is there.
+inline bool check_optional_list(const char* list, const Tensors& tensors, size_t n, DeviceType device, Dtypes allowed) {
+  if (tensors.empty()) return false;
+  check_list(list, tensors, n, device, allowed);
+  return true;
+}
+
+inline void check_same_dtype(const char* list, const Tensors& tensors, const char* like_list, const Tensors& like) {
+  if (tensors.empty() || like.empty()) return;
+  check(tensors[0].scalar_type() == like[0].scalar_type(), list, " must have the dtype of ", like_list, " (",
+        dtype_name(like[0].scalar_type()), "), got ", dtype_name(tensors[0].scalar_type()));
+}
+
+// `numel[i]` weights in tensor i, as the layout says.
+inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ", tensors[i].numel());
+  }
+}
+
+// Packed masks: one bit per weight, whole 64-bit words.
+inline void check_masks(const Tensors& masks, const std::vector<int64_t>& numel) {
+  for (size_t i = 0; i < masks.size(); ++i) {
+    int64_t bytes = (numel[i] + 63) / 64 * 8;
+    check(masks[i].numel() == bytes, item("masks", i), " must have ", bytes, " bytes for ", numel[i],
+          " weights, got ", masks[i].numel());
+  }
+}
+
+// A tensor of known shape, or nothing.
+inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, ScalarType dtype,
+                        DeviceType device) {
+  check_tensor([&] { return name; }, tensor, device, {dtype});
+  auto sizes = tensor.sizes();
+  bool same = static_cast<size_t>(tensor.dim()) == shape.size();
+  for (size_t d = 0; same && d < shape.size(); ++d) same = sizes[d] == shape.begin()[d];
+  check(same, name, " must have shape ", joined(shape), ", got ", joined(sizes));
+}
+
+// A scalar: one element, whatever its number of dimensions.
+inline void check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype, DeviceType device) {
+  if (!tensor.has_value()) return;
+  check_tensor([&] { return name; }, *tensor, device, {dtype});
+  check(tensor->numel() == 1, name, " must have one element, got ", tensor->numel());
+}
+
+// The position of `value` among the names of an option; their order is that of the enum.
+template <size_t count>
+int option(const char* name, const std::string& value, const char* const (&names)[count]) {
+  std::string all;
+  for (size_t i = 0; i < count; ++i) {
+    if (value == names[i]) return static_cast<int>(i);
+    all += std::string(all.empty() ? "" : ", ") + names[i];
+  }
+  check(false, name, " must be one of ", all, "; got '", value, "'");
+  return -1;
+}
+
+constexpr const char* kCriteria[] = {"pins", "pins-signed", "pins-update", "platon", "movement", "precomputed"};
+constexpr const char* kScores[] = {"product", "identity", "deviation", "magnitude"};
+
+}  // namespace pins_ext

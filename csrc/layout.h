@@ -1,0 +1,44 @@
+// Where the weights of one tensor lie among all weights: the rows of the `layout` and `chunks` tables.
+//
+// The global index of a weight is its position in the concatenation of all full, unsharded tensors. It decides ties and
+// seeds stochastic rounding, so that results depend neither on sharding nor on launch order.
+//
+// No includes here, as in criterion.h: include after it, in the same namespace.
+
+// Weights per row of `chunks`; pins_ext/ops.py CHUNK. A chunk at a tensor's end is shorter.
+constexpr int64_t kChunk = 16384;
+
+// One row of `layout`: sizes are right-aligned, whole trailing dimensions merged.
+struct Place {
+  int64_t base;      // global index of the full tensor's first weight
+  int64_t full[4];   // sizes of the full tensor
+  int64_t local[4];  // sizes of the local tensor
+  int64_t start[4];  // first index of the local tensor in each dimension
+};
+static_assert(sizeof(Place) == 13 * sizeof(int64_t), "a row of the layout table");
+
+// One row of `chunks`.
+struct Chunk {
+  int64_t tensor;
+  int64_t offset;  // local index of the chunk's first weight
+};
+static_assert(sizeof(Chunk) == 2 * sizeof(int64_t), "a row of the work list");
+
+PINS_HD int64_t numel_of(const Place& place) {
+  return place.local[0] * place.local[1] * place.local[2] * place.local[3];
+}
+
+// Global index of local weight i: unravel in the local sizes, shift by start, ravel in the full sizes.
+PINS_HD int64_t global_index(const Place& place, int64_t i) {
+  int64_t index = place.base;
+  int64_t stride = 1;
+  for (int d = 3; d >= 0; --d) {
+    index += (place.start[d] + i % place.local[d]) * stride;
+    i /= place.local[d];
+    stride *= place.full[d];
+  }
+  return index;
+}
+
+// From local weight i on, this many weights have consecutive global indices. A whole tensor is one run.
+PINS_HD int64_t run_length(const Place& place, int64_t i) { return place.local[3] - i % place.local[3]; }
