@@ -1,0 +1,211 @@
+"""Folders that are whole or absent: written aside, sealed with a manifest, flushed to disk, then renamed.
+
+A stock Trainer writes `checkpoint-N` in place and takes the highest number for the newest, whole or not. Here a folder
+appears under its name only when everything in it is on the disk, and its manifest tells later whether it still is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+FORMAT = "pins-ext checkpoint"
+
+_ASIDE = ".aside"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_READ_BYTES = 1 << 20
+
+
+class SaveError(RuntimeError):
+    """A folder could not be written; whatever was there before is untouched."""
+
+
+class IncompleteError(ValueError):
+    """A folder is not a whole checkpoint of this software."""
+
+
+@contextmanager
+def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Yield an empty folder to write into; on success it takes the place of `folder`, otherwise it is removed.
+
+    Args:
+        folder: the name to appear under. An earlier folder of that name is removed after the new one is in place.
+        manifest: what to say about the content beside each file's size and SHA-256; no manifest is written for None.
+
+    Raises:
+        SaveError: the content could not be written, for example because the disk is full.
+    """
+    aside = folder.parent / _ASIDE / folder.name
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if manifest is not None:
+            _seal(aside, manifest)
+        _flush(aside)
+    except Exception as error:
+        raise SaveError(_why(folder, error)) from error
+    else:
+        replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace(source: Path, folder: Path) -> None:
+    """Rename `source` to `folder`; what was there gives way first and is removed last, so a kill loses neither."""
+    retired = _beside(folder, "retired")
+    if folder.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.rename(folder, retired)
+    os.rename(source, folder)
+    _sync(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """After a kill inside `replace`: put the earlier folder back, or finish removing it."""
+    retired = _beside(folder, "retired")
+    if retired.exists() and not folder.exists():
+        os.rename(retired, folder)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that may be read as a checkpoint: out of sight first, so that no half of it is ever seen."""
+    removed = _beside(folder, "removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.rename(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Tidy a folder of checkpoints after a kill: nothing half-written or half-removed stays, nothing whole is lost."""
+    for retired in root.glob(".*.retired"):
+        recover(root / retired.name.removeprefix(".").removesuffix(".retired"))
+    for leftover in (root / _ASIDE, *root.glob(".*.removed")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        IncompleteError: no manifest, a foreign one, or a file that is missing, cut short or altered.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+        foreign = manifest["format"] != FORMAT
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IncompleteError(f"{folder} holds no readable {MANIFEST}") from error
+    if foreign:
+        raise IncompleteError(f"{folder / MANIFEST} was written by other software")
+    for name, expected in files:
+        file = folder / name
+        if not file.is_file():
+            raise IncompleteError(f"{folder} lacks {name}")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise IncompleteError(f"{file} is damaged: it differs from what {MANIFEST} recorded")
+    return dict(manifest)
+
+
+def checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything in `root` that is named like a checkpoint, newest first."""
+    found = [(_CHECKPOINT.fullmatch(folder.name), folder) for folder in root.glob("checkpoint-*") if folder.is_dir()]
+    return sorted(((int(match[1]), folder) for match, folder in found if match), reverse=True)
+
+
+def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that training can resume from, and why each newer one was passed over."""
+    passed = []
+    for _, folder in checkpoints(root):
+        try:
+            if read_manifest(folder).get("resumable", True):
+                return folder, passed
+            passed.append(f"{folder.name} holds the model only")
+        except IncompleteError as error:
+            passed.append(str(error))
+    return None, passed
+
+
+def rotate(root: Path, limit: int | None, protected: Path | None) -> None:
+    """Keep at most `limit` checkpoints: always the newest, and the protected one; None or 0 keeps all."""
+    if not limit or limit < 0:
+        return
+    (_newest, *older) = [folder for _, folder in checkpoints(root)] or [root]
+    spare = limit - 1 - (protected in older)
+    for folder in (folder for folder in older if folder != protected):
+        if spare > 0:
+            spare -= 1
+        else:
+            remove(folder)
+
+
+def write_file(file: Path, content: str) -> None:
+    """Write a text file aside, flush it and rename it into place.
+
+    Raises:
+        SaveError: it could not be written; an earlier file is untouched.
+    """
+    aside = _beside(file, "aside")
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise SaveError(_why(file, error)) from error
+
+
+def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest over all files now in the folder."""
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    text = json.dumps({"format": FORMAT, "version": 1, **manifest, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _beside(folder: Path, fate: str) -> Path:
+    return folder.with_name(f".{folder.name}.{fate}")
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _why(path: Path, error: Exception) -> str:
+    """One line that names the folder, the reason and, when the disk is nearly full, the space left."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None
+    space = f" ({free / 2**20:.0f} MB free on that disk)" if free is not None and free < 2**30 else ""
+    return f"could not save {path}: {reason}{space}"
