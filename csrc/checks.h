@@ -20,14 +20,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// Raises RuntimeError with the parts of the message joined, unless `ok`.
 template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (__builtin_expect(ok, 1)) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// Raises RuntimeError with the parts of the message joined, unless `ok`. A macro: a passing check builds no strings.
+#define PINS_CHECK(ok, ...)                          \
+  do {                                               \
+    if (__builtin_expect(!(ok), 0)) fail(__VA_ARGS__); \
+  } while (0)
 
 inline std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
 
@@ -77,20 +81,20 @@ inline std::string dtype_names(Dtypes allowed) {
 // A dense, contiguous tensor on this kind of device. `name` is a callable, so that a passing check builds no string.
 template <class Name>
 void check_tensor(const Name& name, const Tensor& tensor, DeviceType device, Dtypes allowed) {
-  check(tensor.device().type() == device, name(), " must be on the ", device == DeviceType::CPU ? "CPU" : "GPU",
+  PINS_CHECK(tensor.device().type() == device, name(), " must be on the ", device == DeviceType::CPU ? "CPU" : "GPU",
         " like the rest, got a tensor on device type ", static_cast<int>(tensor.device().type()));
-  check(tensor.layout() == torch::headeronly::Layout::Strided, name(), " must be dense");
+  PINS_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name(), " must be dense");
   ScalarType dtype = tensor.scalar_type();
-  check(is_one_of(dtype, allowed), name(), " must be ", dtype_names(allowed), ", got ", dtype_name(dtype));
-  check(tensor.is_contiguous(), name(), " must be contiguous, got strides ", joined(tensor.strides()));
+  PINS_CHECK(is_one_of(dtype, allowed), name(), " must be ", dtype_names(allowed), ", got ", dtype_name(dtype));
+  PINS_CHECK(tensor.is_contiguous(), name(), " must be contiguous, got strides ", joined(tensor.strides()));
 }
 
 // A list of n tensors of one dtype.
 inline void check_list(const char* list, const Tensors& tensors, size_t n, DeviceType device, Dtypes allowed) {
-  check(tensors.size() == n, list, " must have ", n, " tensors, one per row of layout, got ", tensors.size());
+  PINS_CHECK(tensors.size() == n, list, " must have ", n, " tensors, one per row of layout, got ", tensors.size());
   for (size_t i = 0; i < n; ++i) {
     check_tensor([&] { return item(list, i); }, tensors[i], device, allowed);
-    check(tensors[i].scalar_type() == tensors[0].scalar_type(), item(list, i), " is ",
+    PINS_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), item(list, i), " is ",
           dtype_name(tensors[i].scalar_type()), " but ", item(list, 0), " is ", dtype_name(tensors[0].scalar_type()));
   }
 }
@@ -104,14 +108,14 @@ inline bool check_optional_list(const char* list, const Tensors& tensors, size_t
 
 inline void check_same_dtype(const char* list, const Tensors& tensors, const char* like_list, const Tensors& like) {
   if (tensors.empty() || like.empty()) return;
-  check(tensors[0].scalar_type() == like[0].scalar_type(), list, " must have the dtype of ", like_list, " (",
+  PINS_CHECK(tensors[0].scalar_type() == like[0].scalar_type(), list, " must have the dtype of ", like_list, " (",
         dtype_name(like[0].scalar_type()), "), got ", dtype_name(tensors[0].scalar_type()));
 }
 
 // `numel[i]` weights in tensor i, as the layout says.
 inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    check(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ", tensors[i].numel());
+    PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ", tensors[i].numel());
   }
 }
 
@@ -119,7 +123,7 @@ inline void check_numel(const char* list, const Tensors& tensors, const std::vec
 inline void check_masks(const Tensors& masks, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < masks.size(); ++i) {
     int64_t bytes = (numel[i] + 63) / 64 * 8;
-    check(masks[i].numel() == bytes, item("masks", i), " must have ", bytes, " bytes for ", numel[i],
+    PINS_CHECK(masks[i].numel() == bytes, item("masks", i), " must have ", bytes, " bytes for ", numel[i],
           " weights, got ", masks[i].numel());
   }
 }
@@ -131,14 +135,14 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   auto sizes = tensor.sizes();
   bool same = static_cast<size_t>(tensor.dim()) == shape.size();
   for (size_t d = 0; same && d < shape.size(); ++d) same = sizes[d] == shape.begin()[d];
-  check(same, name, " must have shape ", joined(shape), ", got ", joined(sizes));
+  PINS_CHECK(same, name, " must have shape ", joined(shape), ", got ", joined(sizes));
 }
 
 // A scalar: one element, whatever its number of dimensions.
 inline void check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype, DeviceType device) {
   if (!tensor.has_value()) return;
   check_tensor([&] { return name; }, *tensor, device, {dtype});
-  check(tensor->numel() == 1, name, " must have one element, got ", tensor->numel());
+  PINS_CHECK(tensor->numel() == 1, name, " must have one element, got ", tensor->numel());
 }
 
 // The position of `value` among the names of an option; their order is that of the enum.
@@ -149,8 +153,7 @@ int option(const char* name, const std::string& value, const char* const (&names
     if (value == names[i]) return static_cast<int>(i);
     all += std::string(all.empty() ? "" : ", ") + names[i];
   }
-  check(false, name, " must be one of ", all, "; got '", value, "'");
-  return -1;
+  fail(name, " must be one of ", all, "; got '", value, "'");
 }
 
 constexpr const char* kCriteria[] = {"pins", "pins-signed", "pins-update", "platon", "movement", "precomputed"};

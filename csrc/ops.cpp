@@ -12,6 +12,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
 STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "accumulate_(Tensor(a!)[] ipt, Tensor[] params, Tensor[] grads, Tensor layout, Tensor chunks, Tensor lr, "
@@ -47,10 +51,19 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "str criterion, bool clear_state=False, *, Tensor? grad_scale=None, Tensor? clip=None, Tensor? found_inf=None, "
       "Tensor? pointers=None) -> ()");
   m.def("apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor layout, Tensor chunks, *, Tensor? pointers=None) -> ()");
+  // The instruction set of the CPU kernels: default, avx2 or avx512.
+  m.def("cpu_capability() -> str");
 }
 
 // `import pins_ext._C` loads the library; the operators register themselves.
-extern "C" PyObject* PyInit__C(void) {
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  // Asked for an instruction set that is not there: say so now, not at the first operator.
+  try {
+    pins_ext::cpu::kernels();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

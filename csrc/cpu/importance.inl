@@ -1,0 +1,59 @@
+// accumulate_ and fold_: the window mean of the instant score, and its running averages.
+
+template <Criterion criterion>
+void accumulate_block(float* __restrict ipt, const float* __restrict p, const float* __restrict g, int64_t n, float lr,
+                      float accepted) {
+  for (int64_t i = 0; i < n; ++i) {
+    ipt[i] = next_ipt<criterion>(ipt[i], instant_score<criterion>(p[i], p[i], g[i], lr), accepted);
+  }
+}
+
+template <Criterion criterion>
+void accumulate(const Accumulate& args) {
+  Buffer ipt_buffer, p_buffer, g_buffer;
+  Bits random;
+  for (int64_t at = 0; at < args.run.count; at += kBlock) {
+    const int64_t n = block_size(args.run, at);
+    float* ipt = load(args.ipt, at, n, ipt_buffer);
+    const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
+    const float* p = criterion == Criterion::precomputed ? g : load(args.params, at, n, p_buffer);
+    accumulate_block<criterion>(ipt, p, g, n, args.lr, args.accepted);
+    if (args.ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
+    store_state(args.ipt, at, n, ipt, random.values, 0);
+  }
+}
+
+inline void fold_block(float* __restrict exp_avg_ipt, float* __restrict exp_avg_unc, const float* __restrict ipt,
+                       int64_t n, const Fold& args) {
+  const float beta1 = args.beta1, one_minus_beta1 = args.one_minus_beta1;
+  const float beta2 = args.beta2, one_minus_beta2 = args.one_minus_beta2;
+  for (int64_t i = 0; i < n; ++i) {
+    const float mean = smooth_ipt(exp_avg_ipt[i], ipt[i], beta1, one_minus_beta1);
+    exp_avg_unc[i] = smooth_unc(exp_avg_unc[i], ipt[i], mean, beta2, one_minus_beta2);
+    exp_avg_ipt[i] = mean;
+  }
+}
+
+inline void fold_ipt_block(float* __restrict exp_avg_ipt, const float* __restrict ipt, int64_t n, const Fold& args) {
+  const float beta1 = args.beta1, one_minus_beta1 = args.one_minus_beta1;
+  for (int64_t i = 0; i < n; ++i) exp_avg_ipt[i] = smooth_ipt(exp_avg_ipt[i], ipt[i], beta1, one_minus_beta1);
+}
+
+void fold(const Fold& args) {
+  Buffer mean_buffer, unc_buffer, ipt_buffer;
+  Bits random;
+  for (int64_t at = 0; at < args.run.count; at += kBlock) {
+    const int64_t n = block_size(args.run, at);
+    float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
+    float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
+    const float* ipt = load(args.ipt, at, n, ipt_buffer);
+    if (args.exp_avg_unc.data) {
+      fold_block(exp_avg_ipt, exp_avg_unc, ipt, n, args);
+    } else {
+      fold_ipt_block(exp_avg_ipt, ipt, n, args);
+    }
+    if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
+    store_state(args.exp_avg_ipt, at, n, exp_avg_ipt, random.values, 0);
+    if (args.exp_avg_unc.data) store_state(args.exp_avg_unc, at, n, exp_avg_unc, random.values, 16);
+  }
+}

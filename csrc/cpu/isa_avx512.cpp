@@ -1,0 +1,17 @@
+// The loops for CPUs with AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt,popcnt,prefer-vector-width=512")
+
+namespace pins_ext::cpu {
+namespace {
+#include "isa.inl"
+}  // namespace
+
+const Kernels avx512_kernels = table("avx512");
+
+}  // namespace pins_ext::cpu
+#endif

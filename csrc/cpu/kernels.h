@@ -1,0 +1,120 @@
+// What the list operators ask of an instruction set: one chunk of one tensor at a time, plain pointers, no torch.
+//
+// isa_default.cpp, isa_avx2.cpp and isa_avx512.cpp compile the same loops ({importance,select,update}.inl) and each
+// export one table; dispatch.cpp chooses among them once.
+#pragma once
+
+#include <cstdint>
+
+namespace pins_ext::cpu {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+// One operand of a chunk, at the chunk's first weight. No data: the operand is not wanted.
+struct Span {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+// The weights of a chunk: `count` from local index `offset` on of the tensor with this row of the layout table.
+struct Run {
+  const int64_t* place;
+  int64_t offset;
+  int64_t count;
+};
+
+struct Rounding {
+  uint32_t key0 = 0;
+  uint32_t key1 = 0;
+};
+
+// How a stored gradient becomes the one that is used: g / scale * clip.
+struct Gradient {
+  float scale = 1.0f;
+  float clip = 1.0f;
+};
+
+struct Accumulate {
+  Run run;
+  Span ipt, params, grads;
+  Gradient gradient;
+  float lr, accepted;
+  Rounding rounding;
+};
+
+struct Fold {
+  Run run;
+  Span exp_avg_ipt, exp_avg_unc, ipt;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  Rounding rounding;
+};
+
+struct Scores {
+  Run run;
+  Span a, b;
+};
+
+struct Bracket {
+  uint32_t lo, hi;
+  int shift;
+};
+
+// Keys counted against a bracket: those below it, and a histogram of those inside.
+struct Tally {
+  int64_t below;
+  int64_t* bins;
+};
+
+struct Pack {
+  uint8_t* mask;  // at the chunk's first weight
+  uint32_t key;
+  int64_t ties;  // weights of this chunk whose global index is below the tie index
+};
+
+struct PackStats {
+  int64_t kept, flipped, nan;
+};
+
+// AdamW: first = exp_avg, second = exp_avg_sq. SGD: first = momentum_buffer.
+struct Update {
+  Run run;
+  Span params, grads, first, second, ipt, shadow;
+  const uint8_t* mask;  // at the chunk's first weight, or null
+  const float* hyper;   // the tensor's row
+  Gradient gradient;
+  float accepted;
+  bool clear_state;
+  Rounding rounding;
+};
+
+struct ApplyMask {
+  Span params;
+  int64_t count;
+  const uint8_t* mask;
+};
+
+constexpr int kCriterionCount = 6;
+constexpr int kScoreCount = 4;
+constexpr int kNoCriterion = 6;  // an update without importance
+
+struct Kernels {
+  const char* name;
+  void (*accumulate[kCriterionCount])(const Accumulate&);
+  void (*fold)(const Fold&);
+  void (*keys[kScoreCount])(const Scores&, uint32_t* keys);
+  void (*count[kScoreCount])(const Scores&, const Bracket&, Tally&);
+  void (*pack[kScoreCount])(const Scores&, const Pack&, PackStats&);
+  void (*masked_adamw[kCriterionCount + 1])(const Update&);
+  void (*masked_sgd[kCriterionCount + 1])(const Update&);
+  void (*apply_mask)(const ApplyMask&);
+};
+
+extern const Kernels default_kernels;
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+// The table in use: the widest this CPU has, or what PINS_EXT_CPU_CAPABILITY names. Raises std::runtime_error when it
+// names one that does not exist or that this CPU lacks.
+const Kernels& kernels();
+
+}  // namespace pins_ext::cpu

@@ -1,0 +1,176 @@
+// sample, count_, tie_index and pack_ on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "bracket.h"
+#include "work.h"
+
+namespace pins_ext::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The operands of a score, checked.
+struct Scored {
+  int kind;
+  Operand a, b;
+
+  Scores at(const Work& work, const Chunk& chunk) const { return {work.run(chunk), a.at(chunk), b.at(chunk)}; }
+};
+
+Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const std::string& score) {
+  const int kind = option("score", score, kScores);
+  const bool two = score == "product" || score == "deviation";
+  check_list("a", a, work.tensors(), kCpu, two ? kStateDtypes : kParamDtypes);
+  if (two) {
+    check_list("b", b, work.tensors(), kCpu, kStateDtypes);
+    check_same_dtype("b", b, "a", a);
+  } else {
+    PINS_CHECK(b.empty(), "b must be empty for the score '", score, "', got ", b.size(), " tensors");
+  }
+  check_numel("a", a, work.numel);
+  check_numel("b", b, work.numel);
+  return {kind, Operand(a), Operand(b)};
+}
+
+// Position in [0, 1) inside a stratum: a hash of its number, so that regular weights meet no regular grid.
+double jitter(int64_t stratum) { return random_bits(static_cast<uint64_t>(stratum), 0x243f6a88u, 0x85a308d3u) * 0x1p-32; }
+
+Tensor sample(const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks, const std::string& score,
+              int64_t size, const OptionalTensor& /*pointers*/) {
+  const Work work = check_work(layout, chunks);
+  const Scored scored = check_scores(work, a, b, score);
+  PINS_CHECK(size >= 1, "size must be at least 1, got ", size);
+  Tensor result = torch::stable::new_empty(layout, {size}, ScalarType::Long);
+  int64_t* target = static_cast<int64_t*>(result.data_ptr());
+  // starts[i]: weights before tensor i.
+  std::vector<int64_t> starts(1, 0);
+  for (int64_t numel : work.numel) starts.push_back(starts.back() + numel);
+  const int64_t total = starts.back();
+  if (total == 0) {
+    std::fill(target, target + size, 0);
+    return result;
+  }
+  torch::stable::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const double position = (static_cast<double>(s) + jitter(s)) * static_cast<double>(total) / static_cast<double>(size);
+      const int64_t weight = std::min(static_cast<int64_t>(position), total - 1);
+      const int64_t tensor = std::upper_bound(starts.begin(), starts.end(), weight) - starts.begin() - 1;
+      const Chunk at{tensor, weight - starts[tensor]};
+      uint32_t key;
+      kernels().keys[scored.kind]({{&work.places[tensor].base, at.offset, 1}, scored.a.at(at), scored.b.at(at)}, &key);
+      target[s] = key;
+    }
+  });
+  return result;
+}
+
+void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks,
+            const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
+  const Work work = check_work(layout, chunks);
+  const Scored scored = check_scores(work, a, b, score);
+  if (check_bracket(bracket).resolved) return;
+  const auto count = kernels().count[scored.kind];
+  count_chunks(work, bracket, counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
+    count(scored.at(work, chunk), bounds, tally);
+  });
+}
+
+// Global index of the weight of this rank among those of one key in a chunk.
+int64_t index_of_tie(const Work& work, const Scored& scored, const Chunk& chunk, uint32_t key, int64_t rank) {
+  const Run run = work.run(chunk);
+  std::vector<uint32_t> keys(run.count);
+  kernels().keys[scored.kind](scored.at(work, chunk), keys.data());
+  int64_t i = 0;
+  for (; keys[i] != key || rank-- > 0; ++i) {
+  }
+  return global_index(work.places[chunk.tensor], chunk.offset + i);
+}
+
+Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks,
+                 const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
+  const Work work = check_work(layout, chunks);
+  const Scored scored = check_scores(work, a, b, score);
+  const CheckedBracket checked = check_bracket(bracket);
+  Tensor result = torch::stable::new_empty(layout, {1}, ScalarType::Long);
+  int64_t& index = *static_cast<int64_t*>(result.data_ptr());
+  index = 0;
+  if (checked.rank <= 0) return result;
+  const uint32_t key = checked.bounds.lo;
+  const auto count = kernels().count[scored.kind];
+  std::vector<int64_t> equal(work.size);
+  for_each_chunk(work, [&](const Chunk& chunk, int64_t i) {
+    Tally tally{0, &equal[i]};
+    count(scored.at(work, chunk), {key, key, 0}, tally);
+  });
+  int64_t rank = checked.rank;
+  index = std::numeric_limits<int64_t>::max();
+  for (int64_t i = 0; i < work.size; ++i) {
+    if (rank < equal[i]) {
+      index = index_of_tie(work, scored, work.chunks[i], key, rank);
+      break;
+    }
+    rank -= equal[i];
+  }
+  return result;
+}
+
+// How many weights of a run have a global index below `index`: local order is global order.
+int64_t weights_before(const Place& place, const Run& run, int64_t index) {
+  int64_t low = 0, high = run.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (global_index(place, run.offset + middle) < index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& layout,
+           const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& /*pointers*/) {
+  const Work work = check_work(layout, chunks);
+  const int64_t n = static_cast<int64_t>(work.tensors());
+  const Scored scored = check_scores(work, a, b, score);
+  check_list("masks", masks, n, kCpu, {ScalarType::Byte});
+  check_masks(masks, work.numel);
+  check_shape("stats", stats, {n, 3}, ScalarType::Long, kCpu);
+  const int64_t rows = threshold.dim() > 0 && threshold.size(0) == n ? n : 1;
+  check_shape("threshold", threshold, {rows, 2}, ScalarType::Long, kCpu);
+  const int64_t* thresholds = longs_of(threshold);
+  for (int64_t i = 0; i < rows; ++i) {
+    PINS_CHECK(thresholds[2 * i] >= 0 && thresholds[2 * i] <= 0xffffffff, item("threshold", i), " has key ",
+               thresholds[2 * i], ", which is no 32-bit key");
+  }
+
+  int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
+  std::fill(totals, totals + 3 * n, 0);
+  const Masks masks_at(masks);
+  const auto pack = kernels().pack[scored.kind];
+  for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
+    const int64_t* row = thresholds + (rows == 1 ? 0 : 2 * chunk.tensor);
+    const Run run = work.run(chunk);
+    PackStats own{0, 0, 0};
+    pack(scored.at(work, chunk),
+         {masks_at.at(chunk), static_cast<uint32_t>(row[0]), weights_before(work.places[chunk.tensor], run, row[1])}, own);
+    // Integer sums: the order of threads cannot be seen.
+    int64_t* total = totals + 3 * chunk.tensor;
+    __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);
+    __atomic_fetch_add(total + 1, own.flipped, __ATOMIC_RELAXED);
+    __atomic_fetch_add(total + 2, own.nan, __ATOMIC_RELAXED);
+  });
+}
+
+}  // namespace
+}  // namespace pins_ext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
+  m.impl("sample", TORCH_BOX(&pins_ext::cpu::sample));
+  m.impl("count_", TORCH_BOX(&pins_ext::cpu::count_));
+  m.impl("tie_index", TORCH_BOX(&pins_ext::cpu::tie_index));
+  m.impl("pack_", TORCH_BOX(&pins_ext::cpu::pack_));
+}

@@ -1,0 +1,77 @@
+// sample, count_, tie_index and pack_: order keys of a block in the L1 cache, compared 64 at a time.
+
+template <Score score>
+void keys_block(const float* __restrict a, const float* __restrict b, int64_t n, uint32_t* __restrict keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a[i], b[i]));
+}
+
+// Keys of a block, padded to whole words with the highest key. Scores of one operand read it twice.
+template <Score score>
+void load_keys(const Scores& scores, int64_t at, int64_t n, Buffer& a_buffer, Buffer& b_buffer, uint32_t* keys) {
+  const float* a = load(scores.a, at, n, a_buffer);
+  const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
+  keys_block<score>(a, b, n, keys);
+  for (int64_t i = n; i < words_of(n) * kWord; ++i) keys[i] = 0xffffffffu;
+}
+
+// The keys of a whole run.
+template <Score score>
+void keys(const Scores& scores, uint32_t* target) {
+  Buffer a_buffer, b_buffer;
+  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
+    const int64_t n = block_size(scores.run, at);
+    const float* a = load(scores.a, at, n, a_buffer);
+    const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
+    keys_block<score>(a, b, n, target + at);
+  }
+}
+
+// Only the few keys inside the bracket reach the histogram: the rest costs two comparisons.
+template <Score score>
+void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
+  Buffer a_buffer, b_buffer;
+  Bits block;
+  const bool one_key = bracket.lo == bracket.hi;
+  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
+    const int64_t n = block_size(scores.run, at);
+    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    for (int64_t start = 0; start < n; start += kWord) {
+      const uint32_t* word_keys = block.values + start;
+      const uint64_t valid = low_bits(n - start);
+      const uint64_t low = below(word_keys, bracket.lo) & valid;
+      uint64_t inside = up_to(word_keys, bracket.hi) & ~low & valid;
+      tally.below += __builtin_popcountll(low);
+      if (one_key) {
+        tally.bins[0] += __builtin_popcountll(inside);
+        continue;
+      }
+      for (; inside; inside &= inside - 1) {
+        ++tally.bins[(word_keys[__builtin_ctzll(inside)] - bracket.lo) >> bracket.shift];
+      }
+    }
+  }
+}
+
+// Bit = keep. Pruned: key below the threshold's, or equal to it and before the tie index.
+template <Score score>
+void pack(const Scores& scores, const Pack& args, PackStats& stats) {
+  Buffer a_buffer, b_buffer;
+  Bits block;
+  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
+    const int64_t n = block_size(scores.run, at);
+    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    for (int64_t start = 0; start < n; start += kWord) {
+      const uint32_t* word_keys = block.values + start;
+      const uint64_t valid = low_bits(n - start);
+      const int64_t ties = args.ties - (at + start);
+      uint64_t pruned = below(word_keys, args.key);
+      if (ties > 0) pruned |= up_to(word_keys, args.key) & low_bits(ties);
+      const uint64_t keep = ~pruned & valid;
+      uint8_t* bytes = args.mask + (at + start) / 8;
+      stats.kept += __builtin_popcountll(keep);
+      stats.flipped += __builtin_popcountll(keep ^ (load_word(bytes) & valid));
+      stats.nan += __builtin_popcountll(~below(word_keys, 0xffffffffu) & valid);
+      store_word(bytes, keep);
+    }
+  }
+}

@@ -1,0 +1,129 @@
+// The work of a list operator on the CPU: checked tables, operands by chunk, and the parallel loop over chunks.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace pins_ext::cpu {
+
+#include "../criterion.h"
+#include "../layout.h"
+
+constexpr DeviceType kCpu = DeviceType::CPU;
+
+struct Work {
+  const Place* places;  // [n]
+  const Chunk* chunks;  // [m]
+  int64_t size;         // m
+  std::vector<int64_t> numel;
+
+  size_t tensors() const { return numel.size(); }
+
+  Run run(const Chunk& chunk) const {
+    int64_t left = numel[chunk.tensor] - chunk.offset;
+    return {&places[chunk.tensor].base, chunk.offset, left < kChunk ? left : kChunk};
+  }
+};
+
+// Checks both tables and their contents: no kernel can leave a tensor that has the size its row says.
+inline Work check_work(const Tensor& layout, const Tensor& chunks) {
+  int64_t n = layout.dim() > 0 ? layout.size(0) : 0;
+  int64_t m = chunks.dim() > 0 ? chunks.size(0) : 0;
+  check_shape("layout", layout, {n, 13}, ScalarType::Long, kCpu);
+  check_shape("chunks", chunks, {m, 2}, ScalarType::Long, kCpu);
+  Work work{static_cast<const Place*>(layout.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
+  work.numel.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const Place& place = work.places[i];
+    for (int d = 0; d < 4; ++d) {
+      PINS_CHECK(place.local[d] >= 0 && place.start[d] >= 0 && place.start[d] + place.local[d] <= place.full[d],
+                 item("layout", i), " puts ", place.local[d], " at ", place.start[d], " of ", place.full[d],
+                 " in dimension ", d);
+    }
+    work.numel.push_back(numel_of(place));
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    const Chunk& chunk = work.chunks[i];
+    PINS_CHECK(chunk.tensor >= 0 && chunk.tensor < n && chunk.offset >= 0 && chunk.offset % kChunk == 0 &&
+                   chunk.offset < work.numel[chunk.tensor],
+               item("chunks", i), " is (", chunk.tensor, ", ", chunk.offset, "), which is no chunk of this layout");
+    const Chunk& last = work.chunks[i > 0 ? i - 1 : 0];
+    PINS_CHECK(i == 0 || last.tensor < chunk.tensor || (last.tensor == chunk.tensor && last.offset < chunk.offset),
+               item("chunks", i), " must come after ", item("chunks", i - 1), " in order of (tensor, offset)");
+  }
+  return work;
+}
+
+// One operand of the list: addresses by tensor. An empty list gives empty spans.
+class Operand {
+ public:
+  explicit Operand(const Tensors& tensors) {
+    if (tensors.empty()) return;
+    ScalarType dtype = tensors[0].scalar_type();
+    dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16 : dtype == ScalarType::Half ? Dtype::float16 : Dtype::float32;
+    data_.reserve(tensors.size());
+    for (const Tensor& tensor : tensors) data_.push_back(static_cast<char*>(tensor.data_ptr()));
+  }
+
+  Span at(const Chunk& chunk) const {
+    if (data_.empty()) return {};
+    return {data_[chunk.tensor] + chunk.offset * (dtype_ == Dtype::float32 ? 4 : 2), dtype_};
+  }
+
+ private:
+  std::vector<char*> data_;
+  Dtype dtype_ = Dtype::float32;
+};
+
+// Packed masks by chunk; chunks are whole bytes. An empty list gives null.
+class Masks {
+ public:
+  explicit Masks(const Tensors& tensors) {
+    data_.reserve(tensors.size());
+    for (const Tensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
+  }
+
+  uint8_t* at(const Chunk& chunk) const { return data_.empty() ? nullptr : data_[chunk.tensor] + chunk.offset / 8; }
+
+ private:
+  std::vector<uint8_t*> data_;
+};
+
+// f(chunk, its number) for every chunk, on all threads.
+template <class F>
+void for_each_chunk(const Work& work, const F& f) {
+  torch::stable::parallel_for(0, work.size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(work.chunks[i], i);
+  });
+}
+
+inline float value_of(const std::optional<Tensor>& scalar, float otherwise) {
+  return scalar.has_value() ? *static_cast<const float*>(scalar->const_data_ptr()) : otherwise;
+}
+
+inline float value_of(const Tensor& scalar) { return *static_cast<const float*>(scalar.const_data_ptr()); }
+
+inline const int64_t* longs_of(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
+
+inline Rounding check_rng(const Tensor& rng) {
+  check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
+  return {static_cast<uint32_t>(longs_of(rng)[0]), static_cast<uint32_t>(longs_of(rng)[1])};
+}
+
+// What turns a stored gradient into the one that is used, and whether this step is to be skipped.
+struct StepScalars {
+  Gradient gradient;
+  bool found_inf;
+};
+
+inline StepScalars check_step_scalars(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip,
+                                      const std::optional<Tensor>& found_inf) {
+  check_scalar("grad_scale", grad_scale, ScalarType::Float, kCpu);
+  check_scalar("clip", clip, ScalarType::Float, kCpu);
+  check_scalar("found_inf", found_inf, ScalarType::Float, kCpu);
+  return {{value_of(grad_scale, 1.0f), value_of(clip, 1.0f)}, value_of(found_inf, 0.0f) != 0.0f};
+}
+
+}  // namespace pins_ext::cpu
