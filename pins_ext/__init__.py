@@ -1,3 +1,30 @@
-"""Iterative global pruning of pretrained language models during fine-tuning, exactly (PINS, Ren & Zhu 2023)."""
+"""Iterative global pruning of pretrained language models during fine-tuning, exactly (PINS, Ren & Zhu 2023).
+
+    pruner = pins_ext.Pruner(model, optimizer, pins_ext.PruneConfig(sparsity=0.8), total_steps=n)
+    ...                   # the training loop stays as it was
+    pruner.finalize()     # exactly 80 % of the prunable weights are zero
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pins_ext.config import PruneConfig
+    from pins_ext.pruner import Pruner
+    from pins_ext.teacher import SelfRegularizer
+
+_HOME = {"PruneConfig": "config", "Pruner": "pruner", "SelfRegularizer": "teacher"}
+
+__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `pins-ext --help` and the reference need neither torch's time nor the extension."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'pins_ext' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"pins_ext.{_HOME[name]}"), name)

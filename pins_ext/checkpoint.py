@@ -1,0 +1,118 @@
+"""The pruner's own state: plain data and tensors, apart from the optimizer's, in one checked safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pins_ext.pruner import Pruner
+
+FORMAT = "pins_ext.pruner"
+VERSION = 1
+
+
+def state_dict(pruner: Pruner) -> dict[str, Any]:
+    """All that resuming needs. `tensors` maps kind/parameter to a tensor; the rest is JSON."""
+    tensors = {"threshold": pruner.threshold, "accepted": pruner.importance.accepted}
+    for kind, states in (pruner.importance.tensors() | {"mask": pruner.masks}).items():
+        tensors |= {f"{kind}/{name}": t for name, t in zip(pruner.names, states, strict=True)}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": _plain(pruner.config.to_dict()),
+        "total_steps": pruner.schedule.total,
+        "step": pruner.step,
+        "frozen": pruner.frozen,
+        "masked": pruner.masked,
+        "folded": pruner.importance.folded,
+        "selected_for": list(pruner._selected_for) if pruner._selected_for else None,
+        "numerics": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "tensors": tensors,
+    }
+
+
+@torch.no_grad()
+def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
+    """Go on where `state_dict` was taken; nothing is changed when something does not fit.
+
+    Raises:
+        ValueError: see Pruner.load_state_dict.
+    """
+    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise ValueError(f"not a pruner state of this version: {state.get('format')!r} version {state.get('version')!r}")
+    own = state_dict(pruner)
+    theirs, mine = dict(state["config"]), own["config"]
+    differences = [f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]]
+    if state["total_steps"] != own["total_steps"]:
+        differences.append(f"total_steps: {state['total_steps']} there, {own['total_steps']} here")
+    saved = state["tensors"]
+    if sorted(saved) != sorted(own["tensors"]):
+        odd = sorted(set(saved) ^ set(own["tensors"]))
+        differences.append(f"{len(odd)} states exist on one side only, {odd[0]} first")
+    for name in set(saved) & set(own["tensors"]) - {"threshold"}:
+        there, here = saved[name], own["tensors"][name]
+        if there.shape != here.shape or there.dtype != here.dtype:
+            differences.append(f"{name}: {there.dtype} {tuple(there.shape)} there, {here.dtype} {tuple(here.shape)} here")
+    if differences:
+        raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
+    for name, tensor in own["tensors"].items():
+        if name != "threshold":
+            tensor.copy_(saved[name])
+    pruner.threshold = saved["threshold"].to(pruner.threshold.device).clone()
+    pruner.step, pruner.frozen, pruner.masked = state["step"], state["frozen"], state["masked"]
+    pruner.importance.folded = state["folded"]
+    pruner._selected_for = tuple(state["selected_for"]) if state["selected_for"] else None
+
+
+def save(pruner: Pruner, path: Path) -> None:
+    """Write aside, flush to disk, rename: `path` holds the old state or the new one, never a part."""
+    state = state_dict(pruner)
+    tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
+    metadata = {"format": FORMAT, "state": json.dumps(state), "sha256": _digest(tensors)}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, aside, metadata)
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(pruner: Pruner, path: Path) -> None:
+    """Read and check what `save` wrote, then `load_state_dict`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a pruner state (format {metadata.get('format')!r})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a reader, not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a pruner state: {error}") from error
+    if _digest(tensors) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: its contents do not match the hash stored with them")
+    load_state_dict(pruner, json.loads(metadata["state"]) | {"tensors": tensors})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and contents: integrity, not authenticity; safetensors itself has no checksum."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _plain(data: Any) -> Any:
+    """As it will come back from JSON."""
+    return json.loads(json.dumps(data))

@@ -1,0 +1,135 @@
+"""What to prune, how much, when and by which criterion: one frozen dataclass, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "magnitude")
+SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
+
+ScoreFunction = Callable[[Tensor, Tensor, float], Tensor]
+RatioFunction = Callable[[int], float]
+Density = float | Mapping[str, float]
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a model is pruned during fine-tuning. The metadata of each field is its command-line help.
+
+    Raises:
+        ValueError: on construction, for any value out of range; the message names the field and what it accepts.
+    """
+
+    sparsity: float = _option(0.8, "share of the prunable weights that is zero at the end, in [0, 1)")
+    initial_sparsity: float = _option(0.0, "share that is zero when the schedule starts, in [0, sparsity]")
+    criterion: str | ScoreFunction = _option(
+        "pins", "importance of a weight, from its value, its gradient and the learning rate", CRITERIA
+    )
+    beta1: float = _option(0.85, "decay of the running average of importance, in [0, 1)")
+    beta2: float = _option(
+        0.95, "decay of the running average of its uncertainty; 1 ignores uncertainty, 0 uses the last deviation"
+    )
+    delta_t: int = _option(10, "window in steps: importance is averaged over it and a new mask is due at its end")
+    schedule: str | RatioFunction = _option("cubic", "how sparsity grows between warm-up and cool-down", SCHEDULES)
+    warmup: int | float = _option(0.1, "steps before the schedule starts (an integer), or their share of training (< 1)")
+    cooldown: int | float = _option(0.3, "steps at the final sparsity (an integer), or their share of training (< 1)")
+    ties: str = _option(
+        "exact", "exact: precisely the wanted number of zeros; reference: the released code's rule", ("exact", "reference")
+    )
+    mask_policy: str = _option(
+        "reference",
+        "reference: zero weights only when a mask is due, as the released code; strict: after every step",
+        ("reference", "strict"),
+    )
+    regrow: str = _option(
+        "shadow",
+        "under strict masks, criteria that are 0 at a zero weight (platon, movement, magnitude) score a pruned weight by "
+        "its last unmasked value (shadow, one more state) or let it stay pruned (never)",
+        ("shadow", "never"),
+    )
+    scope: str | Mapping[str, tuple[str, ...]] = _option(
+        "global", "weights compete globally, within each tensor (layer), or within groups of name patterns"
+    )
+    include: tuple[str, ...] = _option((), "prune the parameters whose names match these patterns, instead of the default")
+    exclude: tuple[str, ...] = _option((), "never prune parameters whose names match these patterns")
+    min_density: Density = _option({}, "least share of weights kept per tensor: a number, or pattern to number")
+    max_density: Density = _option({}, "largest share of weights kept per tensor: a number, or pattern to number")
+    state_dtype: str = _option(
+        "float32", "storage of the importance states; bfloat16 halves it, with stochastic rounding", ("float32", "bfloat16")
+    )
+    mask_optimizer_state: bool = _option(False, "also clear the optimizer state of pruned weights")
+    parameter_set: str = _option(
+        "default",
+        "default: 2-D weights of the transformer blocks; released: the released code's BERT set, biases included",
+        ("default", "released"),
+    )
+    seed: int = _option(0, "seed of the stochastic rounding of bfloat16 states")
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and not callable(value) and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        self._check(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
+        self._check(0 <= self.initial_sparsity <= self.sparsity, "initial_sparsity", "between 0 and sparsity")
+        self._check(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
+        self._check(0 <= self.beta2 <= 1, "beta2", "in [0, 1]")
+        self._check(isinstance(self.delta_t, int) and self.delta_t >= 1, "delta_t", "an integer of at least 1")
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            fits = value >= 0 and (isinstance(value, int) or value < 1)
+            self._check(fits, name, "a number of steps (an integer) or a share of training in [0, 1)")
+        if isinstance(self.scope, str):
+            self._check(self.scope in ("global", "layer"), "scope", "global, layer, or groups of name patterns")
+        else:
+            self._check(len(self.scope) > 0, "scope", "at least one group")
+            groups = {g: (p,) if isinstance(p, str) else tuple(p) for g, p in self.scope.items()}
+            object.__setattr__(self, "scope", groups)
+        for name in ("min_density", "max_density"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else {"*": float(value)})
+            for pattern, density in getattr(self, name).items():
+                self._check(0 <= density <= 1, f"{name}[{pattern}]", "in [0, 1]", density)
+        if self.ties == "reference" and (self.min_density or self.max_density):
+            raise ValueError("min_density and max_density need an exact count: use ties='exact'")
+
+    def _check(self, holds: bool, name: str, accepts: str, got: Any = None) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {accepts}; got {getattr(self, name, got) if got is None else got!r}")
+
+    @property
+    def smoothed(self) -> bool:
+        """Whether the score is built from running averages; movement and magnitude are not."""
+        return self.criterion not in ("movement", "magnitude")
+
+    @property
+    def needs_shadow(self) -> bool:
+        """Whether a pruned weight's last unmasked value is kept, so that it can score above zero and return."""
+        vanishing = self.criterion in ("platon", "movement", "magnitude")
+        return self.mask_policy == "strict" and self.regrow == "shadow" and vanishing
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage of the importance states."""
+        return torch.bfloat16 if self.state_dtype == "bfloat16" else torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; a callable becomes its qualified name, in angle brackets."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: f"<{getattr(v, '__qualname__', repr(v))}>" if callable(v) else v for k, v in plain.items()}

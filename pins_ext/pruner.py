@@ -1,0 +1,416 @@
+"""Iterative global pruning attached to a training loop: who is asked what, and when, within one optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pins_ext import checkpoint, inspection, ops, reference
+from pins_ext.config import PruneConfig
+from pins_ext.importance import Importance, Scaling
+from pins_ext.optim import FusedOptimizer, FusedPruning
+from pins_ext.prunable import prunable_parameters
+from pins_ext.schedule import Schedule
+from pins_ext.selection import Selection, subset
+
+_ZERO_THRESHOLD = 0x80000001  # order key of the smallest positive float32: below it lies only zero
+
+
+@dataclass(eq=False)
+class _Slot:
+    """The part of the pruned tensors that one optimizer owns, and what its step under way brought along."""
+
+    optimizer: Optimizer
+    indices: tuple[int, ...]
+    group_of: tuple[int, ...]
+    handles: list[Any] = field(default_factory=list)
+    scaling: Scaling = field(default_factory=Scaling)
+
+    @property
+    def fused(self) -> bool:
+        return isinstance(self.optimizer, FusedOptimizer)
+
+
+class Pruner:
+    """Prunes a model while any torch optimizer trains it; the training loop stays as it was.
+
+    Order within one step (Ren & Zhu 2023, released code): the window's end and a new mask where they are due, importance
+    from the weights before the step, the optimizer, zeros. A `PinsAdamW` or `PinsSGD` does the last three in one pass;
+    any other optimizer is followed through its step hooks.
+
+    Args:
+        model: the model to prune. Nothing in it is renamed or replaced.
+        optimizer: its optimizer, or several that share one budget and each step once per training step.
+        config: what to prune, how much and when.
+        total_steps: optimizer steps of the whole run.
+
+    Attributes:
+        step: optimizer steps seen so far. names: pruned parameters in order of their global index.
+        n_weights: how many weights they hold. schedule: remaining ratio and mask steps.
+
+    Raises:
+        ValueError: a schedule longer than training, patterns that match nothing, infeasible densities, parameters that
+            no optimizer owns; see PruneConfig, Schedule, prunable_parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], config: PruneConfig, total_steps: int
+    ) -> None:
+        self.model, self.config = model, config
+        self.schedule = Schedule.of(config, total_steps)
+        parameters = prunable_parameters(model, config)
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self.layout = ops.Layout.of(self.parameters)
+        self.n_weights = self.layout.total
+        self.selection = Selection(self.names, self.parameters, self.layout, config)
+        self.importance = Importance(self.parameters, config, self.layout)
+        self.masks = [ops.new_mask(p) for p in self.parameters]
+        self.threshold = torch.zeros(1, 2, dtype=torch.int64, device=self.layout.rows.device)
+        self.step = 0
+        self.frozen = False
+        self.masked = False
+        self.seconds = 0.0
+        self._selected_for: tuple[Any, ...] | None = None
+        self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.rows.device)
+        self._counts: Tensor | None = None
+        self._layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._open: list[_Slot] = []
+        self._slots = self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+
+    @classmethod
+    def from_sparse(
+        cls, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], config: PruneConfig | None = None
+    ) -> Pruner:
+        """Go on training a sparse model with its zeros fixed: the mask is where its prunable weights are not zero.
+
+        Args:
+            config: which parameters count (include, exclude, parameter_set); its schedule is not used.
+
+        Raises:
+            ValueError: the model has no zeros to keep.
+        """
+        # Magnitude keeps no states; with the mask fixed no score is ever asked for.
+        still = {"criterion": "magnitude", "mask_policy": "reference", "schedule": "constant", "warmup": 0, "cooldown": 0}
+        pruner = cls(model, optimizer, dataclasses.replace(config or PruneConfig(), **still), total_steps=1)
+        threshold = torch.tensor([[_ZERO_THRESHOLD, 0]]).to(pruner.layout.rows.device)
+        pruner._pack(("magnitude", pruner.parameters, []), threshold)
+        kept = int(pruner._pack_stats[:, 0].sum())
+        if kept == pruner.n_weights:
+            pruner.detach()
+            raise ValueError("the model has no zeros in its prunable parameters: nothing to keep sparse")
+        pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=kept / pruner.n_weights)
+        pruner.freeze()
+        return pruner
+
+    # ---- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, slot: _Slot) -> None:
+        """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
+        if slot in self._open:
+            raise RuntimeError("one optimizer stepped twice while another of the same Pruner did not step")
+        slot.scaling = Scaling.of(slot.optimizer)
+        if not self._open:
+            self._begin_step()
+        self._open.append(slot)
+        criterion = self.config.criterion
+        separately = callable(criterion) or (not slot.fused and criterion != "pins-update")
+        if separately and not self.frozen:
+            self._accumulate(slot, slot.indices, slot.scaling)
+
+    @torch.no_grad()
+    def end(self, slot: _Slot) -> None:
+        """An optimizer has stepped; after the last one the weights are masked."""
+        if not slot.fused and self.config.criterion == "pins-update" and not self.frozen:
+            # A fused optimizer has unscaled its gradients by now.
+            self._accumulate(slot, slot.indices, Scaling(None, slot.scaling.found_inf))
+        if len(self._open) == len(self._slots):
+            self._end_step()
+
+    def _begin_step(self) -> None:
+        with self._timed():
+            due = self.schedule.mask_due(self.step)
+            if self.frozen:
+                return
+            if self.config.smoothed and self.step % self.config.delta_t == 0:
+                bracket, counts = self._count_while_folding() if due else (None, None)
+                self.importance.fold(self.step, bracket, counts)
+            else:
+                bracket = counts = None
+            if due and self.importance.scored_before_step:
+                self._renew_masks(self.schedule.remaining_ratio(self.step), bracket, counts)
+
+    def _end_step(self) -> None:
+        with self._timed():
+            due = self.schedule.mask_due(self.step)
+            if not self.frozen:
+                self.importance.count_accepted(self._open[0].scaling)
+                if due and not self.importance.scored_before_step:
+                    self._renew_masks(self.schedule.remaining_ratio(self.step))
+                if due and self.schedule.selects_once(self.step):
+                    self.freeze()
+            self.masked = self._masks_wanted
+            late = due and not self.importance.scored_before_step
+            for slot in self._slots:
+                if not slot.fused:
+                    for i in slot.indices if self.importance.shadow else ():
+                        self.importance.shadow[i].copy_(self.parameters[i])
+                if self.masked and (late or not slot.fused):
+                    self._apply(slot, slot.indices)
+            self._open.clear()
+            self.step += 1
+
+    @property
+    def _masks_wanted(self) -> bool:
+        """Whether the step under way ends with pruned weights at zero."""
+        strict = self.config.mask_policy == "strict" and self._selected_for is not None
+        return self.frozen or strict or self.schedule.mask_due(self.step)
+
+    def fused_pruning(self, slot: _Slot, with_grad: list[int]) -> FusedPruning:
+        """What a fused optimizer takes into its pass over the pruned tensors `with_grad` (places in the whole list)."""
+        importance = self.importance
+        masked = self._masks_wanted and (
+            importance.scored_before_step or self.frozen or not self.schedule.mask_due(self.step)
+        )
+        importing = bool(importance.ipt) and not self.frozen and not callable(self.config.criterion)
+        return FusedPruning(
+            layout=self._layout_of(with_grad),
+            masks=[self.masks[i] for i in with_grad] if masked else [],
+            ipt=[importance.ipt[i] for i in with_grad] if importing else [],
+            shadow=[importance.shadow[i] for i in with_grad] if importance.shadow else [],
+            accepted=importance.accepted,
+            rng=importance.rng(self.step),
+            criterion=importance.criterion if importing else "pins",
+            clear_state=self.config.mask_optimizer_state,
+        )
+
+    @torch.no_grad()
+    def fused_without_grad(self, slot: _Slot, without_grad: list[int]) -> None:
+        """Pruned tensors that got no gradient this step: a zero enters their window, their zeros stay."""
+        if not without_grad:
+            return
+        if self.importance.ipt and not self.frozen and not callable(self.config.criterion):
+            self._accumulate(slot, without_grad, slot.scaling)
+        if self._masks_wanted:
+            self._apply(slot, without_grad)
+
+    def _accumulate(self, slot: _Slot, indices: Sequence[int], scaling: Scaling) -> None:
+        if not self.importance.ipt:
+            return
+        with self._timed():
+            grads = [_gradient(self.names[i], self.parameters[i]) for i in indices]
+            rates = [float(group["lr"]) for group in slot.optimizer.param_groups]
+            place = dict(zip(slot.indices, slot.group_of, strict=True))
+            lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.rows.device)
+            self.importance.accumulate(indices, self._layout_of(indices), grads, lr, self.step, scaling)
+
+    # ---- masks --------------------------------------------------------------------------------------------------------
+
+    def _count_while_folding(self) -> tuple[Tensor | None, Tensor | None]:
+        """A bracket around the last threshold and room for its counts, once there is a threshold to start from."""
+        if not self.selection.global_scope or self._selected_for is None or self.config.beta2 == 0:
+            return None, None
+        if self._counts is None:
+            self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.rows.device)
+        return ops.bracket_around(self.threshold), self._counts
+
+    def _renew_masks(self, ratio: float, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
+        """Select anew, unless neither the scores nor the number to prune changed since the last time."""
+        window = self.step // self.config.delta_t if self.importance.constant_in_window else self.step
+        wanted = (window, *self.selection.n_prune(ratio))
+        if wanted == self._selected_for:
+            return
+        score = self.importance.score()
+        self._pack(score, self.selection.thresholds(score, ratio, bracket, counts))
+        self._selected_for = wanted
+
+    def _pack(self, score: tuple[str, list[Tensor], list[Tensor]], threshold: Tensor) -> None:
+        kind, a, b = score
+        self.threshold = threshold
+        rows, chunks = self.layout.rows, self.layout.chunks
+        torch.ops.pins_ext.pack_(self.masks, self._pack_stats, a, b, rows, chunks, kind, threshold)
+
+    def _apply(self, slot: _Slot, indices: Sequence[int]) -> None:
+        layout, masks = self._layout_of(indices), [self.masks[i] for i in indices]
+        parameters = [self.parameters[i] for i in indices]
+        torch.ops.pins_ext.apply_mask_(parameters, masks, layout.rows, layout.chunks)
+        if self.config.mask_optimizer_state:
+            for i, p in zip(indices, parameters, strict=True):
+                states = [v for v in slot.optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape]
+                one = self._layout_of([i])
+                for state in states:
+                    torch.ops.pins_ext.apply_mask_([state], [self.masks[i]], one.rows, one.chunks)
+
+    def _layout_of(self, indices: Sequence[int]) -> ops.Layout:
+        key = tuple(indices)
+        if key not in self._layouts:
+            self._layouts[key] = subset(self.layout, self.parameters, key)
+        return self._layouts[key]
+
+    # ---- what the user asks for -----------------------------------------------------------------------------------------
+
+    @property
+    def remaining_ratio(self) -> float:
+        """Share of the prunable weights that the schedule keeps at the current step."""
+        return self.schedule.remaining_ratio(self.step)
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, Any]:
+        """Select at the final sparsity, zero the pruned weights for good, verify. Call it when training ends, early or not.
+
+        Returns:
+            What `verify` returns.
+
+        Raises:
+            RuntimeError: no gradient was ever seen, so no weight has a score; or verification failed.
+        """
+        if not self.frozen:
+            if self.config.smoothed and not self.importance.folded:
+                if not float(self.importance.accepted):
+                    raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
+                self.importance.fold(self.step)
+            self._selected_for = None
+            self._renew_masks(self.schedule.final_ratio)
+            self.freeze()
+        for slot in self._slots:
+            self._apply(slot, slot.indices)
+        self.masked = True
+        return self.verify()
+
+    def freeze(self) -> None:
+        """Fix the mask: from now on it never changes, pruned weights are zero after every step, importance rests."""
+        self.frozen = True
+
+    def mask(self, name: str) -> Tensor:
+        """Boolean mask of one parameter (True = keep), of its shape; a copy."""
+        i = self.names.index(name)
+        return reference.unpack_bits(self.masks[i], self.parameters[i].shape)
+
+    def stats(self) -> dict[str, Any]:
+        """Sparsity overall and per layer, threshold, churn, NaN scores, time spent; costs one synchronisation."""
+        return inspection.stats(self)
+
+    def plan(self) -> inspection.Plan:
+        """What would happen, without doing it: pruned tensors, memory, schedule, conflicts."""
+        return inspection.plan(self)
+
+    def verify(self) -> dict[str, Any]:
+        """Check that the model, its optimizer and the masks agree.
+
+        Raises:
+            RuntimeError: they don't; every problem found is listed.
+        """
+        return inspection.verify(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs, as plain data and tensors (not copied): never part of the optimizer's state."""
+        return checkpoint.state_dict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict of a Pruner of the same model and configuration.
+
+        Raises:
+            ValueError: another configuration, other parameters or shapes; the message lists the differences.
+        """
+        checkpoint.load_state_dict(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading."""
+        checkpoint.save(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote. Raises ValueError for a file that is damaged, foreign, or of another configuration."""
+        checkpoint.load(self, Path(path))
+
+    # ---- attachment -----------------------------------------------------------------------------------------------------
+
+    def _attach(self, optimizers: list[Optimizer]) -> list[_Slot]:
+        places = {id(p): i for i, p in enumerate(self.parameters)}
+        slots: list[_Slot] = []
+        for optimizer in map(_unwrapped, optimizers):
+            owned = {
+                places.pop(id(p)): g
+                for g, group in enumerate(optimizer.param_groups)
+                for p in group["params"]
+                if id(p) in places
+            }
+            if owned:
+                indices = tuple(sorted(owned))
+                slots.append(_Slot(optimizer, indices, tuple(owned[i] for i in indices)))
+        if places:
+            missing = [self.names[i] for i in places.values()]
+            raise ValueError(
+                f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
+                f"give them to the optimizer or exclude them"
+            )
+        for slot in slots:
+            if isinstance(slot.optimizer, FusedOptimizer):
+                slot.optimizer.attach(self, slot)
+            else:
+                slot.handles = _hook(self, slot)
+        return slots
+
+    def detach(self) -> None:
+        """Let go of the optimizers; the weights stay as they are."""
+        for slot in self._slots:
+            for handle in slot.handles:
+                handle.remove()
+            if isinstance(slot.optimizer, FusedOptimizer):
+                slot.optimizer.detach()
+            slot.handles = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether every optimizer still calls this pruner; a deep copy of an optimizer does not."""
+        return all(
+            slot.optimizer.pruner is self
+            if isinstance(slot.optimizer, FusedOptimizer)
+            else bool(slot.handles) and slot.handles[0].id in slot.optimizer._optimizer_step_pre_hooks
+            for slot in self._slots
+        )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Wall time on the host; a GPU's own time is the benchmark's matter, not worth a synchronisation here."""
+        begin = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begin
+
+
+def _hook(pruner: Pruner, slot: _Slot) -> list[Any]:
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(callable(value) for value in (*args, *kwargs.values())):
+            raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance: step without one")
+        pruner.begin(slot)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        pruner.end(slot)
+
+    return [slot.optimizer.register_step_pre_hook(before), slot.optimizer.register_step_post_hook(after)]
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _gradient(name: str, p: Tensor) -> Tensor:
+    """The gradient as the kernels take it; a missing one is zero."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    if p.grad.layout != torch.strided:
+        raise ValueError(f"{name} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
+    return p.grad.contiguous()

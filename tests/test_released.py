@@ -1,0 +1,71 @@
+"""The Pruner against a literal transcription of the released algorithm, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Network, train
+
+from pins_ext import PruneConfig, Pruner
+from pins_ext.optim import PinsAdamW
+from pins_ext.reference import EagerPins
+
+STEPS = 200
+
+
+def pruned_run(delta_t: int, beta2: float, optimizer_class: type) -> tuple[Network, list[float | None]]:
+    model = Network()
+    kwargs = {"foreach": False} if optimizer_class is torch.optim.AdamW else {}
+    optimizer = optimizer_class(model.parameters(), lr=3e-3, weight_decay=0.01, **kwargs)
+    config = PruneConfig(
+        sparsity=0.8,
+        beta2=beta2,
+        delta_t=delta_t,
+        warmup=20,
+        cooldown=60,
+        ties="reference",
+        mask_policy="reference",
+        parameter_set="released",
+    )
+    pruner = Pruner(model, optimizer, config, STEPS)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+    thresholds: list[float | None] = []
+
+    def after() -> None:
+        scheduler.step()
+        thresholds.append(pruner.stats()["threshold"])
+
+    train(model, optimizer, STEPS, after=after)
+    return model, thresholds
+
+
+def eager_run(delta_t: int, beta2: float) -> tuple[Network, list[float | None]]:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, foreach=False)
+    parts = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
+    parameters = {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
+    eager = EagerPins(parameters, STEPS, 20, 60, r_final=1 - 0.8, beta2=beta2, delta_t=delta_t)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+    thresholds: list[float | None] = []
+
+    def after() -> None:
+        eager.after_step()
+        scheduler.step()
+        thresholds.append(eager.threshold)
+
+    train(model, optimizer, STEPS, lambda: eager.before_step(optimizer.param_groups[0]["lr"]), after)
+    return model, thresholds
+
+
+@pytest.mark.parametrize("beta2", [0.85, 0.99, 1, 0])
+@pytest.mark.parametrize("delta_t", [1, 4, 10])
+def test_weights_and_thresholds_equal_the_released_algorithm(delta_t: int, beta2: float) -> None:
+    expected, expected_thresholds = eager_run(delta_t, beta2)
+    for optimizer_class in (torch.optim.AdamW, PinsAdamW):
+        model, thresholds = pruned_run(delta_t, beta2, optimizer_class)
+        assert any(t is not None and t > 0 for t in thresholds)
+        assert thresholds == expected_thresholds
+        for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q), f"{name} with {optimizer_class.__name__}"
+        zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
+        assert zeros > 0.79 * sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
