@@ -1,0 +1,105 @@
+// What a launch needs beside its kernel: the device, its current stream, error checks, the table of addresses.
+//
+// Stable headers and cuda_runtime.h alone. A CPU-only torch loads the same module: the one symbol that only a CUDA
+// torch has is weak.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace pins_ext::cuda {
+
+constexpr DeviceType kCuda = DeviceType::CUDA;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  PINS_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
+}
+
+#define PINS_CUDA_CHECK(call) check_cuda(call, #call)
+// A launch reports its errors through the last error of the thread.
+#define PINS_LAUNCH_CHECK(kernel) check_cuda(cudaGetLastError(), "the launch of " #kernel)
+
+// Makes the device of the tables the current one while this lives, and knows its current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& layout) : index_(index_of(layout)), guard_(index_) {
+    PINS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    PINS_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  template <class Name>
+  void check_holds(const Name& name, const Tensor& tensor) const {
+    PINS_CHECK(tensor.get_device_index() == index_, name(), " must be on cuda:", index_, " like layout, got cuda:",
+               tensor.get_device_index());
+  }
+
+ private:
+  static int32_t index_of(const Tensor& layout) {
+    PINS_CHECK(layout.is_cuda(), "layout must be on the GPU like the rest");
+    return layout.get_device_index();
+  }
+
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// A list argument under its name; empty where it is not wanted.
+struct Operand {
+  const char* name;
+  const Tensors& tensors;
+
+  bool given() const { return !tensors.empty(); }
+};
+
+// The addresses of the lists, a row each in the order of the arguments, zeros for an empty one: int64 [lists, n] on the
+// device. `pointers` if the caller keeps such a table, otherwise a new one, uploaded on the stream.
+inline Tensor pointer_table(const Device& device, const Tensor& layout, const std::vector<Operand>& lists,
+                            const std::optional<Tensor>& pointers) {
+  const int64_t rows = static_cast<int64_t>(lists.size());
+  const int64_t n = layout.size(0);
+  if (pointers.has_value()) {
+    check_shape("pointers", *pointers, {rows, n}, ScalarType::Long, kCuda);
+    return *pointers;
+  }
+  PINS_CHECK(!device.capturing(), "pointers must be given while a CUDA graph is captured: a replay would upload the "
+             "addresses from memory that is gone");
+  std::vector<int64_t> addresses;
+  addresses.reserve(rows * n);
+  for (const Operand& list : lists) {
+    for (const Tensor& tensor : list.tensors) addresses.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()));
+    if (!list.given()) addresses.insert(addresses.end(), n, 0);
+  }
+  const int64_t shape[] = {rows, n};
+  Tensor table = torch::stable::new_empty(layout, {shape, 2}, ScalarType::Long);
+  // Pageable memory: the copy has left `addresses` when the call returns.
+  PINS_CUDA_CHECK(cudaMemcpyAsync(table.data_ptr(), addresses.data(), addresses.size() * sizeof(int64_t),
+                                  cudaMemcpyHostToDevice, device.stream()));
+  return table;
+}
+
+template <class T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+inline const float* data_of(const std::optional<Tensor>& scalar) {
+  return scalar.has_value() ? data_of<float>(*scalar) : nullptr;
+}
+
+}  // namespace pins_ext::cuda

@@ -1,0 +1,243 @@
+// What one thread of a block does to its share of a chunk: the masked optimizer step, and the mask alone.
+//
+// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.h, optimizer.h,
+// layout.h and walk.cuh, in the same namespace.
+
+struct AdamWStep {
+  using Row = AdamWRow;
+  static constexpr int kMoments = 2;
+  static PINS_HD float next(float p, float g, float (&moments)[2], const Row& row) {
+    return adamw(p, g, moments[0], moments[1], row);
+  }
+};
+
+struct SgdStep {
+  using Row = SgdRow;
+  static constexpr int kMoments = 1;
+  static PINS_HD float next(float p, float g, float (&moments)[1], const Row& row) {
+    return sgd(p, g, moments[0], row);
+  }
+};
+
+// Rows of the pointer table: the list arguments in their order. The row of an empty list is not read.
+template <typename Step>
+struct Lists {
+  static constexpr int params = 0, moments = 1, ipt = 1 + Step::kMoments, shadow = ipt + 1, grads = ipt + 2,
+                       masks = ipt + 3, count = ipt + 4;
+};
+
+// All pointers are device memory; scalars have shape [1].
+struct UpdateArguments {
+  Work work;
+  const float* hyper;  // [tensors, 8]
+  const float* accepted;
+  const int64_t* rng;       // [2]
+  const float* grad_scale;  // null if not given, as the next two
+  const float* clip;
+  const float* found_inf;
+  uint32_t lists;  // bit k: list k is not empty
+  Criterion criterion;
+  bool clear_state;
+};
+
+// ipt[w] becomes the window's mean, or sum, that includes this step's instant score.
+template <Criterion criterion, int width>
+PINS_HD void accumulate(float (&ipt)[width], const float (&p)[width], const float (&p_next)[width],
+                        const float (&g)[width], float lr, float accepted) {
+  for (int w = 0; w < width; ++w) {
+    ipt[w] = next_ipt<criterion>(ipt[w], instant_score<criterion>(p[w], p_next[w], g[w], lr), accepted);
+  }
+}
+
+// The same, one branch for all the weights of an access.
+template <int width>
+PINS_HD void accumulate(Criterion criterion, float (&ipt)[width], const float (&p)[width], const float (&p_next)[width],
+                        const float (&g)[width], float lr, float accepted) {
+  switch (criterion) {
+    case Criterion::pins: return accumulate<Criterion::pins>(ipt, p, p_next, g, lr, accepted);
+    case Criterion::pins_signed: return accumulate<Criterion::pins_signed>(ipt, p, p_next, g, lr, accepted);
+    case Criterion::pins_update: return accumulate<Criterion::pins_update>(ipt, p, p_next, g, lr, accepted);
+    case Criterion::platon: return accumulate<Criterion::platon>(ipt, p, p_next, g, lr, accepted);
+    case Criterion::movement: return accumulate<Criterion::movement>(ipt, p, p_next, g, lr, accepted);
+    case Criterion::precomputed: return accumulate<Criterion::precomputed>(ipt, p, p_next, g, lr, accepted);
+  }
+}
+
+// P: storage of parameters, gradients, moments and shadow. S: storage of ipt; bf16 is rounded stochastically.
+template <typename Step, typename P, typename S>
+class Update {
+ public:
+  PINS_HD Update(const UpdateArguments& a, const Chunk& chunk)
+      : a_(a),
+        place_(a.work.layout[chunk.tensor]),
+        offset_(chunk.offset),
+        n_(weights_of(place_, chunk)),
+        params_(stream<P>(L::params, chunk)),
+        ipt_(stream<S>(L::ipt, chunk)),
+        shadow_(stream<P>(L::shadow, chunk)),
+        grads_(stream<const P>(L::grads, chunk)),
+        mask_(has(L::masks) ? a.work.stream<const uint8_t>(L::masks, chunk.tensor) + chunk.offset / 8 : nullptr),
+        row_(reinterpret_cast<const typename Step::Row*>(a.hyper)[chunk.tensor]),
+        accepted_(a.accepted[0]),
+        grad_scale_(a.grad_scale != nullptr ? a.grad_scale[0] : 1.0f),
+        clip_(a.clip != nullptr ? a.clip[0] : 1.0f) {
+    for (int m = 0; m < Step::kMoments; ++m) moments_[m] = stream<P>(L::moments + m, chunk);
+    if constexpr (kRounds) {
+      key_[0] = static_cast<uint32_t>(a.rng[0]);
+      key_[1] = static_cast<uint32_t>(a.rng[1]);
+      first_ = global_index(place_, offset_);
+      one_run_ = run_length(place_, offset_) >= n_;
+    }
+  }
+
+  PINS_HD void run(int64_t thread, int64_t threads) const {
+    const int64_t head = head_of(params_);
+    bool shared = shares(L::params, params_, head) && shares(L::ipt, ipt_, head) && shares(L::shadow, shadow_, head) &&
+                  shares(L::grads, grads_, head);
+    for (int m = 0; m < Step::kMoments; ++m) shared = shared && shares(L::moments + m, moments_[m], head);
+    walk<kWidth<P>>(n_, shared ? head : n_, thread, threads, *this);
+  }
+
+  // Weights [i, i + width) of the chunk.
+  template <int width>
+  PINS_HD void at(int64_t i) const {
+    constexpr int kMoments = Step::kMoments;
+    const Pack<P, width> params = read<width>(params_ + i);
+    const Pack<P, width> grads = read<width>(grads_ + i);
+    Pack<P, width> moments[kMoments] = {};
+    for (int m = 0; m < kMoments; ++m) {
+      if (has(L::moments + m)) moments[m] = read<width>(moments_[m] + i);
+    }
+    // The first score of a window replaces what ipt holds.
+    Pack<S, width> ipts = {};
+    if (has(L::ipt) && (accepted_ != 0.0f || a_.criterion == Criterion::movement)) ipts = read<width>(ipt_ + i);
+    Pack<P, width> shadow = params;
+    if (has(L::shadow)) shadow = read<width>(shadow_ + i);
+    const uint32_t keep = has(L::masks) ? mask_bits<width>(mask_, i) : ~0u;
+
+    float g[width];
+    for (int w = 0; w < width; ++w) g[w] = load(grads.at[w]);
+    if (a_.grad_scale != nullptr) {
+      for (int w = 0; w < width; ++w) g[w] = g[w] / grad_scale_;
+    }
+    if (a_.clip != nullptr) {
+      for (int w = 0; w < width; ++w) g[w] = g[w] * clip_;
+    }
+
+    float p_next[width], p_kept[width], moment[kMoments][width];
+    for (int w = 0; w < width; ++w) {
+      const bool pruned = !(keep >> w & 1);
+      float next[kMoments];
+      for (int m = 0; m < kMoments; ++m) next[m] = load(moments[m].at[w]);
+      p_next[w] = Step::next(load(params.at[w]), g[w], next, row_);
+      p_kept[w] = pruned ? 0.0f : p_next[w];
+      for (int m = 0; m < kMoments; ++m) moment[m][w] = pruned && a_.clear_state ? 0.0f : next[m];
+    }
+    for (int m = 0; m < kMoments; ++m) {
+      if (has(L::moments + m)) write(moments_[m] + i, stored<P>(moment[m]));
+    }
+    if (has(L::ipt)) {
+      float ipt[width], p[width];
+      for (int w = 0; w < width; ++w) {
+        ipt[w] = load(ipts.at[w]);
+        p[w] = load(shadow.at[w]);
+      }
+      accumulate(a_.criterion, ipt, p, p_next, g, row_.lr, accepted_);
+      write(ipt_ + i, rounded(i, ipt));
+    }
+    if (has(L::shadow)) write(shadow_ + i, stored<P>(p_next));
+    write(params_ + i, stored<P>(p_kept));
+  }
+
+ private:
+  using L = Lists<Step>;
+  static constexpr bool kRounds = sizeof(S) == 2;
+
+  PINS_HD bool has(int list) const { return a_.lists >> list & 1; }
+
+  template <typename T>
+  PINS_HD T* stream(int list, const Chunk& chunk) const {
+    return has(list) ? a_.work.stream<T>(list, chunk.tensor) + chunk.offset : nullptr;
+  }
+
+  // A list that is not given hinders nobody.
+  template <typename T>
+  PINS_HD bool shares(int list, const T* stream, int64_t head) const {
+    return !has(list) || aligned<kWidth<P>>(stream + head);
+  }
+
+  template <int width>
+  PINS_HD Pack<S, width> rounded(int64_t i, const float (&x)[width]) const {
+    if constexpr (!kRounds) {
+      return stored<S>(x);
+    } else {
+      Pack<S, width> to;
+      const uint64_t first = static_cast<uint64_t>(first_ + i);
+      const uint32_t low = static_cast<uint32_t>(first);
+      // One high half for all the indices: its share of the hash is computed once.
+      if (one_run_ && low <= 0xffffffffu - (width - 1)) {
+        for (int w = 0; w < width; ++w) {
+          to.at[w].bits = bf16_of(x[w], random_bits((first >> 32 << 32) | (low + w), key_[0], key_[1]));
+        }
+      } else {
+        Indices indices(place_, offset_ + i);
+        for (int w = 0; w < width; ++w) to.at[w].bits = bf16_of(x[w], random_bits(indices.next(), key_[0], key_[1]));
+      }
+      return to;
+    }
+  }
+
+  const UpdateArguments& a_;
+  const Place& place_;
+  int64_t offset_;
+  int64_t n_;
+  P* params_;
+  P* moments_[Step::kMoments];
+  S* ipt_;
+  P* shadow_;
+  const P* grads_;
+  const uint8_t* mask_;
+  typename Step::Row row_;
+  float accepted_;
+  float grad_scale_;
+  float clip_;
+  uint32_t key_[2];
+  int64_t first_;  // global index of the chunk's first weight
+  bool one_run_;   // global indices are consecutive within the chunk
+};
+
+template <typename Step, typename P, typename S>
+PINS_HD void update_chunk(const UpdateArguments& a, int64_t chunk, int64_t thread, int64_t threads) {
+  if (a.found_inf != nullptr && a.found_inf[0] != 0.0f) return;
+  Update<Step, P, S>(a, a.work.chunks[chunk]).run(thread, threads);
+}
+
+// p = mask ? p : +0, whatever p is. An access without a pruned weight is not written back. T: storage of parameters.
+template <typename T>
+struct ApplyMask {
+  T* params;
+  const uint8_t* mask;
+
+  template <int width>
+  PINS_HD void at(int64_t i) const {
+    Pack<T, width> values = read<width>(params + i);
+    const uint32_t keep = mask_bits<width>(mask, i);
+    bool pruned = false;
+    for (int w = 0; w < width; ++w) {
+      if (keep >> w & 1) continue;
+      values.at[w] = T{};
+      pruned = true;
+    }
+    if (pruned) write(params + i, values);
+  }
+};
+
+template <typename T>
+PINS_HD void apply_mask_chunk(const Work& work, int64_t block, int64_t thread, int64_t threads) {
+  const Chunk& chunk = work.chunks[block];
+  const int64_t n = weights_of(work.layout[chunk.tensor], chunk);
+  const ApplyMask<T> body{work.stream<T>(0, chunk.tensor) + chunk.offset,
+                          work.stream<const uint8_t>(1, chunk.tensor) + chunk.offset / 8};
+  const int64_t head = head_of(body.params);
+  walk<kWidth<T>>(n, aligned<kWidth<T>>(body.params + head) ? head : n, thread, threads, body);
+}
