@@ -213,7 +213,7 @@ def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str) 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         if not paint(figure):

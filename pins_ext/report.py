@@ -1,4 +1,4 @@
-"""The HTML report of one run or several side by side: one self-contained file, no scripts, nothing loaded from outside."""
+"""The HTML report of one run or several side by side: one self-contained file that loads nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pins_ext.charts import pictures
 RECORD = "metrics.json"
 REPORT = "report.html"
 FORMAT = "pins-ext run"
+NOTHING = "\N{EN DASH}"
 
 
 class RecordError(ValueError):
@@ -64,7 +65,7 @@ def render(records: Sequence[dict[str, Any]], title: str | None = None) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as people read it: "80.0 %", or a dash for None."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+    return NOTHING if share is None else f"{100 * share:.{digits}f} %"
 
 
 def _distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,15 +123,15 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
                 record["label"],
                 *(_number(final["metrics"].get(name)) for name in names),
                 percent(final["zeros"] / weights, 2) if weights else "dense",
-                f"{final['zeros']:,}" if weights else "–",
-                f"{timings['step_ms']:.0f}" if timings.get("step_ms") else "–",
+                f"{final['zeros']:,}" if weights else NOTHING,
+                f"{timings['step_ms']:.0f}" if timings.get("step_ms") else NOTHING,
                 percent(timings.get("pruning_share")),
             ]
         )
     majority = next((r["data"]["majority"] for r in records if r.get("data", {}).get("majority") is not None), None)
     if majority is not None and "eval_accuracy" in names:
-        row = ["majority class", *(_number(majority) if name == "eval_accuracy" else "–" for name in names)]
-        rows.append([*row, *["–"] * (len(head) - len(row))])
+        row = ["majority class", *(_number(majority) if name == "eval_accuracy" else NOTHING for name in names)]
+        rows.append([*row, *[NOTHING] * (len(head) - len(row))])
     return _table(head, rows)
 
 
@@ -169,7 +170,7 @@ def _plain(value: Any) -> str:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "–"
+        return NOTHING
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -45,7 +45,7 @@ def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> It
     """
     aside = folder.parent / _ASIDE / folder.name
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside.parent, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         if manifest is not None:
@@ -56,7 +56,7 @@ def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> It
     else:
         replace(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def replace(source: Path, folder: Path) -> None:
@@ -125,15 +125,22 @@ def checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint that training can resume from, and why each newer one was passed over."""
-    passed = []
+    passed: list[str] = []
     for _, folder in checkpoints(root):
-        try:
-            if read_manifest(folder).get("resumable", True):
-                return folder, passed
-            passed.append(f"{folder.name} holds the model only")
-        except IncompleteError as error:
-            passed.append(str(error))
+        reason = why_not(folder)
+        if reason is None:
+            return folder, passed
+        passed.append(reason)
     return None, passed
+
+
+def why_not(folder: Path) -> str | None:
+    """Why training can't resume from this folder; None if it can."""
+    try:
+        resumable = read_manifest(folder).get("resumable", True)
+    except IncompleteError as error:
+        return str(error)
+    return None if resumable else f"{folder} holds the model only"
 
 
 def rotate(root: Path, limit: int | None, protected: Path | None) -> None:

@@ -1,0 +1,165 @@
+"""A Trainer whose checkpoints are whole or absent, and whose resumed run ends with the weights of an unbroken one."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from pins_ext.integrations import random_state
+from pins_ext.integrations.saving import (
+    IncompleteError,
+    clear_leftovers,
+    newest_complete,
+    read_manifest,
+    rotate,
+    written_aside,
+)
+from pins_ext.integrations.transformers import PinsCallback
+
+EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
+
+logger = logging.get_logger(__name__)
+
+
+class PinsTrainer(Trainer):
+    """A Trainer with a `PinsCallback` built in.
+
+    A checkpoint is written aside, pruner and teacher included, flushed to disk, renamed, and only then old ones go;
+    resuming takes the newest whole one. Evaluations draw no random numbers from training, and every epoch begins with
+    the random state it had, so data order and dropout of a resumed run are those of an unbroken one.
+
+    Args:
+        pins: the callback that prunes; it must not be among `callbacks` as well.
+        others: what Trainer takes, by keyword.
+
+    Raises:
+        ValueError: several processes; one is supported so far.
+    """
+
+    def __init__(self, pins: PinsCallback, callbacks: list[Any] | None = None, **kwargs: Any) -> None:
+        self.pins = pins
+        pins.saves_in_on_save = False
+        self._epoch_random_state: dict[str, Any] | None = None
+        self._resumed_from: Path | None = None
+        self._saving_in: Path | None = None
+        super().__init__(callbacks=[pins, *(callbacks or [])], **kwargs)
+        if self.args.world_size > 1:
+            raise ValueError(f"PinsTrainer runs in one process so far, not in {self.args.world_size}")
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; True resumes from the newest whole checkpoint in the output folder, a path from that one.
+
+        Raises:
+            IncompleteError: there is none, or the one at the path is damaged.
+        """
+        clear_leftovers(Path(self.args.output_dir or ""))
+        self._resumed_from = self._checkpoint(resume_from_checkpoint)
+        self.pins.resume_from = self._resumed_from
+        return super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
+
+    def _checkpoint(self, wanted: str | bool | None) -> Path | None:
+        if not wanted:
+            return None
+        root = Path(self.args.output_dir or "")
+        folder, passed = (Path(wanted), []) if isinstance(wanted, str) else newest_complete(root)
+        for reason in passed:
+            logger.warning(f"passed over: {reason}")
+        if folder is None:
+            raise IncompleteError(f"{root} holds no whole checkpoint to resume from")
+        numerics, now = read_manifest(folder).get("numerics", {}), _numerics()
+        changed = [
+            f"{name} {numerics[name]} -> {now[name]}" for name in now if numerics.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            logger.warning(f"resumed weights may differ in their last bits: {', '.join(changed)}")
+        return folder
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last checkpoint of a finished run: a stock Trainer would take one step more.
+            self.control.should_training_stop = True
+            return
+        if self._resumed_from is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            if kwargs["steps_trained_in_current_epoch"]:
+                file = self._resumed_from / EPOCH_RANDOM_STATE
+                random_state.restore(torch.load(file, weights_only=True))
+            else:
+                self._load_rng_state(str(self._resumed_from))
+        self._epoch_random_state = random_state.capture()
+        super()._run_epoch(**kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A resumed or best model must be there to the last tensor; tied weights are stored once."""
+        tensors = cast(nn.Module, self.model).state_dict()
+        stored = {t.data_ptr() for name, t in tensors.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if tensors[name].data_ptr() not in stored]
+        if missing or load_result.unexpected_keys:
+            raise IncompleteError(
+                f"the checkpoint's weights don't fit this model: missing {missing}, "
+                f"unexpected {load_result.unexpected_keys}"
+            )
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        root = Path(super()._get_output_dir(trial))
+        folder = root / f"checkpoint-{step}"
+        about = {"step": step, "resumable": not self.args.save_only_model, "numerics": _numerics()}
+        best = self.state.best_model_checkpoint
+        with written_aside(folder, about) as aside:
+            self._saving_in = aside.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_in = None
+                self.state.best_model_checkpoint = str(folder) if self.state.best_global_step == step else best
+            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            self.pins.save(aside, step)
+            torch.save(self._epoch_random_state, aside / EPOCH_RANDOM_STATE)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+        best = self.state.best_model_checkpoint
+        rotate(root, self.args.save_total_limit, Path(best) if best else None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_in or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not while the folder still has its provisional name."""
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self.pins.at_target and super()._determine_best_metric(metrics, trial)
+
+    # ---- evaluating --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, but training's random numbers stay as they are."""
+        with random_state.untouched():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, but training's random numbers stay as they are."""
+        with random_state.untouched():
+            return super().predict(*args, **kwargs)
+
+
+def _numerics() -> dict[str, Any]:
+    """What the last bits of a float32 sum depend on."""
+    return {
+        "machine": platform.machine(),
+        "cpu": torch.ops.pins_ext.cpu_capability(),
+        "torch cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "mkl": torch.backends.mkl.is_available(),
+    }
