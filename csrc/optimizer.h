@@ -1,8 +1,9 @@
 // The optimizer step of one weight, in fp32. Include after criterion.h, in the same namespace.
 //
-// The arithmetic is that of torch.optim's single-tensor path on a CPU with FMA, operation by operation: lerp, addcmul
-// and add(alpha) are fused multiply-adds there, addcdiv and the rest are not. Explicit fma survives -ffp-contract=off
-// and --fmad=false, so the CPU and CUDA kernels agree with each other and, in fp32, with torch to the last bit.
+// The arithmetic is that of torch's vectorised fused AdamW and of its SGD on a CPU with FMA, operation by operation:
+// lerp, addcmul and add(alpha) are fused multiply-adds there, addcdiv and the rest are not. Explicit fma survives
+// -ffp-contract=off and --fmad=false, so the CPU and CUDA kernels agree with each other and, in fp32, with torch to the
+// last bit. (torch's unfused AdamW takes its square root from MKL, which does not round it correctly.)
 
 // One row of the `hyper` table per tensor: every factor computed in double on the host and rounded once.
 // Column order is pins_ext/ops.py's.

@@ -185,19 +185,21 @@ def _select(
     """`pins_ext::select` on every device: bracket, at most three counting passes, ties by global index. No host sync."""
     ops = torch.ops.pins_ext
     total = sum(tensor.numel() for tensor in a)
-    position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, max(total - 1, 0))
+    if total == 0:
+        return torch.zeros(2, dtype=torch.int64, device=layout.device)
+    position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
     passes = 3
     if bracket is None or counts is None:
         counts = torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
-        keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, max(total, 1)), pointers=pointers)
-        bracket = bracket_of(keys, position, max(total, 1))
+        keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
+        bracket = bracket_of(keys, position, total)
     else:
         bracket, passes = narrow(bracket, counts, position), 2
     for _ in range(passes):
         ops.count_(counts, a, b, layout, chunks, score, bracket, pointers=pointers)
         bracket = narrow(bracket, counts, position)
     key, rank = bracket[0], bracket[3]
-    nothing = (n_prune.reshape(()) <= 0) | (total == 0)
+    nothing = n_prune.reshape(()) <= 0
     if exact:
         tie = ops.tie_index(a, b, layout, chunks, score, bracket, pointers=pointers).reshape(())
         everything = n_prune.reshape(()) >= total

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+
+# Threads that spin for work stall one another for seconds when a test run shares its cores. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
