@@ -10,17 +10,20 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pins_ext import heads
+from pins_ext import heads, tensor_file
 from pins_ext.snapshot import Source, Teacher
 from pins_ext.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("joint", "task")
+
+_FORMAT = "pins_ext.teacher"
 
 _CHECKED_BATCHES = 3
 """Batches whose loss `attach` compares with the model's: a batch of one class alone can't show class weights."""
@@ -189,14 +192,12 @@ class SelfRegularizer:
 
         Raises:
             ValueError: another model, or one with a loss module that has class weights or label smoothing.
-            RuntimeError: attached already.
         """
         if unwrapped(model) is not self.model:
             raise ValueError(
                 "attach was given another model than the constructor: a SelfRegularizer belongs to one model"
             )
-        if self._handles:
-            raise RuntimeError("attached already: call detach() first")
+        self.detach()
         for name, module in self.model.named_modules():
             weighted = isinstance(module, nn.modules.loss._WeightedLoss) and module.weight is not None
             if weighted or getattr(module, "label_smoothing", False):
@@ -213,6 +214,9 @@ class SelfRegularizer:
         # Functions, not methods: a deep copy of the model, as the teacher is, keeps the function and no copy of us.
         self._handles = [self.model.register_forward_hook(after_forward, with_kwargs=True)]
         if optimizer is not None:
+            while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+                # accelerate wraps the optimizer that has the hooks
+                optimizer = inner
             self._handles.append(optimizer.register_step_post_hook(after_optimizer))
 
     def detach(self) -> None:
@@ -238,8 +242,8 @@ class SelfRegularizer:
             outputs["loss"] = loss
         elif isinstance(outputs, Tensor | tuple):
             raise TypeError(
-                f"a {type(outputs).__name__} has no loss that could be replaced: return a dict or an object with .loss and "
-                f".logits (transformers: return_dict=True), or call reg(outputs, inputs) yourself"
+                f"a {type(outputs).__name__} has no loss that could be replaced: return a dict or an object with .loss "
+                f"and .logits (transformers: return_dict=True), or call reg(outputs, inputs) yourself"
             )
         else:
             outputs.loss = loss
@@ -257,8 +261,8 @@ class SelfRegularizer:
             if _agree(own, plain, logits):
                 return
         raise ValueError(
-            f"the model's loss is {own.item():.6g}, the plain loss of its logits and labels {plain.item():.6g}, or their "
-            f" gradients differ: class weights, label smoothing or an auxiliary loss; {_OWN_LOSS}"
+            f"the model's loss is {own.item():.6g}, the plain loss of its logits and labels {plain.item():.6g}, or "
+            f"their  gradients differ: class weights, label smoothing or an auxiliary loss; {_OWN_LOSS}"
         )
 
     # ---- the training loop ------------------------------------------------------------------------------------------
@@ -339,6 +343,16 @@ class SelfRegularizer:
             raise ValueError(f"the checkpoint's self-regularization has other settings: {', '.join(other)}")
         self.teacher.load_state_dict(meta, state["tensors"])
         self._task_gradient.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading."""
+        state = self.state_dict()
+        tensor_file.write(path, _FORMAT, state["meta"], state["tensors"])
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote. Raises ValueError for a file that is damaged, foreign, or of other settings."""
+        meta, tensors = tensor_file.read(path, _FORMAT)
+        self.load_state_dict({"meta": meta, "tensors": tensors})
 
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -365,9 +366,9 @@ def test_attach_refuses_what_it_cannot_serve() -> None:
     with pytest.raises(ValueError, match="another model"):
         reg.attach(Net())
     reg.attach(model)
-    with pytest.raises(RuntimeError, match="call detach"):
-        reg.attach(model)
-    with pytest.raises(ValueError, match="no 'labels'.*label_smoothing_factor and compute_loss_func"):
+    reg.attach(model)
+    assert len(model._forward_hooks) == 1
+    with pytest.raises(ValueError, match=r"no 'labels'.*label_smoothing_factor and compute_loss_func"):
         model(batches(1)[0]["x"])
 
 
@@ -393,8 +394,6 @@ def test_attach_refuses_outputs_without_room_for_a_loss() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at", [1, 5])
 def test_resuming_is_bitwise(policy: str, dtype: torch.dtype, at: int, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-
     def run(model: nn.Module, reg: SelfRegularizer, optimizer: Any, first: int, last: int) -> None:
         for i in range(first, last):
             torch.manual_seed(i)
@@ -412,15 +411,14 @@ def test_resuming_is_bitwise(policy: str, dtype: torch.dtype, at: int, tmp_path:
 
     unbroken, reg, optimizer = fresh()
     run(unbroken, reg, optimizer, 0, at)
-    state = reg.state_dict()
-    safetensors.save_file(state["tensors"], tmp_path / "teacher.safetensors")
+    reg.save(tmp_path / "teacher.safetensors")
     kept = weights(unbroken), copy.deepcopy(optimizer.state_dict())
     run(unbroken, reg, optimizer, at, 9)
 
     resumed, again, second = fresh()
     resumed.load_state_dict(kept[0])
     second.load_state_dict(kept[1])
-    again.load_state_dict({"meta": state["meta"], "tensors": safetensors.load_file(tmp_path / "teacher.safetensors")})
+    again.load(tmp_path / "teacher.safetensors")
     run(resumed, again, second, at, 9)
     assert same(weights(resumed), weights(unbroken))
     assert same(again.state_dict()["tensors"], reg.state_dict()["tensors"])
@@ -445,11 +443,31 @@ def test_foreign_state_is_refused() -> None:
     state = reg.state_dict()
     with pytest.raises(ValueError, match=r"teacher='latest' \(now 'best'\), temperature=2.0 \(now 3.0\)"):
         SelfRegularizer(Net(), "best", temperature=3.0).load_state_dict(state)
-    with pytest.raises(ValueError, match="2 of another shape, classifier.weight first"):
+    with pytest.raises(ValueError, match=r"2 of another shape, classifier\.weight first"):
         SelfRegularizer(Net(classes=4), every=1).load_state_dict(state)
     del state["tensors"]["first.bias"]
-    with pytest.raises(ValueError, match="1 tensors missing, 0 foreign, 0 of another shape, first.bias first"):
+    with pytest.raises(ValueError, match=r"1 tensors missing, 0 foreign, 0 of another shape, first\.bias first"):
         SelfRegularizer(Net(), every=1).load_state_dict(state)
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    reg = SelfRegularizer(Net(), every=1)
+    reg.step()
+    path = tmp_path / "teacher.safetensors"
+    reg.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match="is damaged"):
+        reg.load(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read"):
+        reg.load(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        reg.load(tmp_path / "nothing")
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"is no pins_ext\.teacher file"):
+        reg.load(path)
 
 
 def test_plan_counts_memory() -> None:
