@@ -241,7 +241,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     lacking = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(info[kind])]
     if lacking:
         raise ValueError(
-            f"teacher {name} lacks {len(lacking)} weights, {lacking[0]} first: fine-tune it for the task before"
+            f"teacher {name} lacks {len(lacking)} weights, {lacking[0]} first: it must be a {type(model).__name__} that was "
+            f"fine-tuned for the task"
         )
     own, other = (dict(getattr(module.config, "id2label", None) or {}) for module in (model, teacher))
     if own != other and sorted(own.values()) == sorted(other.values()):
