@@ -1,8 +1,8 @@
 """Iterative global pruning of pretrained language models during fine-tuning, exactly (PINS, Ren & Zhu 2023).
 
-    pruner = pins_ext.Pruner(model, optimizer, pins_ext.PruneConfig(sparsity=0.8), total_steps=n)
-    ...                   # the training loop stays as it was
-    pruner.finalize()     # exactly 80 % of the prunable weights are zero
+pruner = pins_ext.Pruner(model, optimizer, pins_ext.PruneConfig(sparsity=0.8), total_steps=n)
+...                   # the training loop stays as it was
+pruner.finalize()     # exactly 80 % of the prunable weights are zero
 """
 
 from __future__ import annotations

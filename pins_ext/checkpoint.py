@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from pins_ext import tensor_file
 
 if TYPE_CHECKING:
     from pins_ext.pruner import Pruner
@@ -49,7 +46,9 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
         ValueError: see Pruner.load_state_dict.
     """
     if state.get("format") != FORMAT or state.get("version") != VERSION:
-        raise ValueError(f"not a pruner state of this version: {state.get('format')!r} version {state.get('version')!r}")
+        raise ValueError(
+            f"not a pruner state of this version: {state.get('format')!r} version {state.get('version')!r}"
+        )
     own = state_dict(pruner)
     theirs, mine = dict(state["config"]), own["config"]
     differences = [f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]]
@@ -62,7 +61,9 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
     for name in set(saved) & set(own["tensors"]) - {"threshold"}:
         there, here = saved[name], own["tensors"][name]
         if there.shape != here.shape or there.dtype != here.dtype:
-            differences.append(f"{name}: {there.dtype} {tuple(there.shape)} there, {here.dtype} {tuple(here.shape)} here")
+            differences.append(
+                f"{name}: {there.dtype} {tuple(there.shape)} there, {here.dtype} {tuple(here.shape)} here"
+            )
     if differences:
         raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
     for name, tensor in own["tensors"].items():
@@ -75,42 +76,16 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
 
 
 def save(pruner: Pruner, path: Path) -> None:
-    """Write aside, flush to disk, rename: `path` holds the old state or the new one, never a part."""
+    """`path` holds the old state or the new one, never a part."""
     state = state_dict(pruner)
-    tensors = {name: t.contiguous().cpu() for name, t in state.pop("tensors").items()}
-    metadata = {"format": FORMAT, "state": json.dumps(state), "sha256": _digest(tensors)}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, aside, metadata)
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    tensors = state.pop("tensors")
+    tensor_file.write(path, FORMAT, state, tensors)
 
 
 def load(pruner: Pruner, path: Path) -> None:
     """Read and check what `save` wrote, then `load_state_dict`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a pruner state (format {metadata.get('format')!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a reader, not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a pruner state: {error}") from error
-    if _digest(tensors) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: its contents do not match the hash stored with them")
-    load_state_dict(pruner, json.loads(metadata["state"]) | {"tensors": tensors})
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and contents: integrity, not authenticity; safetensors itself has no checksum."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    state, tensors = tensor_file.read(path, FORMAT)
+    load_state_dict(pruner, state | {"tensors": tensors})
 
 
 def _plain(data: Any) -> Any:

@@ -44,10 +44,14 @@ class PruneConfig:
     )
     delta_t: int = _option(10, "window in steps: importance is averaged over it and a new mask is due at its end")
     schedule: str | RatioFunction = _option("cubic", "how sparsity grows between warm-up and cool-down", SCHEDULES)
-    warmup: int | float = _option(0.1, "steps before the schedule starts (an integer), or their share of training (< 1)")
+    warmup: int | float = _option(
+        0.1, "steps before the schedule starts (an integer), or their share of training (< 1)"
+    )
     cooldown: int | float = _option(0.3, "steps at the final sparsity (an integer), or their share of training (< 1)")
     ties: str = _option(
-        "exact", "exact: precisely the wanted number of zeros; reference: the released code's rule", ("exact", "reference")
+        "exact",
+        "exact: precisely the wanted number of zeros; reference: the released code's rule",
+        ("exact", "reference"),
     )
     mask_policy: str = _option(
         "reference",
@@ -63,12 +67,16 @@ class PruneConfig:
     scope: str | Mapping[str, tuple[str, ...]] = _option(
         "global", "weights compete globally, within each tensor (layer), or within groups of name patterns"
     )
-    include: tuple[str, ...] = _option((), "prune the parameters whose names match these patterns, instead of the default")
+    include: tuple[str, ...] = _option(
+        (), "prune the parameters whose names match these patterns, instead of the default"
+    )
     exclude: tuple[str, ...] = _option((), "never prune parameters whose names match these patterns")
     min_density: Density = _option({}, "least share of weights kept per tensor: a number, or pattern to number")
     max_density: Density = _option({}, "largest share of weights kept per tensor: a number, or pattern to number")
     state_dtype: str = _option(
-        "float32", "storage of the importance states; bfloat16 halves it, with stochastic rounding", ("float32", "bfloat16")
+        "float32",
+        "storage of the importance states; bfloat16 halves it, with stochastic rounding",
+        ("float32", "bfloat16"),
     )
     mask_optimizer_state: bool = _option(False, "also clear the optimizer state of pruned weights")
     parameter_set: str = _option(

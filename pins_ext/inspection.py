@@ -56,9 +56,13 @@ def verify(pruner: Pruner) -> dict[str, Any]:
     parameters = dict(pruner.model.named_parameters())
     for name, p in zip(pruner.names, pruner.parameters, strict=True):
         if parameters.get(name) is not p:
-            problems.append(f"{name} is no longer the parameter this Pruner was given (the model was copied or rebuilt)")
+            problems.append(
+                f"{name} is no longer the parameter this Pruner was given (the model was copied or rebuilt)"
+            )
     if not pruner.attached:
-        problems.append("an optimizer no longer calls this Pruner (it was copied or rebuilt): attach a new Pruner to it")
+        problems.append(
+            "an optimizer no longer calls this Pruner (it was copied or rebuilt): attach a new Pruner to it"
+        )
     zeros, kept = _zeros(pruner), 0
     for i, (name, p) in enumerate(zip(pruner.names, pruner.parameters, strict=True)):
         mask = pruner.mask(name)
@@ -114,7 +118,9 @@ def plan(pruner: Pruner) -> Plan:
     if not any(s.mask_due(t) for t in range(s.initial_warmup + 1, s.final_start)) and not callable(s.kind):
         conflicts.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
     if config.needs_shadow:
-        conflicts.append(f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return")
+        conflicts.append(
+            f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return"
+        )
     if config.criterion == "pins-signed":
         conflicts.append("pins-signed collapsed to chance at 90 % sparsity in a trial: it is meant for ablations")
     return Plan(

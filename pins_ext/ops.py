@@ -97,7 +97,9 @@ def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, .
         else:
             dims.append([f, n, s])
     if len(dims) > 4:
-        raise ValueError(f"a shard of shape {local} of {full} is split in {len(dims)} dimensions; at most 4 are supported")
+        raise ValueError(
+            f"a shard of shape {local} of {full} is split in {len(dims)} dimensions; at most 4 are supported"
+        )
     dims += [[1, 1, 0]] * (4 - len(dims))
     return tuple(tuple(column) for column in zip(*reversed(dims), strict=True))
 

@@ -30,7 +30,9 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
         chosen = {name for name in parameters if _matches(name, config.include)}
         frozen = [name for name in chosen if not parameters[name].requires_grad and not _matches(name, config.exclude)]
         if frozen:
-            raise ValueError(f"{frozen[0]} is included but frozen (requires_grad=False): its importance cannot be known")
+            raise ValueError(
+                f"{frozen[0]} is included but frozen (requires_grad=False): its importance cannot be known"
+            )
     elif config.parameter_set == "released":
         chosen = {name for name in parameters if any(part in name for part in _RELEASED)}
     else:
@@ -69,7 +71,9 @@ def _check_uniform(parameters: dict[str, nn.Parameter]) -> None:
     (first, like), *_ = parameters.items()
     for name, p in parameters.items():
         if p.device != like.device:
-            raise ValueError(f"prunable parameters must share one device: {first} is on {like.device}, {name} on {p.device}")
+            raise ValueError(
+                f"prunable parameters must share one device: {first} is on {like.device}, {name} on {p.device}"
+            )
         if p.dtype != like.dtype:
             raise ValueError(f"prunable parameters must share one dtype: {first} is {like.dtype}, {name} is {p.dtype}")
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,7 +96,9 @@ def _without_aliases(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parame
             continue
         other = parameters[last[1]]
         if (begin, end, p.shape) != (other.data_ptr(), last[0], other.shape):
-            raise ValueError(f"{name} and {last[1]} overlap in memory without being the same weights; exclude one of them")
+            raise ValueError(
+                f"{name} and {last[1]} overlap in memory without being the same weights; exclude one of them"
+            )
         dropped.add(name)
     return {name: p for name, p in parameters.items() if name not in dropped}
 

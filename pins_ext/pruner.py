@@ -99,7 +99,13 @@ class Pruner:
             ValueError: the model has no zeros to keep.
         """
         # Magnitude keeps no states; with the mask fixed no score is ever asked for.
-        still = {"criterion": "magnitude", "mask_policy": "reference", "schedule": "constant", "warmup": 0, "cooldown": 0}
+        still = {
+            "criterion": "magnitude",
+            "mask_policy": "reference",
+            "schedule": "constant",
+            "warmup": 0,
+            "cooldown": 0,
+        }
         pruner = cls(model, optimizer, dataclasses.replace(config or PruneConfig(), **still), total_steps=1)
         threshold = torch.tensor([[_ZERO_THRESHOLD, 0]]).to(pruner.layout.rows.device)
         pruner._pack(("magnitude", pruner.parameters, []), threshold)
@@ -389,7 +395,9 @@ class Pruner:
 def _hook(pruner: Pruner, slot: _Slot) -> list[Any]:
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(callable(value) for value in (*args, *kwargs.values())):
-            raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance: step without one")
+            raise RuntimeError(
+                "step(closure) computes gradients inside the step, too late for the importance: step without one"
+            )
         pruner.begin(slot)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -151,7 +151,9 @@ def unpack_bits(bits: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 def rounding_key(seed: int, step: int, stream: int) -> tuple[int, int]:
     """Two 32-bit keys of the counter-based generator for one (seed, step, stream): splitmix64's finaliser."""
     mask64 = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7 + 0x2545F4914F6CDD1D) & mask64
+    z = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7 + 0x2545F4914F6CDD1D
+    ) & mask64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask64
     z ^= z >> 31
@@ -199,7 +201,9 @@ def global_index(layout_row: Tensor) -> Tensor:
 # ---- schedule -------------------------------------------------------------------------------------------------------
 
 
-def cubic_remaining_ratio(t: int, total: int, initial_warmup: int, final_cooldown: int, r0: float, r_final: float) -> float:
+def cubic_remaining_ratio(
+    t: int, total: int, initial_warmup: int, final_cooldown: int, r0: float, r_final: float
+) -> float:
     """Remaining ratio at step t: r0 up to the warm-up's end, then cubic, then r_final (Zhu & Gupta 2017)."""
     if t <= initial_warmup:
         return r0

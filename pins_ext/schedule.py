@@ -45,7 +45,13 @@ class Schedule:
                 f"do not fit into {total_steps}; shorten them or train longer"
             )
         return Schedule(
-            total_steps, warmup, cooldown, 1 - config.initial_sparsity, 1 - config.sparsity, config.delta_t, config.schedule
+            total_steps,
+            warmup,
+            cooldown,
+            1 - config.initial_sparsity,
+            1 - config.sparsity,
+            config.delta_t,
+            config.schedule,
         )
 
     @property
@@ -58,7 +64,9 @@ class Schedule:
         if callable(self.kind):
             ratio = self.kind(t)
             if not 0 < ratio <= 1:
-                raise ValueError(f"the schedule returned a remaining ratio of {ratio!r} at step {t}; it must be in (0, 1]")
+                raise ValueError(
+                    f"the schedule returned a remaining ratio of {ratio!r} at step {t}; it must be in (0, 1]"
+                )
             return ratio
         if t <= self.initial_warmup:
             return self.initial_ratio

@@ -43,7 +43,9 @@ class Selection:
         ValueError: a pattern of a group or density that matches nothing, or densities that exclude the final sparsity.
     """
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor], layout: ops.Layout, config: PruneConfig) -> None:
+    def __init__(
+        self, names: Sequence[str], tensors: Sequence[Tensor], layout: ops.Layout, config: PruneConfig
+    ) -> None:
         self.exact = config.ties == "exact"
         self.layout = layout
         self.sizes = [t.numel() for t in tensors]
@@ -131,11 +133,14 @@ class Selection:
         )
 
     def _kept(self, region: Region, score: Operands, threshold: Tensor) -> list[int]:
+        """Weights of each tensor that the threshold keeps; tensor by tensor, for one mask's worth of memory."""
         kind, a, b = score
-        a, b = ([x[i] for i in region.indices] if x else [] for x in (a, b))
         stats = torch.zeros(len(region.indices), 3, dtype=torch.int64, device=threshold.device)
-        layout = region.layout
-        torch.ops.pins_ext.pack_([], stats, a, b, layout.rows, layout.chunks, kind, threshold.reshape(1, 2))
+        for row, i in zip(stats.split(1), region.indices, strict=True):
+            layout, bits = self._alone[i], ops.new_mask(a[i])
+            torch.ops.pins_ext.pack_(
+                [bits], row, [a[i]], [b[i]] if b else [], layout.rows, layout.chunks, kind, threshold.reshape(1, 2)
+            )
         return stats[:, 0].tolist()
 
     def _size(self, region: Region) -> int:

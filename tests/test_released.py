@@ -11,10 +11,11 @@ from pins_ext.optim import PinsAdamW
 from pins_ext.reference import EagerPins
 
 STEPS = 200
+SIZES: dict[type, dict[str, int]] = {torch.optim.AdamW: {}, PinsAdamW: {"width": 16, "classes": 16}}
 
 
 def pruned_run(delta_t: int, beta2: float, optimizer_class: type) -> tuple[Network, list[float | None]]:
-    model = Network()
+    model = Network(**SIZES[optimizer_class])
     kwargs = {"foreach": False} if optimizer_class is torch.optim.AdamW else {}
     optimizer = optimizer_class(model.parameters(), lr=3e-3, weight_decay=0.01, **kwargs)
     config = PruneConfig(
@@ -39,9 +40,10 @@ def pruned_run(delta_t: int, beta2: float, optimizer_class: type) -> tuple[Netwo
     return model, thresholds
 
 
-def eager_run(delta_t: int, beta2: float) -> tuple[Network, list[float | None]]:
-    model = Network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, foreach=False)
+def eager_run(delta_t: int, beta2: float, peer_of: type) -> tuple[Network, list[float | None]]:
+    model = Network(**SIZES[peer_of])
+    fused = peer_of is PinsAdamW
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, foreach=False, fused=fused)
     parts = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
     parameters = {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
     eager = EagerPins(parameters, STEPS, 20, 60, r_final=1 - 0.8, beta2=beta2, delta_t=delta_t)
@@ -57,15 +59,15 @@ def eager_run(delta_t: int, beta2: float) -> tuple[Network, list[float | None]]:
     return model, thresholds
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, PinsAdamW])
 @pytest.mark.parametrize("beta2", [0.85, 0.99, 1, 0])
 @pytest.mark.parametrize("delta_t", [1, 4, 10])
-def test_weights_and_thresholds_equal_the_released_algorithm(delta_t: int, beta2: float) -> None:
-    expected, expected_thresholds = eager_run(delta_t, beta2)
-    for optimizer_class in (torch.optim.AdamW, PinsAdamW):
-        model, thresholds = pruned_run(delta_t, beta2, optimizer_class)
-        assert any(t is not None and t > 0 for t in thresholds)
-        assert thresholds == expected_thresholds
-        for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-            assert torch.equal(p, q), f"{name} with {optimizer_class.__name__}"
-        zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
-        assert zeros > 0.79 * sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "norm" not in n)
+def test_weights_and_thresholds_equal_the_released_algorithm(delta_t: int, beta2: float, optimizer_class: type) -> None:
+    expected, expected_thresholds = eager_run(delta_t, beta2, optimizer_class)
+    model, thresholds = pruned_run(delta_t, beta2, optimizer_class)
+    assert any(t is not None and t > 0 for t in thresholds)
+    assert thresholds == expected_thresholds
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    pruned = [p for n, p in model.named_parameters() if "layers" in n and "norm" not in n]
+    assert sum(int((p == 0).sum()) for p in pruned) > 0.79 * sum(p.numel() for p in pruned)

@@ -56,7 +56,9 @@ def test_a_callable_schedule_is_asked_and_checked() -> None:
         s.remaining_ratio(200)
 
 
-@pytest.mark.parametrize(("n", "ratio", "exact", "expected"), [(10, 0.25, True, 8), (10, 0.25, False, 7), (7, 1.0, True, 0)])
+@pytest.mark.parametrize(
+    ("n", "ratio", "exact", "expected"), [(10, 0.25, True, 8), (10, 0.25, False, 7), (7, 1.0, True, 0)]
+)
 def test_count(n: int, ratio: float, exact: bool, expected: int) -> None:
     assert n_prune(n, ratio, exact) == expected
 
