@@ -1,0 +1,59 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+# An active environment (VIRTUAL_ENV or CONDA_PREFIX) is used as it is; otherwise .venv is made. A torch >= 2.10 that is
+# already there, in the environment or in $(PYTHON), is kept; otherwise the pinned one is installed.
+
+PYTHON ?= python3
+ENVIRONMENT := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+BIN := $(ENVIRONMENT)/bin
+HAS_TORCH := import torch; v = torch.__version__.split('.'); raise SystemExit((int(v[0]), int(v[1])) < (2, 10))
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-short test lint test-slow gpu-check bench wheel clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=python3.x')"
+	$(PYTHON) -m venv $(shell $(PYTHON) -c "$(HAS_TORCH)" >/dev/null 2>&1 && echo --system-site-packages) $(ENVIRONMENT)
+
+# Torch first and alone: any other package that asks for it would fetch another build.
+$(ENVIRONMENT)/.pins_ext: $(BIN)/python $(SOURCES)
+	@$(BIN)/python -c "$(HAS_TORCH)" >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+install: $(ENVIRONMENT)/.pins_ext ## set up the environment and build the extension
+
+demo: install ## the main job: fine-tune and prune a pretrained transformer to 80 % on real text, with a report
+	$(BIN)/pins-ext train
+
+demo-short: install ## the same in about a minute, for a quick look and for CI: too few steps for good numbers
+	$(BIN)/pins-ext train --max-steps 30 --output-dir runs/demo-short --overwrite
+
+test: install lint ## all tests that need no GPU, in two runs: Triton chooses interpreter or compiler per process
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpret"
+	$(BIN)/python -m pytest -q -m "not interpret and not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: install ## selection over 2.2 G weights, long kills and resumes: minutes, 16 GB of memory
+	$(BIN)/python -m pytest -q -m "slow"
+
+gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network): build, gpu tests, sanitizer, benchmarks
+	$(PYTHON) bench/gpu_check.py
+
+bench: install ## the quick benchmark against PyTorch's own operators
+	$(BIN)/pins-ext bench --quick
+
+wheel: install ## dist/pins_ext-*.whl, for Python >= 3.10 and torch >= 2.10
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w dist .
+
+clean: ## remove what was built, not the environment
+	rm -rf build dist *.egg-info pins_ext/*.so $(ENVIRONMENT)/.pins_ext
