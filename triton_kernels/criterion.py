@@ -1,0 +1,161 @@
+"""The maths of one weight in Triton: csrc/criterion.h function by function, same names, same order of operations.
+
+Launch every kernel with `enable_fp_fusion=False`. bfloat16 crosses memory as uint16 and is converted and rounded with
+integer operations on the fp32 bits, which the interpreter, the compiler and C++ do alike. The header's rounding to
+nearest is missing here: it serves the masked update, which is not Triton's.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def abs_of(x):
+    return float_of(bits_of(x) & 0x7FFFFFFF)
+
+
+@triton.jit
+def negative_of(x):
+    """-x. Triton's own unary minus is 0 - x, which loses the sign of zero."""
+    return float_of(bits_of(x) ^ 0x80000000)
+
+
+# ---- instant score c_t ---------------------------------------------------------------------------
+
+
+@triton.jit
+def score_pins_signed(p, g, lr):
+    """c = lr g^2 - p g, evaluated ((-p) g) + ((lr g) g). Ren & Zhu 2023, eq. of the 0-1 integer linear program."""
+    return (negative_of(p) * g) + ((lr * g) * g)
+
+
+@triton.jit
+def score_pins(p, g, lr):
+    return abs_of(score_pins_signed(p, g, lr))
+
+
+@triton.jit
+def score_platon(p, g):
+    """|p g|: PLATON with p the weight before the step; "pins-update" with p the weight the optimizer produced."""
+    return abs_of(p * g)
+
+
+@triton.jit
+def score_movement(p, g):
+    """-p g: movement pruning (Sanh et al. 2020); accumulated, not averaged."""
+    return negative_of(p) * g
+
+
+@triton.jit
+def instant_score(p, p_next, g, lr, CRITERION: tl.constexpr):
+    """`p` is the weight before the step, `p_next` the one after it. "precomputed": g already is c."""
+    if CRITERION == "pins":
+        return score_pins(p, g, lr)
+    elif CRITERION == "pins-signed":
+        return score_pins_signed(p, g, lr)
+    elif CRITERION == "pins-update":
+        return score_platon(p_next, g)
+    elif CRITERION == "platon":
+        return score_platon(p, g)
+    elif CRITERION == "movement":
+        return score_movement(p, g)
+    else:
+        tl.static_assert(CRITERION == "precomputed")
+        return g
+
+
+# ---- window and averages -------------------------------------------------------------------------
+
+
+@triton.jit
+def window_mean(ipt, c, n):
+    """Mean over the gradients accepted in this window; n counts those before this one."""
+    return tl.where(n == 0.0, c, tl.div_rn((ipt * n) + c, n + 1.0))
+
+
+@triton.jit
+def next_ipt(ipt, c, n, CRITERION: tl.constexpr):
+    """Movement sums, the rest averages."""
+    if CRITERION == "movement":
+        return ipt + c
+    else:
+        return window_mean(ipt, c, n)
+
+
+@triton.jit
+def smooth_ipt(exp_avg_ipt, ipt, beta1, one_minus_beta1):
+    """exp_avg_ipt = b1 exp_avg_ipt + (1 - b1) ipt. Both factors are rounded once, on the host, from double."""
+    return (beta1 * exp_avg_ipt) + (one_minus_beta1 * ipt)
+
+
+@triton.jit
+def smooth_unc(exp_avg_unc, ipt, exp_avg_ipt, beta2, one_minus_beta2):
+    """exp_avg_unc = b2 exp_avg_unc + (1 - b2) |ipt - exp_avg_ipt|, with the new exp_avg_ipt not yet rounded."""
+    return (beta2 * exp_avg_unc) + (one_minus_beta2 * abs_of(ipt - exp_avg_ipt))
+
+
+# ---- score and its order -------------------------------------------------------------------------
+
+
+@triton.jit
+def score_of(a, b, SCORE: tl.constexpr):
+    """product: a b | identity: a | deviation: a |b - a| | magnitude: |a|."""
+    if SCORE == "product":
+        return a * b
+    elif SCORE == "identity":
+        return a
+    elif SCORE == "deviation":
+        return a * abs_of(b - a)
+    else:
+        tl.static_assert(SCORE == "magnitude")
+        return abs_of(a)
+
+
+@triton.jit
+def order_key(score):
+    """Order-preserving key, uint32: fp32 order, -0 == +0, every NaN highest."""
+    bits = bits_of(score + 0.0)
+    key = bits ^ ((bits.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True) | 0x80000000)
+    return tl.where(score != score, 0xFFFFFFFF, key)
+
+
+# ---- 16-bit storage ------------------------------------------------------------------------------
+
+
+@triton.jit
+def float_of_bf16(x):
+    return float_of(x.to(tl.uint32) << 16)
+
+
+@triton.jit
+def bf16_of(x, random16):
+    """Stochastic rounding to bfloat16 bits: add 16 random bits below the kept ones, truncate. NaN becomes 0x7fc0."""
+    return (tl.where(x != x, 0x7FC00000, bits_of(x) + (random16 & 0xFFFF)) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def float_of_fp16(x):
+    """Exact in hardware and in the interpreter, subnormals included."""
+    return x.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def random_bits(global_index, key0, key1):
+    """32 random bits of one weight at one step, uint32: a keyed hash of its int64 index (C. Wellons' lowbias32)."""
+    x = global_index.to(tl.uint32) ^ (key0 + (global_index >> 32).to(tl.uint32) * 0x9E3779B9)
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x + key1
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)

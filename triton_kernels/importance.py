@@ -1,0 +1,277 @@
+"""Importance: the mean instant score of a window and its running averages, one launch each for a whole model."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .count import BINS, add_units, commit, count_block, load_bracket, no_tally
+from .criterion import bf16_of, instant_score, next_ipt, order_key, random_bits, score_of, smooth_ipt, smooth_unc
+from .layout import (
+    TAIL,
+    address_of,
+    chunk_of,
+    float_from,
+    load,
+    load_float,
+    place_of,
+    run_index,
+    run_of,
+    store,
+    vector_end,
+    walk_block,
+)
+from .table import (
+    FLOATS,
+    STATES,
+    check_like,
+    check_list,
+    check_option,
+    check_scalar,
+    check_shape,
+    check_tables,
+    launch_chunks,
+    pointer_table,
+)
+
+CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
+
+BLOCK_SIZE = 1024
+"""Weights of the VECTOR path at a time: two 16-byte loads per thread and float32 stream. Twice that needs more than the
+registers allowed."""
+
+
+# ---- accumulate ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _accumulate_block(
+    addresses, first, left, index, scalars, grad_scale, clip,
+    CRITERION: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    ipt, params, grads = addresses
+    n, lr, key0, key1 = scalars
+    g = load_float(grads, first, left, DTYPE, BLOCK_SIZE, VECTOR)
+    if grad_scale is not None:
+        g = tl.div_rn(g, grad_scale)
+    if clip is not None:
+        g = g * clip
+    p = g
+    if CRITERION != "precomputed":
+        p = load_float(params, first, left, DTYPE, BLOCK_SIZE, VECTOR)
+    c = instant_score(p, p, g, lr, CRITERION)
+    new = next_ipt(load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR), c, n, CRITERION)
+    if STATE == "bfloat16":
+        new = bf16_of(new, random_bits(index, key0, key1))
+    store(ipt, first, left, new, BLOCK_SIZE, VECTOR)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+def _accumulate_kernel(
+    pointers_ptr, layout_ptr, chunks_ptr, lr_ptr, accepted_ptr, rng_ptr, grad_scale_ptr, clip_ptr, found_inf_ptr,
+    n_tensors, n_chunks,
+    CRITERION: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """ipt = next_ipt(ipt, instant_score(p, p, g / grad_scale clip, lr), accepted). Ren & Zhu 2023.
+
+    Rows of the pointer table: ipt, params, grads.
+    """
+    end = n_chunks
+    if found_inf_ptr is not None:
+        end = tl.where(tl.load(found_inf_ptr) != 0, 0, n_chunks)
+    n = tl.load(accepted_ptr)
+    key0, key1 = tl.load(rng_ptr).to(tl.uint32), tl.load(rng_ptr + 1).to(tl.uint32)
+    grad_scale = None if grad_scale_ptr is None else tl.load(grad_scale_ptr)
+    clip = None if clip_ptr is None else tl.load(clip_ptr)
+    for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        ipt = address_of(pointers_ptr, n_tensors, 0, tensor)
+        params = address_of(pointers_ptr, n_tensors, 1, tensor)
+        grads = address_of(pointers_ptr, n_tensors, 2, tensor)
+        addresses = ipt, params, grads
+        scalars = n, tl.load(lr_ptr + tensor), key0, key1
+        vectors = vector_end(ipt | params | grads, length, BLOCK_SIZE)
+        index = None
+        if STATE == "bfloat16":
+            origin = run_of(layout_ptr, tensor)
+            vectors = tl.where(origin >= 0, vectors, 0)
+        for start in range(0, vectors, BLOCK_SIZE):
+            if STATE == "bfloat16":
+                index = run_index(origin, offset + start, BLOCK_SIZE)
+            _accumulate_block(
+                addresses, offset + start, length - start, index, scalars, grad_scale, clip,
+                CRITERION, DTYPE, STATE, BLOCK_SIZE, True,
+            )  # fmt: skip
+        if STATE == "bfloat16":
+            place = place_of(layout_ptr, tensor, origin, offset + vectors)
+        for start in range(vectors, length, TAIL):
+            if STATE == "bfloat16":
+                index, place = walk_block(layout_ptr, tensor, place)
+            _accumulate_block(
+                addresses, offset + start, length - start, index, scalars, grad_scale, clip,
+                CRITERION, DTYPE, STATE, TAIL, False,
+            )  # fmt: skip
+
+
+def accumulate(
+    ipt: list[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    lr: Tensor,
+    accepted: Tensor,
+    rng: Tensor,
+    criterion: str,
+    *,
+    grad_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> None:
+    """`pins_ext::accumulate_`: take the gradients of one step into the window's mean score."""
+    check_tables(layout, chunks)
+    check_option("criterion", criterion, CRITERIA)
+    state = check_list("ipt", ipt, STATES, layout)
+    dtype = check_list("grads", grads, FLOATS, layout)
+    if params:
+        check_list("params", params, FLOATS, layout)
+    elif len(layout) and criterion != "precomputed":
+        raise RuntimeError(f"params may be empty only for the criterion 'precomputed', got '{criterion}'")
+    check_like("grads", grads, "params", params)
+    check_like("grads", grads, "ipt", ipt, dtype=False)
+    check_shape("lr", lr, torch.float32, (len(layout),), layout)
+    check_shape("rng", rng, torch.int64, (2,), layout)
+    for name, x in (("accepted", accepted), ("grad_scale", grad_scale), ("clip", clip), ("found_inf", found_inf)):
+        check_scalar(name, x, layout)
+    table = pointer_table(pointers, layout, ipt, params, grads)
+    launch_chunks(
+        _accumulate_kernel, layout, chunks, table, layout, chunks, lr, accepted, rng, grad_scale, clip, found_inf,
+        CRITERION=criterion, DTYPE=dtype, STATE=state, BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip
+
+
+# ---- fold ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fold_block(
+    addresses, first, left, index, scalars,
+    STATE: tl.constexpr, UNC: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Fold one block; the order keys of what it stored. The VECTOR path takes it that gradients were accepted."""
+    exp_avg_ipt, exp_avg_unc, ipt = addresses
+    accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1 = scalars
+    ELEMENT: tl.constexpr = tl.uint16 if STATE == "bfloat16" else tl.float32
+    if STATE == "bfloat16":
+        bits = random_bits(index, key0, key1)
+    x = load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR)
+    old_a = load(exp_avg_ipt, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+    mean = smooth_ipt(float_from(old_a, STATE), x, beta1, one_minus_beta1)
+    a = bf16_of(mean, bits) if STATE == "bfloat16" else mean
+    if not VECTOR:
+        a = tl.where(accepted, a, old_a)
+    store(exp_avg_ipt, first, left, a, BLOCK_SIZE, VECTOR)
+    if UNC:
+        old_b = load(exp_avg_unc, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+        unc = smooth_unc(float_from(old_b, STATE), x, mean, beta2, one_minus_beta2)
+        b = bf16_of(unc, bits >> 16) if STATE == "bfloat16" else unc
+        if not VECTOR:
+            b = tl.where(accepted, b, old_b)
+        store(exp_avg_unc, first, left, b, BLOCK_SIZE, VECTOR)
+        return order_key(score_of(float_from(a, STATE), float_from(b, STATE), "product"))
+    else:
+        return order_key(score_of(float_from(a, STATE), x, "identity"))
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+def _fold_kernel(
+    pointers_ptr, layout_ptr, chunks_ptr, accepted_ptr, rng_ptr, bracket_ptr, counts_ptr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, n_tensors, n_chunks,
+    STATE: tl.constexpr, UNC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """exp_avg_ipt = b1 exp_avg_ipt + (1 - b1) ipt; exp_avg_unc = b2 exp_avg_unc + (1 - b2) |ipt - exp_avg_ipt|.
+
+    PLATON (Zhang et al. 2022). With a bracket, counts the order keys of the stored product in the same pass. Rows of
+    the pointer table: exp_avg_ipt, exp_avg_unc, ipt.
+    """
+    accepted = tl.load(accepted_ptr) != 0
+    key0, key1 = tl.load(rng_ptr).to(tl.uint32), tl.load(rng_ptr + 1).to(tl.uint32)
+    scalars = accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1
+    end = n_chunks
+    if bracket_ptr is None:
+        end = tl.where(accepted, n_chunks, 0)
+    else:
+        bracket = load_bracket(bracket_ptr)
+        tally = no_tally()
+    for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        exp_avg_ipt = address_of(pointers_ptr, n_tensors, 0, tensor)
+        exp_avg_unc = address_of(pointers_ptr, n_tensors, 1, tensor)
+        ipt = address_of(pointers_ptr, n_tensors, 2, tensor)
+        addresses = exp_avg_ipt, exp_avg_unc, ipt
+        vectors = tl.where(accepted, vector_end(exp_avg_ipt | exp_avg_unc | ipt, length, BLOCK_SIZE), 0)
+        index = None
+        if STATE == "bfloat16":
+            origin = run_of(layout_ptr, tensor)
+            vectors = tl.where(origin >= 0, vectors, 0)
+        units = tl.zeros([BLOCK_SIZE], tl.int32)
+        for start in range(0, vectors, BLOCK_SIZE):
+            if STATE == "bfloat16":
+                index = run_index(origin, offset + start, BLOCK_SIZE)
+            key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, BLOCK_SIZE, True)
+            if bracket_ptr is not None:
+                units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
+        if bracket_ptr is not None:
+            tally = add_units(tally, units)
+        if STATE == "bfloat16":
+            place = place_of(layout_ptr, tensor, origin, offset + vectors)
+        for start in range(vectors, length, TAIL):
+            if STATE == "bfloat16":
+                index, place = walk_block(layout_ptr, tensor, place)
+            key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, TAIL, False)
+            if bracket_ptr is not None:
+                tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
+    if bracket_ptr is not None:
+        commit(tally, bracket, counts_ptr)
+
+
+def fold(
+    exp_avg_ipt: list[Tensor],
+    exp_avg_unc: list[Tensor],
+    ipt: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    accepted: Tensor,
+    rng: Tensor,
+    beta1: float,
+    beta2: float,
+    *,
+    bracket: Tensor | None = None,
+    counts: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> None:
+    """`pins_ext::fold_`: end a window, and count the new scores if a bracket says where."""
+    check_tables(layout, chunks)
+    state = check_list("exp_avg_ipt", exp_avg_ipt, STATES, layout)
+    if exp_avg_unc:
+        check_list("exp_avg_unc", exp_avg_unc, STATES, layout)
+    check_list("ipt", ipt, STATES, layout)
+    check_like("exp_avg_unc", exp_avg_unc, "exp_avg_ipt", exp_avg_ipt)
+    check_like("ipt", ipt, "exp_avg_ipt", exp_avg_ipt)
+    check_scalar("accepted", accepted, layout)
+    check_shape("rng", rng, torch.int64, (2,), layout)
+    check_shape("bracket", bracket, torch.int64, (5,), layout)
+    check_shape("counts", counts, torch.int64, (1 + BINS,), layout)
+    if (bracket is None) != (counts is None):
+        raise RuntimeError("bracket and counts come together or not at all")
+    table = pointer_table(pointers, layout, exp_avg_ipt, exp_avg_unc, ipt)
+    if bracket is not None and counts is not None:
+        counts.mul_(bracket[4])
+    launch_chunks(
+        _fold_kernel, layout, chunks, table, layout, chunks, accepted, rng, bracket, counts,
+        beta1, 1 - beta1, beta2, 1 - beta2,
+        STATE=state, UNC=bool(exp_avg_unc), BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip

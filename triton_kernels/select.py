@@ -1,0 +1,252 @@
+"""Selection over the order keys of a whole model's states: draw a sample, count against a bracket, break a tie."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .count import BINS, add_units, commit, count_block, load_bracket, load_score, no_tally
+from .criterion import order_key, random_bits, score_of
+from .layout import TAIL, address_of, chunk_of, float_from, place_of, run_of, vector_end
+from .table import (
+    FLOATS,
+    STATES,
+    check_like,
+    check_list,
+    check_option,
+    check_shape,
+    check_tables,
+    launch,
+    launch_chunks,
+    pointer_table,
+)
+
+SCORES = ("product", "identity", "deviation", "magnitude")
+
+BLOCK_SIZE = 1024
+"""Weights of the VECTOR path at a time, as in importance.py."""
+
+SAMPLE_BLOCK = 256
+
+
+def check_scores(a: list[Tensor], b: list[Tensor], score: str, layout: Tensor) -> tuple[str, str | None]:
+    """Check the lists that a score reads; their dtypes' names, None for `b` where it is not read."""
+    check_option("score", score, SCORES)
+    if score in ("product", "deviation"):
+        dtype_a, dtype_b = check_list("a", a, STATES, layout), check_list("b", b, STATES, layout)
+        check_like("b", b, "a", a)
+        return dtype_a, dtype_b
+    if b:
+        raise RuntimeError(f"b must be empty for the score '{score}', got {len(b)} tensors")
+    return check_list("a", a, FLOATS, layout), None
+
+
+# ---- sample --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather(addresses, local, active, DTYPE: tl.constexpr):
+    """float32 of one weight of each address."""
+    ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
+    return float_from(tl.load(addresses.to(tl.pointer_type(ELEMENT)) + local, mask=active, other=0), DTYPE)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "total", "size"])
+def _sample_kernel(
+    keys_ptr, pointers_ptr, ends_ptr, n_tensors, total, size,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Keys int64 [size] of the weights at hashed places in `size` equal strata of the `total` local weights.
+
+    ends_ptr: int64 [n_tensors], running sum of the tensors' local weights.
+    """
+    stratum = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE).to(tl.int64)
+    active = stratum < size
+    first = stratum * total // size
+    span = (stratum + 1) * total // size - first
+    jitter = (random_bits(stratum, 0x243F6A88, 0x85A308D3) >> 8).to(tl.int64)
+    position = first + ((jitter * span) >> 24)
+    # The first tensor that ends past the position.
+    low = tl.zeros([BLOCK_SIZE], tl.int64)
+    high = low + n_tensors
+    while tl.max(high - low) > 0:
+        middle = (low + high) // 2
+        open = active & (low < high)
+        before = tl.load(ends_ptr + middle, mask=open, other=0) <= position
+        low = tl.where(open & before, middle + 1, low)
+        high = tl.where(open & before, high, middle)
+    local = position - tl.load(ends_ptr + low - 1, mask=active & (low > 0), other=0)
+    x = _gather(tl.load(pointers_ptr + low, mask=active, other=0), local, active, A)
+    y = x
+    if B is not None:
+        y = _gather(tl.load(pointers_ptr + n_tensors + low, mask=active, other=0), local, active, B)
+    tl.store(keys_ptr + stratum, order_key(score_of(x, y, SCORE)).to(tl.int64), mask=active)
+
+
+def sample(
+    a: list[Tensor],
+    b: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    score: str,
+    size: int,
+    *,
+    pointers: Tensor | None = None,
+) -> Tensor:
+    """`pins_ext::sample`: int64 [size], keys of a stratified sample of the local weights; zeros if there are none."""
+    check_tables(layout, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, layout)
+    table = pointer_table(pointers, layout, a, b)
+    if size < 1:
+        raise RuntimeError(f"size must be at least 1, got {size}")
+    total = sum(x.numel() for x in a)
+    if not total:
+        return layout.new_zeros(size)
+    keys = layout.new_empty(size)
+    ends = layout[:, 5:9].prod(1).cumsum(0)
+    launch(
+        _sample_kernel, layout, triton.cdiv(size, SAMPLE_BLOCK), keys, table, ends, len(layout), total, size,
+        SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=SAMPLE_BLOCK,
+    )  # fmt: skip
+    return keys
+
+
+# ---- count ---------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+def _count_kernel(
+    counts_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """counts[0] += #{key < lo}, counts[1 + ((key - lo) >> shift)] += 1 for lo <= key <= hi. Rows: a, b."""
+    bracket = load_bracket(bracket_ptr)
+    end = tl.where(tl.load(bracket_ptr + 4) == 1, 0, n_chunks)
+    tally = no_tally()
+    for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        a = address_of(pointers_ptr, n_tensors, 0, tensor)
+        b = address_of(pointers_ptr, n_tensors, 1, tensor)
+        vectors = vector_end(a | b, length, BLOCK_SIZE)
+        units = tl.zeros([BLOCK_SIZE], tl.int32)
+        for start in range(0, vectors, BLOCK_SIZE):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+            units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
+        tally = add_units(tally, units)
+        for start in range(vectors, length, TAIL):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
+            tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
+    commit(tally, bracket, counts_ptr)
+
+
+def count(
+    counts: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    score: str,
+    bracket: Tensor,
+    *,
+    pointers: Tensor | None = None,
+) -> None:
+    """`pins_ext::count_`: one counting pass; a resolved bracket leaves `counts` as they are."""
+    check_tables(layout, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, layout)
+    check_shape("counts", counts, torch.int64, (1 + BINS,), layout)
+    check_shape("bracket", bracket, torch.int64, (5,), layout)
+    table = pointer_table(pointers, layout, a, b)
+    counts.mul_(bracket[4])
+    launch_chunks(
+        _count_kernel, layout, chunks, counts, bracket, table, layout, chunks,
+        SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip
+
+
+# ---- tie_index -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+def _tie_count_kernel(
+    ties_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """ties[chunk] = #{key == lo}, unless the rank asks for no tie. Rows: a, b."""
+    tie = tl.load(bracket_ptr).to(tl.uint32)
+    end = tl.where(tl.load(bracket_ptr + 3) <= 0, 0, n_chunks)
+    for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        a = address_of(pointers_ptr, n_tensors, 0, tensor)
+        b = address_of(pointers_ptr, n_tensors, 1, tensor)
+        vectors = vector_end(a | b, length, BLOCK_SIZE)
+        ties = tl.zeros([BLOCK_SIZE], tl.int32)
+        for start in range(0, vectors, BLOCK_SIZE):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+            ties += (key == tie).to(tl.int32)
+        total = tl.sum(ties)
+        for start in range(vectors, length, TAIL):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
+            total += tl.sum(((key == tie) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
+        tl.store(ties_ptr + chunk, total.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+def _tie_locate_kernel(
+    index_ptr, at_ptr, ends_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """index[0] = global index of the tie of this rank, which is in chunk at[0]; left as it is if there is none.
+
+    ends_ptr: int64 [n_chunks], running sum of the ties. Rows: a, b. One program.
+    """
+    tie = tl.load(bracket_ptr).to(tl.uint32)
+    rank = tl.load(bracket_ptr + 3)
+    chunk = tl.load(at_ptr)
+    if rank > 0 and chunk < n_chunks:
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        a = address_of(pointers_ptr, n_tensors, 0, tensor)
+        b = address_of(pointers_ptr, n_tensors, 1, tensor)
+        before = tl.load(ends_ptr + chunk - 1, mask=chunk > 0, other=0)
+        found = tl.full([], -1, tl.int64)
+        for start in range(0, length, BLOCK_SIZE):
+            lane = tl.arange(0, BLOCK_SIZE)
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, False))
+            ties = ((key == tie) & (lane < length - start)).to(tl.int64)
+            is_it = (ties == 1) & (before + tl.cumsum(ties) == rank + 1)
+            found = tl.maximum(found, tl.max(tl.where(is_it, offset + start + lane, -1)))
+            before += tl.sum(ties)
+        tl.store(index_ptr, place_of(layout_ptr, tensor, run_of(layout_ptr, tensor), found)[0])
+
+
+def tie_index(
+    a: list[Tensor],
+    b: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    score: str,
+    bracket: Tensor,
+    *,
+    pointers: Tensor | None = None,
+) -> Tensor:
+    """`pins_ext::tie_index`: int64 [1], global index of the weight of rank bracket[3] among those with key bracket[0].
+
+    Ranks go by global index. 0 if the rank is not positive; the largest int64 if there are no more ties than that.
+    """
+    check_tables(layout, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, layout)
+    check_shape("bracket", bracket, torch.int64, (5,), layout)
+    table = pointer_table(pointers, layout, a, b)
+    rank = bracket[3:4]
+    index = torch.where(rank <= 0, 0, torch.iinfo(torch.int64).max)
+    ties = layout.new_zeros(len(chunks))
+    constants = {"SCORE": score, "A": dtype_a, "B": dtype_b, "BLOCK_SIZE": BLOCK_SIZE}
+    launch_chunks(_tie_count_kernel, layout, chunks, ties, bracket, table, layout, chunks, **constants)
+    ends = ties.cumsum(0)
+    at = torch.searchsorted(ends, rank, right=True)
+    launch(
+        _tie_locate_kernel, layout, 1, index, at, ends, bracket, table, layout, chunks, len(layout), len(chunks),
+        **constants,
+    )  # fmt: skip
+    return index

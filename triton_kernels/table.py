@@ -1,0 +1,142 @@
+"""The host's side of a launch: checked arguments, table of addresses, grid. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STATES = (torch.float32, torch.bfloat16)
+
+MAX_REGISTERS = 80
+"""A bound, not a wish: free to choose, ptxas spills a few bytes of some kernels to fit 64, and takes 120 for others."""
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": MAX_REGISTERS}
+"""Of every launch: the threads that count.py reckons with, and one rounding per operation."""
+
+PROGRAMS_PER_MULTIPROCESSOR = 6
+"""As many programs of 128 threads as are resident at 80 registers. A program takes every grid-th chunk, so a counting
+pass commits once per program, and a pass that is not needed is one wave of empty programs."""
+
+INTERPRETED_PROGRAMS = 3
+
+
+# ---- checks: the words are those of csrc/checks.h ------------------------------------------------
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """How messages and kernels call a dtype: "float32", "bfloat16", "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Check that a string argument is one of the allowed ones."""
+    if value not in allowed:
+        raise RuntimeError(f"{name} must be one of {', '.join(allowed)}; got '{value}'")
+
+
+def _check(name: str, x: Tensor, dtypes: Sequence[torch.dtype], layout: Tensor) -> None:
+    if x.device != layout.device:
+        raise RuntimeError(f"{name} must be on {layout.device} like layout, got {x.device}")
+    if x.dtype not in dtypes:
+        raise RuntimeError(f"{name} must be {' or '.join(map(name_of, dtypes))}, got {name_of(x.dtype)}")
+    if not x.is_contiguous():
+        raise RuntimeError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def check_shape(name: str, x: Tensor | None, dtype: torch.dtype, shape: Sequence[int], layout: Tensor) -> None:
+    """Check a tensor of known shape, or None."""
+    if x is not None:
+        _check(name, x, (dtype,), layout)
+        if x.shape != tuple(shape):
+            raise RuntimeError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_scalar(name: str, x: Tensor | None, layout: Tensor) -> None:
+    """Check a float32 scalar, one element of any shape, or None."""
+    if x is not None:
+        _check(name, x, (torch.float32,), layout)
+        if x.numel() != 1:
+            raise RuntimeError(f"{name} must have one element, got {x.numel()}")
+
+
+def check_tables(layout: Tensor, chunks: Tensor) -> None:
+    """Check the shapes of the two tables that every list operator takes."""
+    check_shape("layout", layout, torch.int64, (*layout.shape[:1], 13), layout)
+    check_shape("chunks", chunks, torch.int64, (*chunks.shape[:1], 2), layout)
+
+
+def check_list(name: str, tensors: list[Tensor], dtypes: Sequence[torch.dtype], layout: Tensor) -> str:
+    """Check a list of one tensor per row of the layout, all of one dtype. Its name; "float32" if the list is empty."""
+    if len(tensors) != len(layout):
+        raise RuntimeError(f"{name} must have {len(layout)} tensors, one per row of layout, got {len(tensors)}")
+    device, dtype = layout.device, tensors[0].dtype if tensors else torch.float32
+    for i, x in enumerate(tensors):
+        # One look at the tensors that are right: there may be thousands.
+        if x.dtype != dtype or dtype not in dtypes or x.device != device or not x.is_contiguous():
+            _check(f"{name}[{i}]", x, dtypes, layout)
+            raise RuntimeError(f"{name}[{i}] is {name_of(x.dtype)} but {name}[0] is {name_of(dtype)}")
+    return name_of(dtype)
+
+
+def check_like(name: str, tensors: list[Tensor], like_name: str, like: list[Tensor], *, dtype: bool = True) -> None:
+    """Check that a list has the sizes, and the dtype unless not asked, of another; either may be empty."""
+    if not tensors or not like:
+        return
+    if dtype and tensors[0].dtype != like[0].dtype:
+        want, got = name_of(like[0].dtype), name_of(tensors[0].dtype)
+        raise RuntimeError(f"{name} must have the dtype of {like_name} ({want}), got {got}")
+    for i, (x, y) in enumerate(zip(tensors, like, strict=True)):
+        if x.numel() != y.numel():
+            raise RuntimeError(f"{name}[{i}] must have {y.numel()} elements, got {x.numel()}")
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def pointer_table(pointers: Tensor | None, layout: Tensor, *lists: list[Tensor]) -> Tensor:
+    """Addresses int64 [lists, n] on the device, as given or uploaded from pinned memory; the row of an empty list is 0.
+
+    Raises:
+        RuntimeError: `pointers` has another shape, or is missing while a CUDA graph is being captured.
+    """
+    shape = len(lists), len(layout)
+    if pointers is not None:
+        check_shape("pointers", pointers, torch.int64, shape, layout)
+        return pointers
+    rows = [[x.data_ptr() for x in tensors] if tensors else [0] * shape[1] for tensors in lists]
+    if layout.device.type != "cuda":
+        return torch.tensor(rows, dtype=torch.int64).view(shape)
+    with _on(layout.device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "pointers must be given while a CUDA graph is captured: a replay would upload the table from memory "
+                "that is no longer its own"
+            )
+        # The allocator of pinned memory waits for the copy before it hands the same memory out again; we need not.
+        return torch.tensor(rows, dtype=torch.int64, pin_memory=True).view(shape).to(layout.device, non_blocking=True)
+
+
+def launch(kernel: Any, layout: Tensor, grid: int, *args: object, **constants: object) -> None:
+    """Launch on the layout's device and its current stream."""
+    with _on(layout.device):
+        kernel[(grid,)](*args, **constants, **OPTIONS)
+
+
+def launch_chunks(kernel: Any, layout: Tensor, chunks: Tensor, *args: object, **constants: object) -> None:
+    """Launch programs that share the chunks, if there are any; the numbers of tensors and chunks follow `args`."""
+    if not len(chunks):
+        return
+    programs = INTERPRETED_PROGRAMS
+    if layout.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(layout.device)
+        programs = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+    launch(kernel, layout, min(len(chunks), programs), *args, len(layout), len(chunks), **constants)
