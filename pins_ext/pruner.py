@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,9 @@ class Pruner:
     Attributes:
         step: optimizer steps seen so far. names: pruned parameters in order of their global index.
         n_weights: how many weights they hold. schedule: remaining ratio and mask steps.
+        score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place of
+            the parameters' own (a missing one is zero; None: the parameters' own). For SelfRegularizer's
+            score_gradient="task": `pruner.score_gradients = regularizer.take_task_gradients`.
 
     Raises:
         ValueError: a schedule longer than training, patterns that match nothing, infeasible densities, parameters that
@@ -79,6 +82,8 @@ class Pruner:
         self.frozen = False
         self.masked = False
         self.seconds = 0.0
+        self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
+        self._given: Mapping[str, Tensor] | None = None
         self._selected_for: tuple[Any, ...] | None = None
         self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.rows.device)
         self._counts: Tensor | None = None
@@ -126,19 +131,19 @@ class Pruner:
             raise RuntimeError("one optimizer stepped twice while another of the same Pruner did not step")
         slot.scaling = Scaling.of(slot.optimizer)
         if not self._open:
+            self._given = self.score_gradients() if self.score_gradients is not None else None
             self._begin_step()
         self._open.append(slot)
-        criterion = self.config.criterion
-        separately = callable(criterion) or (not slot.fused and criterion != "pins-update")
-        if separately and not self.frozen:
+        if not self._in_optimizer_pass(slot) and self.config.criterion != "pins-update":
             self._accumulate(slot, slot.indices, slot.scaling)
 
     @torch.no_grad()
     def end(self, slot: _Slot) -> None:
         """An optimizer has stepped; after the last one the weights are masked."""
-        if not slot.fused and self.config.criterion == "pins-update" and not self.frozen:
-            # A fused optimizer has unscaled its gradients by now.
-            self._accumulate(slot, slot.indices, Scaling(None, slot.scaling.found_inf))
+        if not self._in_optimizer_pass(slot) and self.config.criterion == "pins-update":
+            # torch's fused optimizers have unscaled the parameters' own gradients by now.
+            unscaled = Scaling(None, slot.scaling.found_inf)
+            self._accumulate(slot, slot.indices, unscaled if self._given is None else slot.scaling)
         if len(self._open) == len(self._slots):
             self._end_step()
 
@@ -165,15 +170,24 @@ class Pruner:
                 if due and self.schedule.selects_once(self.step):
                     self.freeze()
             self.masked = self._masks_wanted
-            late = due and not self.importance.scored_before_step
             for slot in self._slots:
                 if not slot.fused:
                     for i in slot.indices if self.importance.shadow else ():
                         self.importance.shadow[i].copy_(self.parameters[i])
-                if self.masked and (late or not slot.fused):
+                if self.masked and self._masks_late(slot):
                     self._apply(slot, slot.indices)
             self._open.clear()
             self.step += 1
+
+    def _in_optimizer_pass(self, slot: _Slot) -> bool:
+        """Whether the optimizer's own kernel advances the importance."""
+        return slot.fused and self._given is None and not callable(self.config.criterion)
+
+    def _masks_late(self, slot: _Slot) -> bool:
+        """Whether masks go on after the optimizer's pass: it takes none, its masks or its unmasked weights come later."""
+        selected_after = self.schedule.mask_due(self.step) and not self.importance.scored_before_step
+        scored_after = self.config.criterion == "pins-update" and not self._in_optimizer_pass(slot)
+        return not slot.fused or selected_after or scored_after
 
     @property
     def _masks_wanted(self) -> bool:
@@ -184,10 +198,8 @@ class Pruner:
     def fused_pruning(self, slot: _Slot, with_grad: list[int]) -> FusedPruning:
         """What a fused optimizer takes into its pass over the pruned tensors `with_grad` (places in the whole list)."""
         importance = self.importance
-        masked = self._masks_wanted and (
-            importance.scored_before_step or self.frozen or not self.schedule.mask_due(self.step)
-        )
-        importing = bool(importance.ipt) and not self.frozen and not callable(self.config.criterion)
+        masked = self._masks_wanted and not self._masks_late(slot)
+        importing = bool(importance.ipt) and not self.frozen and self._in_optimizer_pass(slot)
         return FusedPruning(
             layout=self._layout_of(with_grad),
             masks=[self.masks[i] for i in with_grad] if masked else [],
@@ -204,20 +216,30 @@ class Pruner:
         """Pruned tensors that got no gradient this step: a zero enters their window, their zeros stay."""
         if not without_grad:
             return
-        if self.importance.ipt and not self.frozen and not callable(self.config.criterion):
+        if self._in_optimizer_pass(slot):
             self._accumulate(slot, without_grad, slot.scaling)
-        if self._masks_wanted:
+        if self._masks_wanted and not self._masks_late(slot):
             self._apply(slot, without_grad)
 
     def _accumulate(self, slot: _Slot, indices: Sequence[int], scaling: Scaling) -> None:
-        if not self.importance.ipt:
+        if not self.importance.ipt or self.frozen:
             return
         with self._timed():
-            grads = [_gradient(self.names[i], self.parameters[i]) for i in indices]
+            grads = [self._gradient(i) for i in indices]
             rates = [float(group["lr"]) for group in slot.optimizer.param_groups]
             place = dict(zip(slot.indices, slot.group_of, strict=True))
             lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.rows.device)
             self.importance.accumulate(indices, self._layout_of(indices), grads, lr, self.step, scaling)
+
+    def _gradient(self, i: int) -> Tensor:
+        """The gradient that scores a parameter, as the kernels take it; a missing one is zero."""
+        p = self.parameters[i]
+        grad = p.grad if self._given is None else self._given.get(self.names[i])
+        if grad is None:
+            return torch.zeros_like(p)
+        if grad.layout != torch.strided:
+            raise ValueError(f"{self.names[i]} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
+        return grad.contiguous()
 
     # ---- masks --------------------------------------------------------------------------------------------------------
 
@@ -413,12 +435,3 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
     return optimizer
-
-
-def _gradient(name: str, p: Tensor) -> Tensor:
-    """The gradient as the kernels take it; a missing one is zero."""
-    if p.grad is None:
-        return torch.zeros_like(p)
-    if p.grad.layout != torch.strided:
-        raise ValueError(f"{name} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
-    return p.grad.contiguous()

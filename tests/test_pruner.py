@@ -327,6 +327,29 @@ def test_a_users_own_criterion_equals_the_built_in_it_copies() -> None:
         train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("criterion", ["pins", "pins-update"])
+def test_other_gradients_can_score_the_weights(criterion: str) -> None:
+    config = PruneConfig(criterion=criterion, delta_t=5, warmup=5, cooldown=20)
+    runs = {}
+    for source in ("own", "given", "other"):
+        for optimizer_class in (PinsAdamW, FUSED_AND_HOOKED[0][1]):
+            model, optimizer, pruner = start(config, optimizer_class)
+            if source != "own":
+                turned = [0] if source == "other" else []
+
+                def gradients(pruner: Pruner = pruner, turned: list[int] = turned) -> dict[str, torch.Tensor]:
+                    return {n: p.grad.flip(turned) for n, p in zip(pruner.names, pruner.parameters, strict=True)}
+
+                pruner.score_gradients = gradients
+            train(model, optimizer, STEPS)
+            runs[source, optimizer_class] = model
+    first, second = PinsAdamW, FUSED_AND_HOOKED[0][1]
+    assert same(runs["own", first], runs["given", first])
+    assert same(runs["given", first], runs["given", second])
+    assert same(runs["other", first], runs["other", second])
+    assert not same(runs["own", first], runs["other", first])
+
+
 def test_bfloat16_states_are_repeatable_and_close() -> None:
     runs = []
     for dtype in ("bfloat16", "bfloat16", "float32"):
