@@ -209,6 +209,13 @@ class Teacher:
         self.steps, self.snapshot_step, self.best_score = meta["steps"], meta["snapshot_step"], meta["best_score"]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", None) or _inside_ddp(model), nn.Module):
+        model = inner
+    return model
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters are DTensors, or flattened by FullyShardedDataParallel."""
     flattened = any("FullyShardedDataParallel" in type(m).__name__ for m in module.modules())
@@ -241,8 +248,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     lacking = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(info[kind])]
     if lacking:
         raise ValueError(
-            f"teacher {name} lacks {len(lacking)} weights, {lacking[0]} first: it must be a {type(model).__name__} that was "
-            f"fine-tuned for the task"
+            f"teacher {name} lacks {len(lacking)} weights, {lacking[0]} first: it must be a {type(model).__name__} "
+            f"that was fine-tuned for the task"
         )
     own, other = (dict(getattr(module.config, "id2label", None) or {}) for module in (model, teacher))
     if own != other and sorted(own.values()) == sorted(other.values()):
@@ -281,3 +288,7 @@ def _refuse_others(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wh
             f"{where} does not fit the model: {len(lacking)} tensors missing, {len(foreign)} foreign, {len(reshaped)} "
             f"of another shape, {first[0]} first; it must be of the same architecture"
         )
+
+
+def _inside_ddp(model: nn.Module) -> Any:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None

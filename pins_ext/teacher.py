@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pins_ext import heads, tensor_file
-from pins_ext.snapshot import Source, Teacher
+from pins_ext.snapshot import Source, Teacher, unwrapped
 from pins_ext.task_gradient import TaskGradient
 
 SCORE_GRADIENTS = ("joint", "task")
@@ -363,17 +363,6 @@ class SelfRegularizer:
             "score_gradient": self.score_gradient,
             "ema_decay": self.teacher.ema_decay,
         }
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile wrappers."""
-    while isinstance(inner := getattr(model, "_orig_mod", None) or _inside_ddp(model), nn.Module):
-        model = inner
-    return model
-
-
-def _inside_ddp(model: nn.Module) -> Any:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
