@@ -28,8 +28,8 @@ template <class... Parts>
 }
 
 // Raises RuntimeError with the parts of the message joined, unless `ok`. A macro: a passing check builds no strings.
-#define PINS_CHECK(ok, ...)                          \
-  do {                                               \
+#define PINS_CHECK(ok, ...)                            \
+  do {                                                 \
     if (__builtin_expect(!(ok), 0)) fail(__VA_ARGS__); \
   } while (0)
 
@@ -49,15 +49,24 @@ std::string joined(const Range& values) {
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
@@ -78,12 +87,12 @@ inline std::string dtype_names(Dtypes allowed) {
   return names;
 }
 
-// A dense, contiguous tensor on this kind of device. `name` is a callable, so that a passing check builds no string.
+// A contiguous tensor on this kind of device; sparse ones have a dispatch key of their own and never get here. `name` is
+// a callable, so that a passing check builds no string.
 template <class Name>
 void check_tensor(const Name& name, const Tensor& tensor, DeviceType device, Dtypes allowed) {
   PINS_CHECK(tensor.device().type() == device, name(), " must be on the ", device == DeviceType::CPU ? "CPU" : "GPU",
-        " like the rest, got a tensor on device type ", static_cast<int>(tensor.device().type()));
-  PINS_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name(), " must be dense");
+             " like the rest, got a tensor on device type ", static_cast<int>(tensor.device().type()));
   ScalarType dtype = tensor.scalar_type();
   PINS_CHECK(is_one_of(dtype, allowed), name(), " must be ", dtype_names(allowed), ", got ", dtype_name(dtype));
   PINS_CHECK(tensor.is_contiguous(), name(), " must be contiguous, got strides ", joined(tensor.strides()));
@@ -95,7 +104,8 @@ inline void check_list(const char* list, const Tensors& tensors, size_t n, Devic
   for (size_t i = 0; i < n; ++i) {
     check_tensor([&] { return item(list, i); }, tensors[i], device, allowed);
     PINS_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), item(list, i), " is ",
-          dtype_name(tensors[i].scalar_type()), " but ", item(list, 0), " is ", dtype_name(tensors[0].scalar_type()));
+               dtype_name(tensors[i].scalar_type()), " but ", item(list, 0), " is ",
+               dtype_name(tensors[0].scalar_type()));
   }
 }
 
@@ -109,13 +119,14 @@ inline bool check_optional_list(const char* list, const Tensors& tensors, size_t
 inline void check_same_dtype(const char* list, const Tensors& tensors, const char* like_list, const Tensors& like) {
   if (tensors.empty() || like.empty()) return;
   PINS_CHECK(tensors[0].scalar_type() == like[0].scalar_type(), list, " must have the dtype of ", like_list, " (",
-        dtype_name(like[0].scalar_type()), "), got ", dtype_name(tensors[0].scalar_type()));
+             dtype_name(like[0].scalar_type()), "), got ", dtype_name(tensors[0].scalar_type()));
 }
 
 // `numel[i]` weights in tensor i, as the layout says.
 inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ", tensors[i].numel());
+    PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ",
+               tensors[i].numel());
   }
 }
 
@@ -124,7 +135,7 @@ inline void check_masks(const Tensors& masks, const std::vector<int64_t>& numel)
   for (size_t i = 0; i < masks.size(); ++i) {
     int64_t bytes = (numel[i] + 63) / 64 * 8;
     PINS_CHECK(masks[i].numel() == bytes, item("masks", i), " must have ", bytes, " bytes for ", numel[i],
-          " weights, got ", masks[i].numel());
+               " weights, got ", masks[i].numel());
   }
 }
 

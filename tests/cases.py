@@ -25,7 +25,22 @@ LISTS: dict[str, list[int]] = {
 }
 VALUES = ("normal", "special", "equal", "zeros", "ties")
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("-inf"), 1e-40, -1e-40, 1e-45, 3e38, -3e38, 1e-20, 1e20]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    1e-40,
+    -1e-40,
+    1e-45,
+    3e38,
+    -3e38,
+    1e-20,
+    1e20,
+]
 
 
 def tensor(n: int, dtype: torch.dtype, values: str = "normal", seed: int = 0, misaligned: bool = False) -> Tensor:
@@ -90,10 +105,8 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     number = ~actual.isnan()
     different = actual[number].contiguous().view(width) != expected[number].contiguous().view(width)
     if different.any():
-        where = different.nonzero()[:3].flatten()
-        raise AssertionError(
-            f"{int(different.sum())} of {actual.numel()} differ, e.g. {actual[number][where]} != {expected[number][where]}"
-        )
+        got, wanted = (t[number][different][:3].tolist() for t in (actual, expected))
+        raise AssertionError(f"{int(different.sum())} of {actual.numel()} differ, e.g. {got} != {wanted}")
 
 
 def assert_all_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

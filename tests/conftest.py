@@ -9,7 +9,7 @@ import pytest
 # Threads that spin for work stall one another for seconds when a test run shares its cores. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

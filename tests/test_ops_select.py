@@ -16,7 +16,9 @@ from pins_ext import reference as ref
 pins = torch.ops.pins_ext
 MAX_INDEX = torch.iinfo(torch.int64).max
 # Kinds that read two states, and those that read one tensor, which may be a parameter.
-KINDS = [(s, d) for s in ("product", "deviation") for d in STATES] + [(s, d) for s in ("identity", "magnitude") for d in FLOATS]
+KINDS = [(s, d) for s in ("product", "deviation") for d in STATES] + [
+    (s, d) for s in ("identity", "magnitude") for d in FLOATS
+]
 
 
 def keys_of(score: str, a: list[Tensor], b: list[Tensor]) -> Tensor:
@@ -25,7 +27,9 @@ def keys_of(score: str, a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.cat(keys) if keys else torch.zeros(0, dtype=torch.int64)
 
 
-def operands(score: str, dtype: torch.dtype, sizes: list[int], values: str = "normal") -> tuple[list[Tensor], list[Tensor]]:
+def operands(
+    score: str, dtype: torch.dtype, sizes: list[int], values: str = "normal"
+) -> tuple[list[Tensor], list[Tensor]]:
     """The two operands of a score; the second empty where it is not read."""
     a = tensors(sizes, dtype, values, seed=1, misaligned=len(sizes) == 1)
     return a, tensors(sizes, dtype, values, seed=2) if score in ("product", "deviation") else []
@@ -79,7 +83,10 @@ def test_select_property(levels: int, sizes: list[int], share: float, exact: boo
     g = torch.Generator().manual_seed(seed)
     a = [torch.randint(-levels, levels + 1, (n,), generator=g) / levels for n in sizes]
     if special:
-        a = [torch.where(torch.rand(x.shape, generator=g) < 0.2, tensor(x.numel(), x.dtype, "special", seed), x) for x in a]
+        a = [
+            torch.where(torch.rand(x.shape, generator=g) < 0.2, tensor(x.numel(), x.dtype, "special", seed), x)
+            for x in a
+        ]
     layout, keys = ops.Layout.of(a), keys_of("identity", a, [])
     n_prune = round(share * keys.numel())
     threshold = pins.select(a, [], layout.rows, layout.chunks, "identity", torch.tensor(n_prune), exact)
@@ -174,7 +181,13 @@ def test_pack(score: str, dtype: torch.dtype, sizes: str) -> None:
         ordered = keys.sort().values
         some = int(ordered[keys.numel() // 2]) if keys.numel() else 5
         last = layout.total - 1
-        for key, tie in ((some, 0), (some, MAX_INDEX), (some, last - keys.numel() // 3), (0, 0), (ref.MASK32, MAX_INDEX)):
+        for key, tie in (
+            (some, 0),
+            (some, MAX_INDEX),
+            (some, last - keys.numel() // 3),
+            (0, 0),
+            (ref.MASK32, MAX_INDEX),
+        ):
             _, masks = masks_of(a)
             stats = torch.full((len(a), 3), -1)
             pins.pack_(masks, stats, a, b, layout.rows, layout.chunks, score, torch.tensor([[key, tie]]))

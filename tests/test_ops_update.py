@@ -194,7 +194,11 @@ def test_masks_and_importance_ride_along(
     optimizer: AdamW | SGD, dtype: torch.dtype, state: torch.dtype, criterion: str
 ) -> None:
     sizes = [1, 0, 65, 511, 17000]
-    for accepted, with_shadow, with_masks, clear in ((0, False, False, False), (2, True, True, True), (3, False, True, False)):
+    for accepted, with_shadow, with_masks, clear in (
+        (0, False, False, False),
+        (2, True, True, True),
+        (3, False, True, False),
+    ):
         params, grads, shadow = (tensors(sizes, dtype, seed=s, misaligned=clear) for s in (1, 2, 3))
         ipt, rng, layout = tensors(sizes, state, seed=4), rng_of(accepted), ops.Layout.of(params)
         moments = [[m.abs() for m in tensors(sizes, dtype, seed=5 + k)] for k in range(len(optimizer.moments))]
@@ -251,8 +255,13 @@ def test_rows_differ_by_tensor() -> None:
     params, grads = tensors([300, 20000], torch.float32, seed=1), tensors([300, 20000], torch.float32, seed=2)
     layout = ops.Layout.of(params)
     hyper = torch.tensor([SGD(0.5).row(1), SGD(0.25, weight_decay=0.5).row(1)])
-    expected = [torch_step(o, 1, [p], [], [g])[0][0] for o, p, g in zip((SGD(0.5), SGD(0.25, weight_decay=0.5)), params, grads, strict=True)]
-    pins.masked_sgd_(params, [], [], [], grads, [], layout.rows, layout.chunks, hyper, torch.zeros(1), rng_of(0), "pins")
+    expected = [
+        torch_step(o, 1, [p], [], [g])[0][0]
+        for o, p, g in zip((SGD(0.5), SGD(0.25, weight_decay=0.5)), params, grads, strict=True)
+    ]
+    pins.masked_sgd_(
+        params, [], [], [], grads, [], layout.rows, layout.chunks, hyper, torch.zeros(1), rng_of(0), "pins"
+    )
     assert_all_same(params, expected)
 
 

@@ -53,7 +53,8 @@ inline void store(const Span& span, int64_t at, int64_t n, const float* values) 
 }
 
 // Rounds a state stochastically into bfloat16; `shift` chooses the half of the random bits.
-inline void store_state(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random, int shift) {
+inline void store_state(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
+                        int shift) {
   if (span.dtype == Dtype::float32) return store(span, at, n, values);
   const float* __restrict source = values;
   const uint32_t* __restrict bits = random;

@@ -36,7 +36,9 @@ Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const 
 }
 
 // Position in [0, 1) inside a stratum: a hash of its number, so that regular weights meet no regular grid.
-double jitter(int64_t stratum) { return random_bits(static_cast<uint64_t>(stratum), 0x243f6a88u, 0x85a308d3u) * 0x1p-32; }
+double jitter(int64_t stratum) {
+  return random_bits(static_cast<uint64_t>(stratum), 0x243f6a88u, 0x85a308d3u) * 0x1p-32;
+}
 
 Tensor sample(const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks, const std::string& score,
               int64_t size, const OptionalTensor& /*pointers*/) {
@@ -55,7 +57,8 @@ Tensor sample(const Tensors& a, const Tensors& b, const Tensor& layout, const Te
   }
   torch::stable::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      const double position = (static_cast<double>(s) + jitter(s)) * static_cast<double>(total) / static_cast<double>(size);
+      const double position =
+          (static_cast<double>(s) + jitter(s)) * static_cast<double>(total) / static_cast<double>(size);
       const int64_t weight = std::min(static_cast<int64_t>(position), total - 1);
       const int64_t tensor = std::upper_bound(starts.begin(), starts.end(), weight) - starts.begin() - 1;
       const Chunk at{tensor, weight - starts[tensor]};
@@ -132,7 +135,8 @@ int64_t weights_before(const Place& place, const Run& run, int64_t index) {
 }
 
 void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& layout,
-           const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& /*pointers*/) {
+           const Tensor& chunks, const std::string& score, const Tensor& threshold,
+           const OptionalTensor& /*pointers*/) {
   const Work work = check_work(layout, chunks);
   const int64_t n = static_cast<int64_t>(work.tensors());
   const Scored scored = check_scores(work, a, b, score);
@@ -156,7 +160,8 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
     const Run run = work.run(chunk);
     PackStats own{0, 0, 0};
     pack(scored.at(work, chunk),
-         {masks_at.at(chunk), static_cast<uint32_t>(row[0]), weights_before(work.places[chunk.tensor], run, row[1])}, own);
+         {masks_at.at(chunk), static_cast<uint32_t>(row[0]), weights_before(work.places[chunk.tensor], run, row[1])},
+         own);
     // Integer sums: the order of threads cannot be seen.
     int64_t* total = totals + 3 * chunk.tensor;
     __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);

@@ -28,8 +28,8 @@ Work check_update(const UpdateArguments& args) {
   check_optional_list("shadow", args.shadow, n, kCpu, kParamDtypes);
   check_same_dtype("grads", args.grads, "params", args.params);
   check_same_dtype("shadow", args.shadow, "params", args.params);
-  for (auto [name, list] : {std::pair{"params", &args.params}, {"grads", &args.grads}, {"ipt", &args.ipt},
-                            {"shadow", &args.shadow}}) {
+  for (auto [name, list] :
+       {std::pair{"params", &args.params}, {"grads", &args.grads}, {"ipt", &args.ipt}, {"shadow", &args.shadow}}) {
     check_numel(name, *list, work.numel);
   }
   check_optional_list("masks", args.masks, n, kCpu, {ScalarType::Byte});
@@ -60,8 +60,8 @@ void update(const UpdateArguments& args, const Work& work, const Tensors& first,
   const auto kernel = table[args.ipt.empty() ? kNoCriterion : criterion];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     kernel({work.run(chunk), params_at.at(chunk), grads_at.at(chunk), first_at.at(chunk), second_at.at(chunk),
-            ipt_at.at(chunk), shadow_at.at(chunk), masks_at.at(chunk), hyper + 8 * chunk.tensor, step.gradient, accepted,
-            args.clear_state, rounding});
+            ipt_at.at(chunk), shadow_at.at(chunk), masks_at.at(chunk), hyper + 8 * chunk.tensor, step.gradient,
+            accepted, args.clear_state, rounding});
   });
 }
 
@@ -70,8 +70,8 @@ void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors&
                    const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
                    const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
                    const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
-  const UpdateArguments args{params, ipt, shadow, grads, masks, layout, chunks, hyper, accepted, rng, criterion,
-                             clear_state, grad_scale, clip, found_inf};
+  const UpdateArguments args{params,   ipt, shadow,    grads,       masks,      layout, chunks,   hyper,
+                             accepted, rng, criterion, clear_state, grad_scale, clip,   found_inf};
   const Work work = check_update(args);
   check_moment("exp_avg", exp_avg, work, params);
   check_moment("exp_avg_sq", exp_avg_sq, work, params);
@@ -83,8 +83,8 @@ void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Te
                  const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
                  bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
                  const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
-  const UpdateArguments args{params, ipt, shadow, grads, masks, layout, chunks, hyper, accepted, rng, criterion,
-                             clear_state, grad_scale, clip, found_inf};
+  const UpdateArguments args{params,   ipt, shadow,    grads,       masks,      layout, chunks,   hyper,
+                             accepted, rng, criterion, clear_state, grad_scale, clip,   found_inf};
   const Work work = check_update(args);
   if (!momentum_buffer.empty()) {
     check_moment("momentum_buffer", momentum_buffer, work, params);

@@ -2,7 +2,8 @@
 
 struct AdamW {
   using Row = AdamWRow;
-  static inline __attribute__((always_inline)) float step(float p, float g, float& first, float& second, const Row& row) {
+  static inline __attribute__((always_inline)) float step(float p, float g, float& first, float& second,
+                                                          const Row& row) {
     return adamw(p, g, first, second, row);
   }
 };

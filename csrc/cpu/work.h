@@ -33,7 +33,8 @@ inline Work check_work(const Tensor& layout, const Tensor& chunks) {
   int64_t m = chunks.dim() > 0 ? chunks.size(0) : 0;
   check_shape("layout", layout, {n, 13}, ScalarType::Long, kCpu);
   check_shape("chunks", chunks, {m, 2}, ScalarType::Long, kCpu);
-  Work work{static_cast<const Place*>(layout.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
+  Work work{
+      static_cast<const Place*>(layout.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
   work.numel.reserve(n);
   for (int64_t i = 0; i < n; ++i) {
     const Place& place = work.places[i];
@@ -62,7 +63,9 @@ class Operand {
   explicit Operand(const Tensors& tensors) {
     if (tensors.empty()) return;
     ScalarType dtype = tensors[0].scalar_type();
-    dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16 : dtype == ScalarType::Half ? Dtype::float16 : Dtype::float32;
+    dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16
+             : dtype == ScalarType::Half   ? Dtype::float16
+                                           : Dtype::float32;
     data_.reserve(tensors.size());
     for (const Tensor& tensor : tensors) data_.push_back(static_cast<char*>(tensor.data_ptr()));
   }
