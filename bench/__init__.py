@@ -1,0 +1,16 @@
+"""The benchmarks: every operator and the whole step, beside PyTorch's own ways, on the machine at hand.
+
+`python -m bench` in a checkout, `pins-ext bench` once installed (as `pins_ext.bench`); one module per stem runs alone:
+`python -m bench.bench_select`. How a case is timed stands in protocol.py, what is counted in the bench_* modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    from .command import main as run
+
+    return run(argv)

@@ -1,0 +1,63 @@
+"""pack_ and apply_mask_: a threshold into mask bits, mask bits into zeros."""
+
+from __future__ import annotations
+
+import torch
+
+from pins_ext import ops
+
+from .data import Draw, Problem, masks_of
+from .protocol import Case
+from .suite import Group, rotations, run_alone
+
+
+def cases(problem: Problem, peers: bool = True) -> list[Case]:
+    """Bytes counted: pack_ reads two averages and the old bits and writes the new; apply_mask_ reads bits and weights
+    and writes weights."""
+    weight, state = problem.sizes
+    sets = []
+    for i in range(rotations(problem, weight + 2 * state)):
+        draw = Draw(problem.turned(i))
+        sets.append((draw.normal(0.04), *draw.states()))
+    layout = ops.Layout.of(sets[0][0])
+    rows, chunks, n = layout.rows, layout.chunks, layout.total
+    kernels = torch.ops.pins_ext
+    masks = masks_of(problem, sets[0][0], problem.ratio)
+    packed = [mask.clone() for mask in masks]
+    stats = torch.zeros(len(masks), 3, dtype=torch.int64, device=rows.device)
+    wanted = torch.tensor(problem.n_prune).to(rows.device)
+    threshold = kernels.select(*sets[0][1:], rows, chunks, "product", wanted).reshape(1, 2)
+    score = ops.score_of_key(threshold)
+
+    def pack(turn: int) -> None:
+        _, a, b = sets[turn % len(sets)]
+        kernels.pack_(packed, stats, a, b, rows, chunks, "product", threshold)
+
+    def apply(turn: int) -> None:
+        kernels.apply_mask_(sets[turn % len(sets)][0], masks, rows, chunks)
+
+    def both(turn: int) -> None:
+        pack(turn)
+        apply(turn)
+
+    def eager(turn: int) -> None:
+        for p, a, b in zip(*sets[turn % len(sets)], strict=True):
+            p.masked_fill_(a * b < score, 0.0)
+
+    found = [
+        Case("pack_", pack, "kernel", n, 2 * state + 0.25, outputs=lambda: [*packed, stats]),
+        Case("apply_mask_", apply, "kernel", n, 2 * weight + 0.125, outputs=lambda: sets[0][0]),
+        Case("pack_ + apply_mask_", both, "kernel", n, 2 * state + 2 * weight + 0.375, outputs=lambda: sets[0][0]),
+    ]
+    peer = [Case("eager score < threshold, masked_fill_", eager, "peer", n, against="pack_ + apply_mask_")]
+    return found + (peer if peers else [])
+
+
+def group(problem: Problem, peers: bool) -> Group:
+    """Everything of this stem on one problem."""
+    weight, state = problem.sizes
+    return Group("pack", problem, cases, peers, operand_bytes=weight + 2 * state + 0.25)
+
+
+if __name__ == "__main__":
+    run_alone("pack")

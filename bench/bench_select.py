@@ -1,0 +1,95 @@
+"""select, count_, sample: from stored averages to the exact threshold. Alone: `python -m bench.bench_select`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops
+
+from .data import Draw, Problem
+from .peers import selection_cases
+from .protocol import Case
+from .suite import Group, rotations, run_alone
+
+_KIND = "product"
+
+
+def cases(problem: Problem, peers: bool = True) -> list[Case]:
+    """Bytes counted: one read of both averages. What `select` takes beyond that time is the number of its passes."""
+    sets = [Draw(problem.turned(i)).states() for i in range(rotations(problem, read_bytes(problem)))]
+    layout = ops.Layout.of(sets[0][0])
+    rows, chunks, n = layout.rows, layout.chunks, layout.total
+    wanted = torch.tensor(problem.n_prune).to(rows.device)
+    kernels = torch.ops.pins_ext
+
+    def select(turn: int) -> Tensor:
+        a, b = sets[turn % len(sets)]
+        return kernels.select(a, b, rows, chunks, _KIND, wanted)
+
+    def counted(bracket: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=rows.device)
+        kernels.count_(counts, *sets[0], rows, chunks, _KIND, bracket)
+        return bracket, counts
+
+    def select_after_fold(turn: int, bracket: Tensor, counts: Tensor) -> Tensor:
+        return kernels.select(*sets[0], rows, chunks, _KIND, wanted, bracket=bracket, counts=counts.clone())
+
+    threshold = select(0)
+    # The counts that a fold leaves behind: around the last threshold, and three octaves beside it.
+    hit = counted(ops.bracket_around(threshold))
+    miss = counted(ops.bracket_around(threshold + torch.tensor([3 << 23, 0]).to(threshold)))
+    counts = hit[1].clone()
+    found = [
+        Case("select", select, "kernel", n, read_bytes(problem)),
+        Case(
+            "select after a fold that counted",
+            lambda turn: select_after_fold(turn, *hit),
+            "kernel",
+            n,
+            read_bytes(problem),
+        ),
+        Case(
+            "select after a fold that missed",
+            lambda turn: select_after_fold(turn, *miss),
+            "kernel",
+            n,
+            read_bytes(problem),
+        ),
+        Case(
+            "count_",
+            lambda turn: kernels.count_(counts, *sets[turn % len(sets)], rows, chunks, _KIND, hit[0]),
+            "kernel",
+            n,
+            read_bytes(problem),
+            outputs=lambda: [counts],
+        ),
+        Case("sample", lambda turn: kernels.sample(*sets[0], rows, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n),
+    ]
+    return found + (selection_cases(*sets[0], problem.n_prune) if peers else [])
+
+
+def scored_cases(problem: Problem) -> list[Case]:
+    """`select` alone, for the table of score distributions and ratios; a missed window where the problem asks for it."""
+    name = "select after a fold that missed" if problem.scores == "window-miss" else "select"
+    return [case for case in cases(problem, peers=False) if case.name == name]
+
+
+def read_bytes(problem: Problem) -> float:
+    """Bytes per weight of one pass over the averages."""
+    return 2.0 * problem.sizes[1]
+
+
+def group(problem: Problem, peers: bool) -> Group:
+    """Everything of this stem on one problem."""
+    # Averages, materialised scores, and what sort takes.
+    return Group("select", problem, cases, peers, operand_bytes=3 * problem.sizes[1])
+
+
+def scored_group(problem: Problem) -> Group:
+    """One line of the table of score distributions."""
+    return Group("select", problem, lambda p, peers: scored_cases(p), False, 2 * problem.sizes[1], "scores")
+
+
+if __name__ == "__main__":
+    run_alone("select")

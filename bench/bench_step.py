@@ -1,0 +1,139 @@
+"""Whole training steps through Pruner and PinsAdamW, beside torch's fused AdamW. Alone: `python -m bench.bench_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pins_ext import PruneConfig, Pruner
+from pins_ext.optim import PinsAdamW
+
+from .data import Draw, Problem
+from .peers import EagerStep, Find, kthvalue, seconds_of, topk
+from .protocol import Case
+from .suite import Group, run_alone
+
+_LR = 3e-5
+_COMPILING = 30.0
+"""Seconds, about, of torch.compile on two cores: beyond the patience of a quick run."""
+
+
+class Model(nn.Module):
+    """Nothing but prunable parameters; three sets of gradients take turns, so that no two windows have the same mean."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        draw = Draw(problem)
+        self.weights = nn.ParameterList(nn.Parameter(p) for p in draw.normal(0.04))
+        self._gradients = [draw.normal(1e-4) for _ in range(3)]
+
+    def backward(self, turn: int) -> None:
+        """Put the gradients of one step in place."""
+        for p, g in zip(self.weights, self._gradients[turn % 3], strict=True):
+            p.grad = g
+
+
+def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
+    """One call is a window: delta_t - 1 steps inside it and its boundary.
+
+    Bytes counted per step, the split design: update, ipt and mask at every step; fold, one read to select, pack once a
+    window. torch's AdamW: its seven.
+    """
+    weight, state = problem.sizes
+    model = Model(problem)
+    parameters = list(model.weights)
+    n = sum(p.numel() for p in parameters)
+    optimizer = PinsAdamW(parameters, lr=_LR)
+    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
+    config = PruneConfig(
+        1 - problem.ratio, delta_t=delta_t, schedule="constant", warmup=0, cooldown=2, include=("*",), state_dtype=dtype
+    )
+    pruner = Pruner(model, optimizer, config, total_steps=1 << 40)
+    plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
+    _settle(pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc, problem)
+
+    def window(step: Callable[[], object], turn: int) -> None:
+        for i in range(delta_t):
+            model.backward(turn * delta_t + i)
+            step()
+
+    def written() -> list[Tensor]:
+        return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks]
+
+    ours = 7 * weight + 2 * state + 0.125 + (5 * state + 2 * state + 2 * state + 0.25) / delta_t
+    name = name_of(delta_t)
+    found = [
+        Case(name, partial(window, optimizer.step), "step", n, ours, delta_t, outputs=written),
+        Case(FLOOR, partial(window, plain.step), "peer", n, 7 * weight, delta_t, against=name),
+    ]
+    return found + (_eager_cases(problem, parameters, window, delta_t) if peers else [])
+
+
+def _settle(exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor], problem: Problem) -> None:
+    """Averages as after many windows of |p g|: from zeros, the first thresholds would move by octaves."""
+    draw = Draw(problem)
+    for states, middle in ((exp_avg_ipt, -18.5), (exp_avg_unc, -21.5)):
+        for state, drawn in zip(states, draw.positive(1.0, middle), strict=True):
+            state.copy_(drawn)
+
+
+FLOOR = "torch fused AdamW, no pruning"
+
+
+def name_of(delta_t: int) -> str:
+    """Name of our case."""
+    return "mask step, deltaT = 1" if delta_t == 1 else f"average step, deltaT = {delta_t}"
+
+
+def _eager_cases(
+    problem: Problem, parameters: list[nn.Parameter], window: Callable[[Callable[[], object], int], None], delta_t: int
+) -> list[Case]:
+    n, item = problem.weights, problem.dtype.itemsize
+    scores = torch.cat([p.detach().abs().flatten()[: max(1, p.numel() // 64)] for p in parameters])
+
+    def peer(name: str, find: Find, fused: bool, compiled: bool, beside: int, slow: bool) -> Case:
+        made: list[EagerStep] = []
+
+        def setup() -> None:
+            made.append(EagerStep(parameters, problem.ratio, delta_t, _LR, fused, compiled))
+            _settle(made[0].eager.exp_avg_ipt.values(), made[0].eager.exp_avg_unc.values(), problem)
+
+        return Case(
+            name,
+            lambda turn: window(made[0].step, turn),
+            "peer",
+            n,
+            steps=delta_t,
+            against=name_of(delta_t),
+            slow=slow,
+            needs=n * (5 * item + beside),
+            setup=setup,
+            predict=lambda: (
+                _COMPILING * compiled
+                + seconds_of(find, scores, round(scores.numel() * (1 - problem.ratio))) * n / scores.numel()
+            ),
+        )
+
+    # Beside states and moments: scores, their concatenation, and what the selection takes.
+    return [
+        peer("eager, tuned: fused AdamW, topk(sorted=False)", topk, True, False, 2 * item + 28, False),
+        peer("eager, torch.compile: fused AdamW, topk(sorted=False)", topk, True, True, 2 * item + 28, False),
+        peer("eager, released: AdamW, cat + kthvalue", kthvalue, False, False, 3 * item + 8, True),
+    ]
+
+
+def group(problem: Problem, peers: bool, delta_t: int) -> Group:
+    """Everything of this stem on one problem."""
+    weight, state = problem.sizes
+    return Group("step", problem, partial(_cases_at, delta_t), peers, 8 * weight + 3 * state, f"deltaT = {delta_t}")
+
+
+def _cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:
+    return cases(problem, delta_t, peers)
+
+
+if __name__ == "__main__":
+    run_alone("step")

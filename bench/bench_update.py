@@ -1,0 +1,107 @@
+"""masked_adamw_ and masked_sgd_: the optimizer's one pass, with importance and mask riding along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops, reference
+
+from .data import Draw, Problem, masks_of
+from .protocol import Case
+from .suite import Group, run_alone
+
+_LR, _DECAY, _BETA1, _BETA2, _EPS, _STEP = 3e-5, 1e-2, 0.9, 0.999, 1e-8, 100
+
+
+def cases(problem: Problem, peers: bool = True) -> list[Case]:
+    """Bytes counted: AdamW reads p, g and two moments and writes all but g; SGD has one moment; importance reads and
+    writes ipt; a mask is one bit."""
+    weight, state = problem.sizes
+    draw = Draw(problem)
+    p, g, ipt = draw.normal(0.04), draw.normal(1e-4), draw.positive(3)
+    m, v = draw.normal(1e-4), draw.positive(2, -26.0, problem.dtype)
+    masks = masks_of(problem, p, problem.ratio)
+    layout = ops.Layout.of(p)
+    rows, chunks, n, device = layout.rows, layout.chunks, layout.total, layout.rows.device
+    kernels = torch.ops.pins_ext
+    adamw = _table(_adamw_row(), len(p), device)
+    sgd = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(p), device)
+    accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
+
+    def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
+        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, rows, chunks, adamw, accepted, key, "pins")
+
+    def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
+        kernels.masked_sgd_(p, m, ipt, [], g, masks, rows, chunks, sgd, accepted, key, "pins")
+
+    plain, full = 7 * weight, 7 * weight + 2 * state + 0.125
+    found = [
+        Case("masked_adamw_ alone", lambda turn: run_adamw([], []), "kernel", n, plain, outputs=lambda: [*p, *m, *v]),
+        Case(
+            "masked_adamw_ + ipt",
+            lambda turn: run_adamw(ipt, []),
+            "kernel",
+            n,
+            plain + 2 * state,
+            outputs=lambda: [*p, *ipt],
+        ),
+        Case(
+            "masked_adamw_ + ipt + mask",
+            lambda turn: run_adamw(ipt, masks),
+            "kernel",
+            n,
+            full,
+            outputs=lambda: [*p, *ipt],
+        ),
+        Case(
+            "masked_sgd_ + ipt + mask",
+            lambda turn: run_sgd(ipt, masks),
+            "kernel",
+            n,
+            full - 2 * weight,
+            outputs=lambda: [*p, *m, *ipt],
+        ),
+    ]
+    return found + (_peers(p, g, m, v, plain) if peers else [])
+
+
+def _peers(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], plain: float) -> list[Case]:
+    """torch's fused optimizers on the same tensors; only they move the same bytes."""
+    n = sum(t.numel() for t in p)
+    steps = [torch.tensor(float(_STEP), device=t.device) for t in p]
+    last = {"lr": _LR, "weight_decay": _DECAY, "maximize": False, "grad_scale": None, "found_inf": None}
+
+    def adamw(turn: int) -> None:
+        torch._fused_adamw_(p, g, m, v, [], steps, beta1=_BETA1, beta2=_BETA2, eps=_EPS, amsgrad=False, **last)
+
+    def sgd(turn: int) -> None:
+        rest = last | {"weight_decay": 0.0}
+        torch._fused_sgd_(p, g, m, momentum=0.9, dampening=0.0, nesterov=False, is_first_step=False, **rest)
+
+    return [
+        Case("torch fused AdamW", adamw, "peer", n, plain, against="masked_adamw_ + ipt + mask"),
+        Case("torch fused SGD", sgd, "peer", n, plain * 5 / 7, against="masked_sgd_ + ipt + mask"),
+    ]
+
+
+def _adamw_row() -> tuple[float, ...]:
+    step_size, bias_sqrt = _LR / (1 - _BETA1**_STEP), math.sqrt(1 - _BETA2**_STEP)
+    return _LR, 1 - _LR * _DECAY, 1 - _BETA1, _BETA2, 1 - _BETA2, -step_size, bias_sqrt, _EPS
+
+
+def _table(row: Sequence[float], n: int, device: torch.device) -> Tensor:
+    return torch.tensor([row] * n, dtype=torch.float32).to(device)
+
+
+def group(problem: Problem, peers: bool) -> Group:
+    """Everything of this stem on one problem."""
+    weight, state = problem.sizes
+    return Group("update", problem, cases, peers, operand_bytes=4 * weight + state + 0.125)
+
+
+if __name__ == "__main__":
+    run_alone("update")

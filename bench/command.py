@@ -1,0 +1,235 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
+
+from . import bench_importance, bench_pack, bench_select, bench_step, bench_update, machine
+from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
+from .protocol import Limits
+from .records import Run
+from .roofline import draw
+from .show import Screen, key_of, targets_table
+from .suite import Group, run
+from .targets import lines
+
+STEMS = ("select", "step", "update", "importance", "pack", "scores", "shapes")
+_QUICK_PARAMS, _QUICK_BUDGET = 16_000_000, 80.0
+
+_ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
+PyTorch itself and the released algorithm offer. Prints a table per group and the targets, writes JSON and a picture.
+
+stems: select, step, update, importance, pack on one model's shapes, with peers; scores: select over score
+distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000 small ones, misaligned views.
+"""
+_EXAMPLES = """examples:
+  pins-ext bench --quick                          under two minutes on two cores
+  pins-ext bench select step                      two stems, BERT-base's 85 M weights
+  pins-ext bench --params 1.1e9 --device cuda     BERT's layers, repeated up to 1.1 G weights
+  pins-ext bench --shapes llama-7b --dtype bf16   6.5 G weights with bf16 states
+  pins-ext bench --baseline                       beside the newest saved run of this machine
+
+Peers that run out of memory, refuse the size or would take too long stay in the table with the reason.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 0 unless the arguments are wrong."""
+    parser = _parser()
+    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    results = options.json.parent if options.json else results_folder()
+    try:
+        baseline = _baseline(options, device, results)
+    except (OSError, ValueError) as error:
+        parser.error(f"--baseline: {error}")
+    if baseline is not None:
+        console.print(f"[dim]baseline: {baseline.date}, {baseline.machine['name']}[/dim]")
+    groups = plan(options, device)
+    about = machine.describe(device)
+    console.print(
+        f"[bold]{about['name']}[/bold] · {about['threads']} threads · {about['cpu_capability']} · torch {about['torch']}"
+        f" · load {about['load']}"
+    )
+    begin = time.perf_counter()
+    before = {key_of(r): r for r in baseline.records} if baseline else None
+    budget = options.budget or (_QUICK_BUDGET if options.quick else None)
+    with Screen(console, len(groups), before) as screen:
+        outcome = run(groups, limits_of(options, device), budget, screen)
+    about["load_after"] = machine.load()
+    done = Run(
+        about,
+        datetime.date.today().isoformat(),
+        {k: v for k, v in vars(options).items() if k not in ("json", "baseline")},
+        round(time.perf_counter() - begin, 1),
+        outcome.records,
+        outcome.skipped,
+    )
+    console.print(targets_table(lines(done.records, device.type)))
+    if outcome.skipped:
+        console.print(f"[yellow]not reached within {budget:.0f} s:[/yellow] " + "; ".join(outcome.skipped))
+    disturbed = device.type == "cpu" and max(about["load"], about["load_after"]) > about["threads"] + 0.5
+    if disturbed:
+        console.print(
+            f"[yellow]other jobs ran (load {about['load']} to {about['load_after']}): times are disturbed[/yellow]"
+        )
+    path = options.json or results / file_name(done, options.quick)
+    done.save(path)
+    picture = path.with_suffix(".svg")
+    drawn = draw(done, picture)
+    console.print(f"{done.seconds:.0f} s; wrote {path}{f' and {picture.name}' if drawn else ''}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pins-ext bench",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("stems", nargs="*", metavar="STEM", help=f"what to time: {', '.join(STEMS)}; all of them by default")
+    add("--shapes", nargs="+", choices=SHAPES, default=["bert-base"], help="shapes of the tensors; default bert-base")
+    add("--params", type=count, metavar="N", help="number of weights, as 16e6 or 7e9; the model's own by default")
+    add("--dtype", choices=DTYPES, default="fp32", help="of weights and gradients; 16 bits go with bf16 states")
+    add("--threads", type=int, metavar="N", help="CPU threads; torch's choice by default")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda; default cuda if there is one",
+    )
+    add("--quick", action="store_true", help="16 M weights, few samples, little patience with slow peers")
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="stop before the group that would pass it, and say what is left out",
+    )
+    add(
+        "--scores",
+        nargs="+",
+        choices=SCORES,
+        help="score distributions of the stem `scores`, at every ratio; all by default",
+    )
+    add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`; .01 .2 .5 .8 .99")
+    add("--no-peers", action="store_true", help="our operators only")
+    add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
+    add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")
+    add("--seed", type=int, default=0, help="of the random data")
+    add("--baseline", nargs="?", const="", metavar="FILE", help="compare with a saved run; the newest of this machine")
+    add("--json", type=Path, metavar="PATH", help="where to write; default bench/results/<machine>-<date>.json")
+    return parser
+
+
+def count(text: str) -> int:
+    """A number of weights, also in scientific notation.
+
+    Raises:
+        argparse.ArgumentTypeError: not a positive whole number.
+    """
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(value)
+
+
+def limits_of(options: argparse.Namespace, device: torch.device) -> Limits:
+    """The protocol's limits, changed as asked for."""
+    usual = Limits.of(device, options.quick)
+    return Limits(options.rounds or usual.rounds, usual.warmups, options.patience or usual.patience, usual.least)
+
+
+def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
+    """The groups to run, most valuable first.
+
+    Raises:
+        SystemExit: an unknown stem.
+    """
+    stems = options.stems or list(STEMS)
+    if unknown := [stem for stem in stems if stem not in STEMS]:
+        _parser().error(f"unknown stem {unknown[0]!r}; there are {', '.join(STEMS)}")
+    params = options.params or (_QUICK_PARAMS if options.quick else None)
+    peers = not options.no_peers
+
+    def problem(name: str, **changes: object) -> Problem:
+        made = Problem(name, shapes_of(name, params), DTYPES[options.dtype], device, seed=options.seed)
+        for key, value in changes.items():
+            object.__setattr__(made, key, value)
+        return made
+
+    by_stem = {
+        "select": [bench_select.group],
+        "step": [lambda p, peers: bench_step.group(p, peers, 10), lambda p, peers: bench_step.group(p, peers, 1)],
+        "update": [bench_update.group],
+        "importance": [bench_importance.group],
+        "pack": [bench_pack.group],
+    }
+    groups = [
+        make(problem(name), peers)
+        for name in options.shapes
+        for stem in STEMS
+        if stem in stems
+        for make in by_stem.get(stem, [])
+    ]
+    if "scores" in stems:
+        groups += [
+            bench_select.scored_group(problem(options.shapes[0], scores=scores, ratio=ratio))
+            for scores, ratio in _scored(options)
+        ]
+    if "shapes" in stems:
+        groups += [
+            by_stem[stem][0](problem(name), False)
+            for name in ("flat", "many-small", "misaligned")
+            if name not in options.shapes
+            for stem in ("select", "update", "importance", "pack", "step")
+        ]
+    return groups
+
+
+def _scored(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """Pairs of score distribution and ratio: the full table where one of them was asked for, otherwise its two edges."""
+    scores, ratios = options.scores or list(SCORES), options.ratios or list(RATIOS)
+    table = [(s, r) for s in scores for r in ratios]
+    if options.scores or options.ratios:
+        return table
+    return [(s, r) for s, r in table if s == "lognormal-4" or r == 0.2]
+
+
+def results_folder() -> Path:
+    """bench/results in a checkout; beside the caller once installed."""
+    here = Path(__file__).resolve().parent
+    return here / "results" if (here.parent / "setup.py").exists() else Path.cwd() / "bench-results"
+
+
+def file_name(done: Run, quick: bool) -> str:
+    """<machine>-<date>.json; a quick run never takes the name of a full one."""
+    return f"{machine.file_stem(done.machine['name'])}-{done.date}{'-quick' if quick else ''}.json"
+
+
+def _baseline(options: argparse.Namespace, device: torch.device, results: Path) -> Run | None:
+    if options.baseline is None:
+        return None
+    if options.baseline:
+        return Run.load(Path(options.baseline))
+    stem = machine.file_stem(machine.describe(device)["name"])
+    saved = sorted(results.glob(f"{stem}-????-??-??{'-quick' if options.quick else ''}.json"))
+    if not saved:
+        raise ValueError(f"no saved run of this machine ({stem}-*.json)")
+    return Run.load(saved[-1])

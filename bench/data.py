@@ -1,0 +1,173 @@
+"""What is measured on: shapes of real models, and random tensors with scores of a given spread. Never zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# One block each: attention projections, then the feed-forward matrices.
+_BERT = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+_LLAMA = [(4096, 4096)] * 4 + [(11008, 4096), (11008, 4096), (4096, 11008)]
+_SHAPES: dict[str, tuple[list[Shape], int]] = {
+    "flat": ([], 16_000_000),
+    "bert-base": (_BERT, 84_934_656),
+    "llama-7b": (_LLAMA, 6_476_005_376),
+    # Biases, norms and adapters: from one weight to some ten thousand.
+    "many-small": ([(1,), (768,), (3072,), (64, 48), (8, 768), (33, 31), (127, 129)], 0),
+    "misaligned": (_BERT, 84_934_656),
+}
+SHAPES = tuple(_SHAPES)
+_MANY = 5000
+
+SCORES = ("lognormal-1", "lognormal-4", "lognormal-8", "zeros-80", "equal", "bf16-ties", "window-miss")
+RATIOS = (0.01, 0.2, 0.5, 0.8, 0.99)
+
+_PIECE = 1 << 22
+
+
+def shapes_of(name: str, params: int | None = None) -> tuple[Shape, ...]:
+    """Shapes of the pruned matrices, about `params` weights in all: blocks are repeated, the last matrix cut to rows.
+
+    Args:
+        name: one of SHAPES. params: weights wanted; None for the model's own size.
+    """
+    block, natural = _SHAPES[name]
+    if name == "many-small":
+        tensors = [block[i % len(block)] for i in range(_MANY)]
+        if params is None:
+            return tuple(tensors)
+        scale = params / sum(map(math.prod, tensors))
+        return tuple((max(1, round(math.prod(shape) * scale)),) for shape in tensors)
+    wanted = params or natural
+    if not block:
+        return ((wanted,),)
+    shapes: list[Shape] = []
+    while wanted > 0:
+        rows, columns = block[len(shapes) % len(block)]
+        rows = min(rows, max(1, wanted // columns))
+        shapes.append((rows, columns))
+        wanted -= rows * columns
+    return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One set of tensors to measure on.
+
+    Attributes:
+        name: of the shapes. shapes: of the tensors. dtype: of weights, gradients and moments; bfloat16 and float16
+            weights keep bfloat16 states. device, seed. scores: one of SCORES. ratio: remaining ratio of the selection.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    dtype: torch.dtype
+    device: torch.device
+    scores: str = "lognormal-4"
+    ratio: float = 0.2
+    seed: int = 0
+
+    @property
+    def weights(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a weight and of a state."""
+        return self.dtype.itemsize, self.state_dtype.itemsize
+
+    @property
+    def n_prune(self) -> int:
+        return self.weights - round(self.ratio * self.weights)
+
+    def turned(self, turn: int) -> Problem:
+        """The same with other random numbers, for buffers that rotate."""
+        return replace(self, seed=self.seed + 101 * turn)
+
+    def smaller(self, most: int) -> Problem:
+        """The same with at most about this many weights, of as many kinds of shapes."""
+        if self.weights <= most:
+            return self
+        count = _MANY if self.name == "many-small" else most
+        shapes = self.shapes[: max(1, count * len(self.shapes) // self.weights)]
+        return replace(self, shapes=shapes if sum(map(math.prod, shapes)) <= most else shapes_of(self.name, most))
+
+
+class Draw:
+    """Random tensors of a problem; the same seed gives the same numbers. On the CPU every piece is drawn in float32."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._generator = torch.Generator(problem.device).manual_seed(problem.seed)
+
+    def normal(self, std: float = 1.0, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Weights or gradients, mean 0."""
+        return self._fill(dtype or self.problem.dtype, lambda x: x.mul_(std))
+
+    def positive(self, octaves: float, middle: float = -20.0, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Moments and averages: 2^N(middle, octaves^2)."""
+        return self._fill(
+            dtype or self.problem.state_dtype, lambda x: x.mul_(octaves * math.log(2)).add_(middle * math.log(2)).exp_()
+        )
+
+    def states(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Two averages whose product is the score, distributed as `problem.scores` says."""
+        kind = self.problem.scores
+        spread = {"lognormal-1": 1.0, "lognormal-8": 8.0}.get(kind, 4.0) / math.sqrt(2)
+        a, b = self.positive(spread), self.positive(spread)
+        for x, y in zip(a, b, strict=True):
+            if kind == "zeros-80":
+                for piece in x.view(-1).split(_PIECE):
+                    dropped = torch.rand(piece.shape, generator=self._generator, device=piece.device) < 0.8
+                    piece.masked_fill_(dropped, 0)
+            elif kind == "equal":
+                x.fill_(2.0**-20)
+                y.fill_(2.0**-20)
+            elif kind == "bf16-ties":
+                for piece in (*x.view(-1).split(_PIECE), *y.view(-1).split(_PIECE)):
+                    piece.copy_(piece.bfloat16())
+        return a, b
+
+    def _fill(self, dtype: torch.dtype, transform: object) -> list[Tensor]:
+        assert callable(transform)
+        tensors = list(self._empty(dtype))
+        for tensor in tensors:
+            for piece in tensor.view(-1).split(_PIECE):
+                piece.copy_(transform(torch.randn(piece.shape, generator=self._generator, device=piece.device)))
+        return tensors
+
+    def _empty(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Uninitialised tensors; misaligned ones begin one element past an allocation's start."""
+        for shape in self.problem.shapes:
+            shift = int(self.problem.name == "misaligned")
+            buffer = torch.empty(math.prod(shape) + shift, dtype=dtype, device=self.problem.device)
+            yield buffer[shift:].view(shape)
+
+
+def masks_of(problem: Problem, tensors: list[Tensor], density: float = 0.2) -> list[Tensor]:
+    """Random packed masks that keep this share: uint8, as `ops.new_mask` lays them out."""
+    from pins_ext import ops, reference
+
+    generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
+    masks = []
+    for tensor in tensors:
+        mask = ops.new_mask(tensor)
+        for begin in range(0, tensor.numel(), _PIECE):
+            n = min(_PIECE, tensor.numel() - begin)
+            keep = torch.rand(n, generator=generator, device=problem.device) < density
+            bits = reference.pack_bits(keep)
+            mask[begin // 8 : begin // 8 + bits.numel()] = bits
+        masks.append(mask)
+    return masks

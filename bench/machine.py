@@ -1,0 +1,50 @@
+"""The machine a figure belongs to: models and versions, no names of hosts or users."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pins_ext
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "name": gpu.name if gpu else cpu_model(),
+        "device": device.type,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.ops.pins_ext.cpu_capability(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu_memory_gb": round(gpu.total_memory / 1e9, 1) if gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "pins_ext": pins_ext.__version__,
+        "python": platform.python_version(),
+        "load": load(),
+    }
+
+
+def load() -> float:
+    """Average number of runnable processes over the last minute; more than the threads in use means disturbed times."""
+    return round(os.getloadavg()[0], 2)
+
+
+def cpu_model() -> str:
+    """As the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def file_stem(name: str) -> str:
+    """A model's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

@@ -1,0 +1,225 @@
+"""How a case is timed: same process, interleaved with copy and read bandwidth, medians with their spread.
+
+CPU: wall time of each call, at least five rounds. CUDA: events, twenty warm-ups, fifty rounds. A case that fails, does
+not fit into memory or would take too long is recorded with the reason, never left out silently.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import memory
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+        name: as it stands in tables. run: one call; its argument is the number of the call, from 0, by which buffers
+            rotate. kind: kernel (ours), step (ours, through the pruner), peer, or bandwidth.
+        weights: weights that one call treats. bytes_per_weight: those the call must move, counted once each; 0 where
+            counting makes no sense. steps: training steps in one call; times are divided by it.
+        against: name of the case a peer is compared with. slow: whether it contains kthvalue, a sort or the like.
+        setup: run once before the first call, if it fits. needs: bytes that it and a call take beside the operands. predict: seconds a call will take, from a small piece.
+        outputs: tensors that a call has written, for the test of bitwise repeatability; by default what `run` returns.
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    kind: str = "kernel"
+    weights: int = 0
+    bytes_per_weight: float = 0.0
+    steps: int = 1
+    against: str = ""
+    slow: bool = False
+    needs: int = 0
+    setup: Callable[[], object] | None = None
+    predict: Callable[[], float] | None = None
+    outputs: Callable[[], Sequence[Tensor]] | None = None
+
+
+@dataclass
+class Timing:
+    """What was seen of a case. seconds: per step and sample; bytes_moved: counted per step; extra_bytes: peak memory beside the operands; calls: kernel
+    launches on CUDA, operator calls on CPU; error: why there is nothing."""
+
+    seconds: list[float] = field(default_factory=list)
+    bytes_moved: float = 0.0
+    extra_bytes: int | None = None
+    calls: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """rounds: samples per case. warmups: calls before them. patience: seconds after which a case gets no more samples
+    than `least`; a peer gets at least one."""
+
+    rounds: int
+    warmups: int
+    patience: float
+    least: int = 5
+
+    @staticmethod
+    def of(device: torch.device, quick: bool) -> Limits:
+        """Those of the protocol."""
+        if device.type == "cuda":
+            return Limits(rounds=50, warmups=20, patience=5.0 if quick else 60.0, least=20)
+        return Limits(rounds=5 if quick else 11, warmups=1, patience=2.0 if quick else 40.0)
+
+
+class _Count(TorchDispatchMode):
+    """Counts operator calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(
+    cases: Sequence[Case], device: torch.device, limits: Limits, tick: Callable[[str], None] = lambda name: None
+) -> dict[str, Timing]:
+    """Time the cases, interleaved.
+
+    Args:
+        tick: called before each call of a case, with its name.
+
+    Returns:
+        By name of the case.
+    """
+    found = {case.name: Timing(bytes_moved=case.weights * case.bytes_per_weight) for case in cases}
+    for case in cases:
+        tick(case.name)
+        _first_call(case, found[case.name], device, limits)
+    spent = dict.fromkeys(found, 0.0)
+    for turn in range(limits.rounds):
+        pending = []
+        for case in cases:
+            seen = found[case.name]
+            enough = limits.least if case.kind != "peer" else 1
+            if seen.error or (spent[case.name] > limits.patience and turn >= enough):
+                continue
+            tick(case.name)
+            try:
+                pending.append((case, _timed(case, turn + limits.warmups, device)))
+            except Exception as error:  # a peer may fail at any call; that is a result
+                seen.error = reason(error)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        for case, elapsed in pending:
+            seconds = elapsed()
+            spent[case.name] += seconds
+            found[case.name].seconds.append(seconds / case.steps)
+    return found
+
+
+def _timed(case: Case, turn: int, device: torch.device) -> Callable[[], float]:
+    """Run once; the seconds it took, to be asked for after synchronising."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        case.run(turn)
+        end.record()
+        return lambda: begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    case.run(turn)
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def _first_call(case: Case, seen: Timing, device: torch.device, limits: Limits) -> None:
+    """Warm up; on the way look at memory and count calls."""
+    free = memory.available(device)
+    if case.needs > free:
+        seen.error = f"out of memory: needs {case.needs / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+        return
+    try:
+        if case.predict is not None:
+            expected = case.predict()
+            if expected > limits.patience:
+                seen.error = f"not run: about {expected:.0f} s expected, more than {limits.patience:.0f} s"
+                return
+        if case.setup is not None:
+            case.setup()
+        begin = time.perf_counter()
+        with memory.Peak(device) as peak:
+            case.run(0)
+        seen.extra_bytes = peak.bytes
+        first = time.perf_counter() - begin
+        if first * 2 < limits.patience:
+            seen.calls = _count_calls(case, device)
+        for turn in range(2, limits.warmups):
+            if (time.perf_counter() - begin) > limits.patience / 2:
+                break
+            case.run(turn)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # failing is a result of a peer, and of ours
+        seen.error = reason(error)
+        gc.collect()
+
+
+def _count_calls(case: Case, device: torch.device) -> int:
+    """Kernel launches on CUDA, operator calls on CPU, of one step."""
+    if device.type == "cuda":
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            case.run(1)
+            torch.cuda.synchronize(device)
+        return round(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in trace.events()) / case.steps)
+    with _Count() as count:
+        case.run(1)
+    return round(count.calls / case.steps)
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line of a table."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:160]
+
+
+def repeatable(build: Callable[[], Sequence[Case]]) -> dict[str, bool]:
+    """Whether two runs from the same data write the same bits, for each of our cases."""
+    first, second = ({c.name: _outputs(c) for c in build() if c.kind in ("kernel", "step")} for _ in range(2))
+    return {
+        name: all(torch.equal(_bits(x), _bits(y)) for x, y in zip(written, second[name], strict=True))
+        for name, written in first.items()
+    }
+
+
+def _outputs(case: Case) -> list[Tensor]:
+    result = case.run(0)
+    return [tensor.detach().clone() for tensor in (case.outputs() if case.outputs is not None else [result])]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, so that NaN equals NaN and 0 differs from -0."""
+    kinds = {2: torch.int16, 4: torch.int32}
+    return tensor.contiguous().view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def bandwidth_cases(device: torch.device, least_bytes: int = 1 << 26) -> list[Case]:
+    """Copy (`copy_`, a byte read and a byte written) and read (`amax`) over buffers larger than the last-level cache."""
+    n = max(4 * memory.last_level_cache(device), least_bytes) // 4
+    generator = torch.Generator(device).manual_seed(1)
+    source = torch.rand(n, generator=generator, device=device)
+    target = torch.rand(n, generator=generator, device=device)
+    return [
+        Case("copy", lambda turn: target.copy_(source), "bandwidth", n, 8),
+        Case("read", lambda turn: source.amax(), "bandwidth", n, 4),
+    ]

@@ -1,0 +1,138 @@
+"""The picture of a run: bytes per second of every operator under the measured bandwidths, steps beside torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pins_ext.charts import COLORS
+
+from .records import Record, Run
+from .targets import AVERAGE, MASK, main_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_OURS, _ACCENT, _, _, _, _PEER = COLORS
+_INK, _SOFT, _GRID = "#1f2937", "#6b7280", "#e8ebef"
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "xtick.color": _SOFT,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "svg.hashsalt": "pins_ext",
+}
+# Bytes per step that must move, over those of a plain AdamW: what no implementation of ours can beat.
+_FLOORS = {AVERAGE: 37.7 / 28, MASK: 44 / 28}
+_BAR = 0.62
+
+
+def draw(run: Run, path: Path) -> bool:
+    """Write the picture; the file's ending chooses the format. False, and no file, if the run has nothing to draw."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    kernels, steps = _kernels(run.records), _steps(run.records)
+    if not kernels and not steps:
+        return False
+    rows = max(len(kernels), len(steps), 4)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(11.5 if kernels and steps else 6.5, 1.5 + 0.3 * rows), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr]
+        panels = [panel for panel in ((_draw_kernels, kernels), (_draw_steps, steps)) if panel[1]]
+        for axes, (paint, records) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            paint(axes, records)
+        figure.suptitle(_title(run), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True
+
+
+def _title(run: Run) -> str:
+    where = run.machine["name"] + (f", {run.machine['threads']} threads" if run.machine["device"] == "cpu" else "")
+    return f"pins_ext on {where} · torch {run.machine['torch']} · {run.date}"
+
+
+def _kernels(records: Sequence[Record]) -> list[Record]:
+    """What moves counted bytes: our operators and torch's fused optimizers, of one problem."""
+    found: dict[str, Record] = {}
+    for record in main_records(records):
+        moves = record.kind in ("kernel", "peer") and record.stem != "step"
+        if moves and record.gbps and not record.case.startswith("select after"):
+            found.setdefault(record.case, record)
+    return list(found.values())
+
+
+def _steps(records: Sequence[Record]) -> list[Record]:
+    found: dict[tuple[str, str], Record] = {}
+    for record in main_records(records):
+        if record.stem == "step" and record.kind != "bandwidth" and record.median_s:
+            found.setdefault((record.label, record.case), record)
+    return list(found.values())
+
+
+def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
+    labels = [f"{r.case}  ({r.bytes_per_weight:g} B)" for r in records]
+    values = [r.gbps or 0 for r in records]
+    colors = [_OURS if r.kind == "kernel" else _PEER for r in records]
+    _bars(axes, labels, values, colors, [f"{v:.1f}" for v in values])
+    top = axes.get_ylim()[1]
+    for name in ("copy", "read"):
+        bandwidths = sorted(getattr(r, f"{name}_gbps") or 0 for r in records)
+        middle = bandwidths[len(bandwidths) // 2]
+        axes.axvline(middle, color=_ACCENT, linewidth=1.3, linestyle="-" if name == "copy" else ":")
+        axes.text(
+            middle,
+            top,
+            f" {name} {middle:.1f}",
+            color=_ACCENT,
+            fontsize=8,
+            va="bottom",
+            ha="left" if name == "copy" else "right",
+        )
+    axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
+    axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}")
+
+
+def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
+    floors = {r.label: r.median_s or 1 for r in records if r.case.startswith("torch fused AdamW")}
+    rows = [r for r in records if r.label in floors and not r.case.startswith("torch fused AdamW")]
+    values = [(r.median_s or 0) / floors[r.label] for r in rows]
+    labels = [r.case if r.kind == "step" else f"{_short(r.case)}, {r.label}" for r in rows]
+    _bars(axes, labels, values, [_OURS if r.kind == "step" else _PEER for r in rows], [f"{v:.2f} ×" for v in values])
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, 2.2 * max(values, default=1))
+    axes.axvline(1, color=_ACCENT, linewidth=1.3)
+    axes.text(1, axes.get_ylim()[1], " torch fused AdamW", color=_ACCENT, fontsize=8, va="bottom")
+    for i, row in enumerate(rows):
+        if row.case in _FLOORS and row.dtype == "float32":
+            axes.plot([_FLOORS[row.case]] * 2, [i - 0.42, i + 0.42], color=_INK, linewidth=1.2)
+    axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axes.minorticks_off()
+    axes.set_xlabel("time of a step over a plain torch fused AdamW step; black: floor by bytes")
+
+
+def _short(case: str) -> str:
+    return case.partition(":")[0]
+
+
+def _bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[float], colors: Sequence[str], texts: Sequence[str]
+) -> None:
+    places = range(len(values))
+    axes.barh(places, values, height=_BAR, color=colors, zorder=2)
+    axes.set_yticks(places, labels)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    for place, value, text in zip(places, values, texts, strict=True):
+        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)

@@ -1,0 +1,153 @@
+"""What was aimed at, and whether the records of a run reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .bench_step import FLOOR, name_of
+from .records import Record
+
+Measured = Iterable[tuple[str, Record, float | None]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table of targets.
+
+    Attributes:
+        metric: what is measured. device: cpu, cuda, or both. least, wish: the bounds of pass and stretch. more: whether
+            larger is better. unit: x (a ratio), share, passes or MB. measure: from a run's records, the label, record
+            and value of every line that this target makes.
+    """
+
+    metric: str
+    device: str
+    least: float
+    wish: float
+    more: bool
+    unit: str
+    measure: Callable[[Sequence[Record]], Measured]
+
+    def verdict(self, value: float | None) -> str:
+        """pass, stretch, missed, or not measured."""
+        if value is None:
+            return "not measured"
+        sign = 1 if self.more else -1
+        return (
+            "stretch" if sign * value >= sign * self.wish else "pass" if sign * value >= sign * self.least else "missed"
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A target beside what was measured; value is None where it was not."""
+
+    target: Target
+    label: str
+    record: Record | None
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        return self.target.verdict(self.value)
+
+    @property
+    def shown(self) -> str:
+        """The value with its unit."""
+        return shown(self.value, self.target.unit)
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A measured number as the tables print it."""
+    if value is None:
+        return "–"
+    return {"x": f"{value:.2f} ×", "share": f"{value:.2f}", "passes": f"{value:.2f}", "MB": f"{value / 1e6:.1f} MB"}[
+        unit
+    ]
+
+
+def lines(records: Sequence[Record], device: str) -> list[Line]:
+    """Every target of a device against a run."""
+    found = []
+    for target in TARGETS:
+        if target.device not in (device, "both"):
+            continue
+        measured = list(target.measure(records)) or [("", None, None)]
+        found += [Line(target, label, record, value) for label, record, value in measured]
+    return found
+
+
+def main_records(records: Sequence[Record]) -> list[Record]:
+    """The records with peers beside them: those of the model's shapes, no score distributions, the largest first."""
+    chosen = [r for r in records if r.shapes in ("bert-base", "llama-7b", "flat") and r.label != "scores"]
+    return sorted(chosen, key=lambda r: (r.shapes == "flat", -r.weights))
+
+
+def _find(records: Sequence[Record], case: str, dtype: str | None = None) -> Record | None:
+    fitting = (r for r in main_records(records) if r.case == case and dtype in (None, r.dtype))
+    return next((r for r in fitting if r.median_s is not None), None)
+
+
+def _share(*cases: str, dtype: str | None = None) -> Callable[[Sequence[Record]], Measured]:
+    def measure(records: Sequence[Record]) -> Measured:
+        for case in cases:
+            record = _find(records, case, dtype)
+            if record is not None:
+                yield case, record, record.share_of_copy
+
+    return measure
+
+
+def _passes(records: Sequence[Record]) -> Measured:
+    record = _find(records, "select")
+    if record is not None:
+        yield "", record, record.passes
+
+
+def _beside(peer: str, ours: str, inverse: bool = False) -> Callable[[Sequence[Record]], Measured]:
+    """Time of a peer over ours; inverse: ours over its."""
+
+    def measure(records: Sequence[Record]) -> Measured:
+        record = next((r for r in main_records(records) if r.case == peer and r.against == ours and r.times_ours), None)
+        if record is not None and record.times_ours:
+            yield "", record, 1 / record.times_ours if inverse else record.times_ours
+
+    return measure
+
+
+def _transient(records: Sequence[Record]) -> Measured:
+    selects = [r for r in records if r.case.startswith("select") and r.extra_bytes is not None]
+    if selects:
+        worst = max(selects, key=lambda r: r.extra_bytes or 0)
+        yield "", worst, worst.extra_bytes
+
+
+AVERAGE, MASK = name_of(10), name_of(1)
+TUNED, RELEASED = "eager, tuned: fused AdamW, topk(sorted=False)", "eager, released: AdamW, cat + kthvalue"
+_CPU_KERNELS = (
+    "accumulate_", "fold_", "fold_ + count", "count_", "pack_", "apply_mask_", "masked_adamw_ alone",
+    "masked_adamw_ + ipt", "masked_adamw_ + ipt + mask", "masked_sgd_ + ipt + mask",
+)  # fmt: skip
+
+TARGETS = (
+    Target("masked AdamW + ipt, fp32, share of copy bandwidth", "cuda", 0.88, 0.94, True, "share",
+           _share("masked_adamw_ + ipt", dtype="float32")),
+    Target("masked AdamW + ipt, bf16 with stochastic rounding, share of copy bandwidth", "cuda", 0.80, 0.90, True, "share",
+           _share("masked_adamw_ + ipt", dtype="bfloat16")),
+    Target("fold + histogram, share of copy bandwidth", "cuda", 0.85, 0.93, True, "share", _share("fold_ + count")),
+    Target("select from stored states: passes over the data (time / read time)", "cuda", 2.6, 2.1, False, "passes",
+           _passes),
+    Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cuda", 1.6, 1.42, False, "x",
+           _beside(FLOOR, AVERAGE, inverse=True)),
+    Target("kernel's share of copy bandwidth", "cpu", 0.75, 0.90, True, "share", _share(*_CPU_KERNELS)),
+    Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cpu", 1.7, 1.45, False, "x",
+           _beside(FLOOR, AVERAGE, inverse=True)),
+    Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "both", 2.2, 1.65, False, "x",
+           _beside(FLOOR, MASK, inverse=True)),
+    Target("mask step against tuned eager, without kthvalue", "both", 4, 5, True, "x", _beside(TUNED, MASK)),
+    Target("score + global select against eager score + cat + kthvalue", "cpu", 25, 50, True, "x",
+           _beside("eager score + cat + kthvalue", "select")),
+    Target("transient memory at selection", "both", 64e6, 24e6, False, "MB", _transient),
+)  # fmt: skip
+"""As PERFORMANCE targets were set before anything was measured; `both` on every device."""
