@@ -3,7 +3,7 @@
 The areas follow the sections of the library's own index. Modules that belong to several of them (logging, typing) or
 to a small one (turtle, argparse) are left out. So are a passage's markup and code and the name of its own package: what
 remains has to be read. Every source, a module or a topic of the language reference, lies wholly in training or wholly
-in validation, and no paragraph occurs twice.
+in validation, and no sentence occurs twice.
 """
 
 from __future__ import annotations

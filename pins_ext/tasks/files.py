@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def read_table(path: str | Path, header: Sequence[str] | None = None, skip_incom
             return _json_table(path, file.read(), lines_only=kind != "json")
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise TaskError(f"{path} cannot be read: {error}") from error
 
 
@@ -101,7 +102,7 @@ def read_rows(
         for column in texts:
             if not isinstance(row.get(column), str):
                 raise TaskError(f"{table.path}:{line}: {column} must be a text, got {row.get(column)!r}")
-        if not isinstance(row.get(label), RawLabel) or row[label] == "":
+        if not isinstance(row.get(label), RawLabel) or not str(row[label]).strip():
             raise TaskError(f"{table.path}:{line}: {label} must be a text or a number, got {row.get(label)!r}")
     return Rows(
         origin=str(table.path),

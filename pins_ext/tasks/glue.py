@@ -138,7 +138,7 @@ def read_glue_hub(name: str) -> list[Rows]:
     task = GLUE[name]
     try:
         data = dict(datasets.load_dataset(HUB_NAME, name, revision=HUB_REVISION))
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise TaskError(
             f"glue/{name} is not cached here and cannot be fetched ({error}). With the files at hand, use "
             f"--data-dir FOLDER, which holds {' and '.join(stems[0] + '.tsv' for stems in task.files[:2])}"

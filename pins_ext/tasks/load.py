@@ -38,7 +38,8 @@ def load_task(arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase | Non
     elif arguments.task in (None, EMBEDDED):
         task = _load_stdlib(arguments)
     else:
-        name = str(arguments.task).removeprefix("glue/")
+        # SST-2 and STS-B are the same names as sst2 and stsb.
+        name = str(arguments.task).lower().removeprefix("glue/").replace("-", "")
         if name not in GLUE:
             raise TaskError(f"unknown task {arguments.task}; known are {', '.join(task_names())}, or use --train-file")
         task = _load_glue(arguments, name)
@@ -129,7 +130,9 @@ def _assemble(
             rows, values = rows.take(indices), [values[i] for i in indices]
         drawn.append(rows)
         parts.append(_dataset(rows, values))
-    if not labels.is_regression and len(set(parts[0]["labels"][:])) < 2:
+    seen = set(parts[0]["labels"][:])
+    unseen = [name for i, name in enumerate(labels.names) if i not in seen]
+    if unseen and len(unseen) >= len(labels.names) - 1:
         raise TaskError(f"{drawn[0].origin}: only one class among {len(drawn[0])} training examples")
     recipe = RECIPES.get(name)
     length = (recipe.length if recipe is not None else None) or _DEFAULT_LENGTH
@@ -143,7 +146,7 @@ def _assemble(
         source=source,
         licence=licence,
         max_length=arguments.max_length or length,
-        notes=(*notes, *_observations(drawn)),
+        notes=(*notes, *_observations(drawn), *(f"no training example is {name}" for name in unseen)),
         recipe=recipe,
     )
 

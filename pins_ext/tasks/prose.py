@@ -24,13 +24,13 @@ MAX_WORDS = 45
 _PROSE_SHARE = 0.8
 """A paragraph with a smaller share of plain words is code or a table; seen by reading what falls on either side."""
 
-_NOT_PROSE = re.compile(r">>>|::=|https?://|copyright|^\s*[:@]\w+|={3}|-{3}|\+--|\\x", re.IGNORECASE | re.MULTILINE)
+_NOT_PROSE = re.compile(r">>>|::=|\bdef \w+\(|https?://|[Cc]opyright|^\s*[:@]\w+|={3}|-{3}|\+--|\\x", re.MULTILINE)
 _VERSION_NOTE = re.compile(r"(?:Changed|Added|New|Deprecated)\b.{0,40}\bversion\b|(?:Deprecated|Removed) since")
 _PLAIN_WORD = re.compile(r"[(\[]?[A-Za-z][a-z]*(?:['-][A-Za-z]+)*[)\]]?[.,:;!?]*")
 _FUNCTION_WORD = re.compile(r"\b(?:the|an?|is|are|to|of|in|if|this|that|for|be|as|by|it|or|and)\b", re.IGNORECASE)
 _MARKUP = re.compile(r":[a-z:]+:(?=`)|[`*\"]|(?<!\w)'|'(?!\w)|\(\)")
 _BULLET = re.compile(r"\s*(?:[-*+•]|\(?\d{1,2}[.)])\s+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+")
 _TYPOGRAPHY = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "..."}
 )
@@ -49,9 +49,10 @@ def reference_topics(path: list[str] | None = None) -> dict[str, str]:
     Args:
         path: folders or zip files to search in place of the standard library's.
     """
-    package = PathFinder.find_spec("pydoc_data", standard_library() if path is None else path)
+    package = _find("pydoc_data", standard_library() if path is None else path)
     folders = package.submodule_search_locations if package is not None else None
-    tree = _parse(PathFinder.find_spec("pydoc_data.topics", list(folders))) if folders else None
+    topics = _find("pydoc_data.topics", list(folders)) if folders else None
+    tree = _parse(topics) if topics is not None else None
     for node in tree.body if tree is not None else ():
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             return dict(ast.literal_eval(node.value))
@@ -65,8 +66,16 @@ def docstrings(module: str, path: list[str] | None = None) -> Iterator[tuple[str
         module: top-level name; one that is missing or has no Python source yields nothing.
         path: folders or zip files to search in place of the standard library's.
     """
-    spec = PathFinder.find_spec(module, standard_library() if path is None else path)
+    spec = _find(module, standard_library() if path is None else path)
     return iter(()) if spec is None else _spec_docstrings(spec)
+
+
+def _find(module: str, folders: list[str]) -> ModuleSpec | None:
+    try:
+        return PathFinder.find_spec(module, folders)
+    except (ImportError, SyntaxError):
+        # A zip file's finder compiles the module, though it does not run it.
+        return None
 
 
 def _spec_docstrings(spec: ModuleSpec) -> Iterator[tuple[str, list[str]]]:
@@ -77,17 +86,16 @@ def _spec_docstrings(spec: ModuleSpec) -> Iterator[tuple[str, list[str]]]:
     for name in sorted(entry.name for entry in pkgutil.iter_modules(folders)):
         # What a package is about is not told by its tests or its command line.
         if name not in ("test", "tests", "__main__"):
-            child = PathFinder.find_spec(f"{spec.name}.{name}", folders)
+            child = _find(f"{spec.name}.{name}", folders)
             if child is not None:
                 yield from _spec_docstrings(child)
 
 
-def _parse(spec: ModuleSpec | None) -> ast.Module | None:
-    get_source = getattr(spec.loader, "get_source", None) if spec is not None else None
-    if spec is None or get_source is None:
-        return None
+def _parse(spec: ModuleSpec) -> ast.Module | None:
+    """Returns a module's syntax tree; None for extension modules and for byte code without source."""
+    get_source = getattr(spec.loader, "get_source", None)
     try:
-        source = get_source(spec.name)
+        source = get_source(spec.name) if get_source is not None else None
         return ast.parse(source) if source else None
     except (ImportError, OSError, SyntaxError, UnicodeDecodeError):
         return None
@@ -127,19 +135,17 @@ def passages(texts: Iterable[str], seen: set[str], hide: str | None = None) -> I
 
     Args:
         texts: docstrings or topics of one source, in order.
-        seen: paragraphs met so far in any source, by their letters; what occurs again is left out. Updated.
+        seen: sentences met so far in any source, by their letters; what occurs again is left out. Updated.
         hide: a module's name, replaced by "stdlib" wherever a text says it.
     """
     name = re.compile(rf"\b_*{re.escape(hide)}(?![A-Za-z0-9])") if hide else None
     words: list[str] = []
     for paragraph in (paragraph for text in texts for paragraph in paragraphs(text)):
-        if name is not None:
-            paragraph = name.sub("stdlib", paragraph)
-        letters = re.sub(r"[^a-z]+", " ", paragraph.lower()).strip()
-        if letters in seen:
-            continue
-        seen.add(letters)
-        for sentence in _SENTENCE_END.split(paragraph):
+        for sentence in _SENTENCE_END.split(name.sub("stdlib", paragraph) if name else paragraph):
+            letters = re.sub(r"[^a-z]+", " ", sentence.lower()).strip()
+            if letters in seen:
+                continue
+            seen.add(letters)
             more = sentence.split()
             if len(words) >= MIN_WORDS and len(words) + len(more) > MAX_WORDS:
                 yield " ".join(words)

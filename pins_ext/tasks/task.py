@@ -89,7 +89,10 @@ class Task:
         Args:
             split: train, validation or test.
         """
-        train, labels = np.asarray(self.train["labels"][:]), np.asarray(getattr(self, split)["labels"][:])
+        splits = self.splits()
+        if split not in splits:
+            raise TaskError(f"task {self.name} has no {split} split; it has {', '.join(splits)}")
+        train, labels = np.asarray(self.train["labels"][:]), np.asarray(splits[split]["labels"][:])
         if self.is_regression:
             outputs = np.full(len(labels), train.mean())
         else:
