@@ -98,7 +98,8 @@ def _tiles(record: dict[str, Any]) -> str:
     metric = final.get("metric")
     tiles = []
     if metric and metric in final.get("metrics", {}):
-        below = f"majority class {percent(data['majority'])}" if data.get("majority") is not None else ""
+        baseline = data.get("baseline", {}).get(metric)
+        below = "" if baseline is None else f"{data['baseline_name']} {_number(baseline)}"
         tiles.append((_number(final["metrics"][metric]), metric.removeprefix("eval_"), below))
     if final.get("weights"):
         zeros = f"{final['zeros']:,} of {final['weights']:,} weights are zero"
@@ -128,9 +129,8 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
                 percent(timings.get("pruning_share")),
             ]
         )
-    majority = next((r["data"]["majority"] for r in records if r.get("data", {}).get("majority") is not None), None)
-    if majority is not None and "eval_accuracy" in names:
-        row = ["majority class", *(_number(majority) if name == "eval_accuracy" else NOTHING for name in names)]
+    for data in {r["data"]["task"]: r["data"] for r in records if r.get("data", {}).get("baseline")}.values():
+        row = [data["baseline_name"], *(_number(data["baseline"].get(name)) for name in names)]
         rows.append([*row, *[NOTHING] * (len(head) - len(row))])
     return _table(head, rows)
 

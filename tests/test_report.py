@@ -46,7 +46,7 @@ def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[s
         "label": label,
         "created": "2026-11-20T10:00:00+00:00",
         "model": {"name": "all-MiniLM-L6-v2"},
-        "data": {"task": "prose", "majority": 0.27},
+        "data": {"task": "prose", "baseline": {"eval_accuracy": 0.27}, "baseline_name": "majority class"},
         "total_steps": steps,
         "config": {"pruning": {"sparsity": 0.8, "delta_t": 10}, "training": {"learning_rate": 1e-4}},
         "history": history,

@@ -1,0 +1,152 @@
+"""Where a run lives on the disk: a folder for the finished result, and one beside it while the run is unfinished.
+
+    runs/rte              the result: appears when it is complete, in one piece
+    runs/rte.unfinished   checkpoints of the run under way; gone when it is done
+
+An earlier result stays where it is until the new one is complete; then it moves to runs/rte.1, or goes away with
+--overwrite.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pins_ext.commands.errors import UsageError
+from pins_ext.commands.request import Request
+from pins_ext.integrations.saving import checkpoints, clear_leftovers, recover, replace, write_file, written_aside
+from pins_ext.report import RECORD, RecordError, read_record
+
+_LOCK = "lock"
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The two folders of one run.
+
+    Attributes:
+        result: where the finished result will be, absolute.
+        overwrite: an earlier result, or anything else at its place, is removed once the new one is complete.
+    """
+
+    result: Path
+    overwrite: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The folder of the unfinished run."""
+        return self.result.with_name(f"{self.result.name}.unfinished")
+
+    @property
+    def finished(self) -> bool:
+        """Whether a complete result of this software is in place."""
+        return is_result(self.result)
+
+    @contextmanager
+    def opened(self, resume: bool = False) -> Iterator[None]:
+        """Claim the folders for one process, after checking that nothing of value would be lost.
+
+        Args:
+            resume: go on with an unfinished run; otherwise one that has checkpoints is refused without `overwrite`.
+
+        Raises:
+            UsageError: the place is taken by other files, by an unfinished run, or by a process that is still running.
+        """
+        recover(self.result)
+        if self.result.exists() and not self.result.is_dir():
+            raise UsageError(f"{self.result} is a file: choose another --output-dir")
+        taken = self.result.is_dir() and any(self.result.iterdir()) and not self.finished
+        if taken and not self.overwrite:
+            raise UsageError(
+                f"{self.result} holds files that are not the result of a run: choose another --output-dir, "
+                f"or replace them with --overwrite"
+            )
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(f"{self.work} can't be written: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise UsageError(f"another process runs in {self.work}: wait, or choose another --output-dir") from error
+        try:
+            self._clear(resume)
+            yield
+        finally:
+            if not checkpoints(self.work):
+                shutil.rmtree(self.work, ignore_errors=True)
+            os.close(lock)
+
+    def _clear(self, resume: bool) -> None:
+        clear_leftovers(self.work)
+        found = checkpoints(self.work)
+        if found and not resume:
+            if not self.overwrite:
+                raise UsageError(
+                    f"{self.work} holds an unfinished run (step {found[0][0]}): go on with --resume, "
+                    f"or start anew with --overwrite"
+                )
+            for _, folder in found:
+                shutil.rmtree(folder)
+
+    def remember(self, request: Request) -> None:
+        """Note what the unfinished run was asked for; one that is resumed must have been asked for the same.
+
+        Raises:
+            UsageError: the settings that differ.
+        """
+        file, settings = self.work / _SETTINGS, request.settings()
+        if request.resume is not None and file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+            if names:
+                changed = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in names)
+                raise UsageError(f"the unfinished run in {self.work} was started with other settings: {changed}")
+        write_file(file, json.dumps({"given": request.tokens, "settings": settings}, indent=1))
+
+    def remembered(self) -> list[str]:
+        """The flags that the unfinished run was started with."""
+        file = self.work / _SETTINGS
+        return list(json.loads(file.read_text(encoding="utf-8"))["given"]) if file.is_file() else []
+
+    @contextmanager
+    def publishing(self) -> Iterator[Path]:
+        """Yield an empty folder for the result; afterwards it is in place, flushed, and the unfinished run is gone.
+
+        Raises:
+            SaveError: it could not be written; an earlier result and the checkpoints are untouched.
+        """
+        staged = self.work / "result"
+        with written_aside(staged) as aside:
+            yield aside
+        if self.finished and not self.overwrite:
+            os.rename(self.result, self.earlier())
+        replace(staged, self.result)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def earlier(self) -> Path:
+        """The first free name for an earlier result."""
+        number = 1
+        while (name := self.result.with_name(f"{self.result.name}.{number}")).exists():
+            number += 1
+        return name
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder is the result of a run of this software."""
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        read_record(folder)
+    except RecordError:
+        return False
+    return True

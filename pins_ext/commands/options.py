@@ -1,0 +1,202 @@
+"""Command-line flags made from dataclasses: one field, one flag, its metadata the help. No transformers import here.
+
+A field's metadata may hold `help`, `choices` and `metavar`. Dashes in a flag's name may also be typed as underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from pins_ext.commands.errors import UsageError
+
+_TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of exiting, and remembers only what was given."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=Formatter, add_help=False, **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(message)
+
+    def add_fields(
+        self,
+        title: str,
+        cls: type,
+        skip: Iterable[str] = (),
+        parse: Mapping[str, Callable[[str], Any]] = MappingProxyType({}),
+    ) -> None:
+        """A titled group with a flag for every field of a dataclass.
+
+        Args:
+            skip: fields without a flag. parse: how to read a field whose type doesn't say it.
+        """
+        group = self.add_argument_group(title)
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.init and field.name not in skip:
+                _add(group, field, hints[field.name], parse.get(field.name))
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help in two columns with room to breathe; line breaks in descriptions and epilogues stay."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.strip("\n").splitlines(keepends=True))
+
+
+def normalised(argv: Sequence[str]) -> list[str]:
+    """Flags with dashes for underscores; values are left alone."""
+    tokens = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        tokens.append(name.replace("_", "-") + equals + value if token.startswith("--") else token)
+    return tokens
+
+
+def unknown(flag: str, known: Iterable[str]) -> UsageError:
+    """The error for a flag that nobody knows, with the nearest that exists."""
+    if not flag.startswith("-"):
+        return UsageError(f"unexpected argument {flag!r}")
+    near = difflib.get_close_matches(flag.partition("=")[0], list(known), n=1)
+    return UsageError(f"unknown flag {flag.partition('=')[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def file_tokens(file: Path) -> list[str]:
+    """A YAML or JSON file of flags as they would be typed.
+
+    Raises:
+        UsageError: unreadable, or not a mapping of flags to values.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            flags = json.loads(text)
+        else:
+            import yaml
+
+            flags = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"--config {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {file} is not JSON: {error}") from error
+    except Exception as error:
+        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(flags, dict):
+        raise UsageError(f"--config {file} must map flags to values, as in  sparsity: 0.8")
+    return [token for name, value in flags.items() for token in _typed(str(name), value)]
+
+
+def _typed(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag, str(value).lower()]
+    if isinstance(value, dict):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)] if value else []
+    return [flag, str(value)]
+
+
+def _add(group: Any, field: dataclasses.Field[Any], hint: Any, parse: Callable[[str], Any] | None) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    default = field.default if field.default is not dataclasses.MISSING else None
+    options: dict[str, Any] = {"help": _help(field, default), "dest": field.name}
+    choices = get_args(hint) if get_origin(hint) is Literal else field.metadata.get("choices")
+    options["metavar"] = field.metadata.get("metavar") or ("|".join(choices) if choices else None)
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if choices:
+        options["choices"] = choices
+    elif parse is not None:
+        options["type"] = parse
+        options["metavar"] = options["metavar"] or "VALUE"
+    elif bool in kinds:
+        options |= {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+    elif any(get_origin(kind) in (list, tuple) for kind in (hint, *kinds)):
+        options |= {"nargs": "+", "metavar": options["metavar"] or "NAME"}
+    else:
+        options["type"] = next((kind for kind in (str, int, float) if kind in kinds), str)
+        options["metavar"] = options["metavar"] or {str: "TEXT", int: "N", float: "X"}[options["type"]]
+    group.add_argument(flag, **options)
+    if bool in kinds and default is True:
+        group.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+
+
+def _help(field: dataclasses.Field[Any], default: Any) -> str:
+    text = field.metadata.get("help", "").replace("%", "%%")
+    shown = default not in (None, "", (), [], False)
+    return f"{text} [{default}]" if shown else text
+
+
+def truth(text: str) -> bool:
+    """true or false, in the usual spellings."""
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise argparse.ArgumentTypeError(f"true or false expected, got {text!r}")
+
+
+def steps_or_share(text: str) -> int | float:
+    """An integer number of steps, or a share of training."""
+    try:
+        return int(text)
+    except ValueError:
+        return _number(text)
+
+
+def groups(text: str) -> str | dict[str, list[str]]:
+    """A word, or groups of name patterns, as JSON or like this: attention=*attention*,rest=*intermediate*;*output*."""
+    if text.startswith("{"):
+        return dict(_json(text))
+    if "=" not in text:
+        return text
+    pairs = (part.partition("=") for part in text.split(","))
+    return {name: patterns.split(";") for name, _, patterns in pairs}
+
+
+def densities(text: str) -> float | dict[str, float]:
+    """A number, or pattern=number pairs with commas between, or the same as JSON."""
+    if text.startswith("{"):
+        return {pattern: float(value) for pattern, value in _json(text).items()}
+    if "=" not in text:
+        return _number(text)
+    pairs = (part.rpartition("=") for part in text.split(","))
+    return {pattern: _number(value) for pattern, _, value in pairs}
+
+
+def word_or_number(text: str) -> str | float:
+    """A number where the text is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number expected, got {text!r}") from error
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"JSON object expected, got {text!r}") from error

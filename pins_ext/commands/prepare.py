@@ -1,0 +1,158 @@
+"""From a request to a Trainer that is ready to train: data, model, optimizer, pruning, everything checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    set_seed,
+)
+
+from pins_ext.commands.errors import UsageError
+from pins_ext.commands.request import Request
+from pins_ext.integrations.timing import StepTimer
+from pins_ext.integrations.trainer import PinsTrainer
+from pins_ext.integrations.transformers import PinsCallback
+from pins_ext.optim import PinsAdamW
+from pins_ext.prunable import prunable_parameters
+from pins_ext.schedule import Schedule
+from pins_ext.tasks import Task, load_task, minilm_folder
+from pins_ext.teacher import SelfRegularizer
+
+
+@dataclass
+class Prepared:
+    """All of a run, before its first step.
+
+    Attributes:
+        model_name: as asked for. total_steps: optimizer steps. notes: what a reader of the results should know.
+    """
+
+    request: Request
+    trainer: PinsTrainer
+    task: Task
+    pins: PinsCallback
+    timer: StepTimer
+    model_name: str
+    total_steps: int
+    notes: list[str]
+
+
+def prepare(request: Request, folder: Path, task: Task | None = None, callbacks: tuple[Any, ...] = ()) -> Prepared:
+    """Load, build and check.
+
+    Args:
+        folder: for the Trainer's checkpoints. task: one that is loaded and tokenised already. callbacks: further ones.
+
+    Raises:
+        UsageError: anything about the request that can't be done; nothing has been trained yet.
+    """
+    _quiet()
+    with as_usage_errors():
+        source = request.run.model or str(minilm_folder())
+        name = request.run.model or "all-MiniLM-L6-v2 (embedded)"
+        if task is None:
+            task = load_task(request.task, _from_pretrained(AutoTokenizer, source, name))
+        request = with_metric(request, task)
+        args = request.training_arguments(folder)
+        set_seed(args.seed)
+        dtype = getattr(torch, request.run.dtype)
+        model, loading = _from_pretrained(
+            AutoModelForSequenceClassification, source, name,
+            dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs(),
+        )  # fmt: skip
+        regularizer, notes = _regularizer(request, task, model)
+        new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+        notes = [*task.notes, *([f"initialised at random: {', '.join(new)}"] if new else []), *notes]
+        pins, timer = PinsCallback(request.pruning, regularizer), StepTimer()
+        fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
+        trainer = PinsTrainer(
+            pins=pins,
+            callbacks=[timer, *early, *callbacks],
+            model=model,
+            args=args,
+            train_dataset=task.train,
+            eval_dataset=task.validation,
+            processing_class=task.tokenizer,
+            data_collator=task.collator,
+            compute_metrics=task.compute_metrics,
+            optimizer_cls_and_kwargs=(PinsAdamW, fused) if request.run.optimizer == "adamw" else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+        if request.pruning is not None:
+            prunable_parameters(model, request.pruning)
+            Schedule.of(request.pruning, total_steps)
+    return Prepared(request, trainer, task, pins, timer, name, total_steps, notes)
+
+
+@contextmanager
+def as_usage_errors() -> Iterator[None]:
+    """While nothing has been trained, what is refused is the request."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def with_metric(request: Request, task: Task) -> Request:
+    """The best model is the one with the best main metric, unless something else was asked for."""
+    from dataclasses import replace
+
+    wanted = request.training.get("load_best_model_at_end") or request.run.early_stopping
+    if not wanted or "metric_for_best_model" in request.training:
+        return request
+    best = {"load_best_model_at_end": True, "metric_for_best_model": task.main_metric, "greater_is_better": True}
+    stateful = {"restore_callback_states_from_checkpoint": bool(request.run.early_stopping)}
+    return replace(request, training={**request.training, **stateful, **best})
+
+
+def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegularizer | None, list[str]]:
+    asked = request.regularizer
+    if asked.teacher == "none" or (request.pruning is None and "teacher" not in request.given):
+        return None, []
+    weight, notes = asked.teacher_weight, []
+    if task.is_regression and weight == "adaptive" and "teacher_weight" not in request.given:
+        weight, notes = 1.0, ["a regression has no entropy to adapt to: the distance to the teacher has weight 1"]
+    if asked.teacher == "best":
+        notes.append("the teacher was chosen on the validation set, which training therefore has seen")
+    regularizer = SelfRegularizer(
+        model,
+        teacher=asked.teacher,
+        weight=weight,
+        temperature=asked.temperature,
+        score_gradient=asked.score_gradient,
+        every=asked.teacher_every,
+        ema_decay=asked.ema_decay,
+        teacher_init=asked.teacher_init,
+    )
+    return regularizer, notes
+
+
+def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
+    """Load from a folder or the hub; what goes wrong names the model and, for a hub name, says what it could be."""
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        there = "" if os.path.isdir(source) else " (no such folder here; as a hub name it could not be loaded)"
+        raise UsageError(f"--model {name}{there}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _quiet() -> None:
+    """The libraries' own bars and hints would tear the display apart."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,39 @@
+"""`pins-ext report`: write the HTML report of a run again, or compare several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pins_ext.commands.errors import EXIT_OK, UsageError
+from pins_ext.commands.options import Parser
+from pins_ext.integrations.saving import write_file
+from pins_ext.report import REPORT, RecordError, read_record, render
+
+_ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
+
+examples:
+  pins-ext report runs/rte                             writes runs/rte/report.html
+  pins-ext report runs/dense runs/pins -o compare.html
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = Parser(prog="pins-ext report", description=_ABOUT)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where to; by default report.html in the (first) folder")
+    parser.add_argument("--title", metavar="TEXT", help="heading")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    given = vars(parser.parse_args(argv))
+    folders = [Path(run) for run in given["runs"]]
+    try:
+        records = [read_record(folder) for folder in folders]
+    except RecordError as error:
+        raise UsageError(str(error)) from error
+    name = REPORT if len(folders) == 1 else f"compare-{len(folders)}-runs.html"
+    output = Path(given["output"]) if "output" in given else folders[0] / name
+    write_file(output, render(records, given.get("title")))
+    print(output)
+    return EXIT_OK

@@ -1,0 +1,100 @@
+"""One run, start to end: prepare, train, evaluate, write the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pins_ext.commands.errors import CommandError, StoppedError, one_line
+from pins_ext.commands.folder import RunFolder
+from pins_ext.commands.interrupt import StopOnSignal
+from pins_ext.commands.prepare import Prepared, prepare
+from pins_ext.commands.progress import Watch
+from pins_ext.commands.record import make_record
+from pins_ext.commands.request import NEWEST, Request
+from pins_ext.integrations.saving import SaveError, newest_complete, write_file
+from pins_ext.integrations.transformers import PRUNER_FILE
+from pins_ext.report import RECORD, REPORT, read_record, render
+from pins_ext.tasks import Task
+
+
+def run(request: Request, console: Console, task: Task | None = None) -> tuple[dict[str, Any], Task]:
+    """Train, evaluate and write the result folder.
+
+    Args:
+        task: one that an earlier run has loaded already.
+
+    Returns:
+        The run's record and its task.
+
+    Raises:
+        UsageError: the request can't be done. CommandError: training or saving failed.
+        StoppedError: by a signal; the message says how to go on.
+    """
+    folder = RunFolder(Path(request.run.output_dir).absolute(), request.overwrite)
+    stop = StopOnSignal()
+    watch = Watch(console, request.label)
+    with folder.opened(resume=request.resume is not None), stop.listening():
+        try:
+            prepared = prepare(request, folder.work, task, (watch, stop))
+            folder.remember(prepared.request)
+            record = _train(prepared, folder, console)
+        except StoppedError as error:
+            raise StoppedError(f"{error}; {_whereabouts(folder)}", error.signal) from error
+        except SaveError as error:
+            raise CommandError(f"{error}; {_whereabouts(folder)}") from error
+        finally:
+            watch.close()
+    return record, prepared.task
+
+
+def finished(request: Request) -> dict[str, Any] | None:
+    """The record of a run that is to be resumed and has nothing left to do."""
+    folder = RunFolder(Path(request.run.output_dir).absolute())
+    if request.resume is None or not folder.finished or folder.work.exists():
+        return None
+    return read_record(folder.result)
+
+
+def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str, Any]:
+    trainer, resume = prepared.trainer, prepared.request.resume
+    checkpoint: str | bool | None = resume
+    if resume == NEWEST:
+        newest, passed = newest_complete(folder.work)
+        for reason in passed:
+            console.print(f"passed over: {reason}", soft_wrap=True)
+        checkpoint = str(newest) if newest is not None else None
+        console.print(f"resuming from {newest.name if newest else 'the start: there is no checkpoint'}", soft_wrap=True)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - begin
+    metrics = trainer.evaluate()
+    if prepared.task.test is not None:
+        metrics |= trainer.evaluate(prepared.task.test, metric_key_prefix="test")
+    record = make_record(prepared, metrics, seconds)
+    with folder.publishing() as result:
+        trainer.model.save_pretrained(result)
+        prepared.task.tokenizer.save_pretrained(result)
+        if prepared.pins.pruner is not None:
+            prepared.pins.pruner.save(result / PRUNER_FILE)
+        (result / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+        try:
+            report = render([record])
+        except Exception as error:
+            # A picture that can't be drawn is no reason to lose a trained model.
+            console.print(f"no report: {one_line(error)}; try again with pins-ext report", soft_wrap=True)
+        else:
+            write_file(result / REPORT, report)
+    return record
+
+
+def _whereabouts(folder: RunFolder) -> str:
+    """What is left on the disk after an unfinished run."""
+    newest, _ = newest_complete(folder.work)
+    if newest is None:
+        return "no checkpoint was written"
+    return f"{folder.work} holds {newest.name}: go on from there with --resume"

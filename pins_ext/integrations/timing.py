@@ -1,0 +1,84 @@
+"""What a step costs, and what of it is pruning."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pins_ext.optim import FusedOptimizer
+
+_SAMPLE_WEIGHTS = 1 << 26
+_REPEATS = 5
+
+
+@dataclass
+class StepTimer(TrainerCallback):
+    """Wall time of training steps and, within them, of `optimizer.step()`, pruning included; evaluation and saving apart.
+
+    A GPU is waited for at the end of each step only, never within it.
+
+    Attributes:
+        steps: how many were timed. seconds, optimizer_seconds: their sums.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    _begin: float = 0.0
+    _before_optimizer: float = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward and backward begin."""
+        self._begin = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there and clipped."""
+        self._before_optimizer = time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights are updated and masked."""
+        self.optimizer_seconds += time.perf_counter() - self._before_optimizer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The step is over."""
+        self.seconds += time.perf_counter() - self._begin
+        self.steps += 1
+
+
+def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> float | None:
+    """What a fused optimizer's step costs without pruning: the median of a few steps on copies of the model's weights.
+
+    Importance and masks ride along in its pass over memory, so pruning has no time of its own there; the difference to
+    this is its cost. Larger models are sampled and scaled.
+
+    Returns:
+        Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, FusedOptimizer):
+        return None
+    everything = [p for p in model.parameters() if p.requires_grad]
+    sample: list[nn.Parameter] = []
+    for p in everything:
+        if sum(q.numel() for q in sample) < _SAMPLE_WEIGHTS:
+            sample.append(nn.Parameter(p.detach().clone()))
+            sample[-1].grad = torch.zeros_like(p)
+    options = {name: value for name, value in optimizer.param_groups[0].items() if name in optimizer.defaults}
+    plain = type(optimizer)(sample, **options)
+    seconds = []
+    for _ in range(1 + _REPEATS):
+        begin = time.perf_counter()
+        plain.step()
+        seconds.append(time.perf_counter() - begin)
+    scale = sum(p.numel() for p in everything) / sum(p.numel() for p in sample)
+    return statistics.median(seconds[1:]) * scale

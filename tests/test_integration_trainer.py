@@ -1,0 +1,384 @@
+"""Pruning inside the Hugging Face Trainer: resumed runs end as unbroken ones do, best models are sparse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from pins_ext.config import PruneConfig
+from pins_ext.integrations import random_state
+from pins_ext.integrations.saving import IncompleteError, SaveError, newest_complete
+from pins_ext.integrations.timing import StepTimer, plain_step_seconds
+from pins_ext.integrations.trainer import PinsTrainer
+from pins_ext.integrations.transformers import PRUNER_FILE, PinsCallback, refuse_unsupported
+from pins_ext.optim import PinsAdamW
+from pins_ext.teacher import SelfRegularizer
+
+STEPS = 14
+CONFIG = PruneConfig(sparsity=0.75, delta_t=2, warmup=2, cooldown=4)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def model(seed: int = 0) -> BertForSequenceClassification:
+    """A tiny BERT, dropout included."""
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        )
+    )
+
+
+def data(n: int = 44) -> list[dict[str, Tensor]]:
+    """Sentences of several lengths whose first token tells their class."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(n):
+        ids = torch.randint(3, 40, (4 + i % 3,), generator=generator)
+        ids[0] = i % 3
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(i % 3)})
+    return made
+
+
+def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Pad to the longest."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    padded = {k: pad([row[k] for row in batch], batch_first=True) for k in ("input_ids", "attention_mask")}
+    return padded | {"labels": torch.stack([row["labels"] for row in batch])}
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.01,
+        "logging_steps": 3,
+        "save_steps": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return TrainingArguments(str(folder), **(settings | changes))
+
+
+def trainer(
+    folder: Path,
+    config: PruneConfig | None = CONFIG,
+    teacher: str = "none",
+    fused: bool = True,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **changes: Any,
+) -> PinsTrainer:
+    net, args = model(), arguments(folder, **changes)
+    regularizer = SelfRegularizer(net, teacher=teacher, every=3) if teacher != "none" else None
+    return PinsTrainer(
+        pins=PinsCallback(config, regularizer),
+        model=net,
+        args=args,
+        train_dataset=data(),
+        eval_dataset=data(9),
+        data_collator=collate,
+        callbacks=list(callbacks),
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        optimizer_cls_and_kwargs=(PinsAdamW, {"lr": args.learning_rate}) if fused else None,
+    )
+
+
+def weights(run: Trainer) -> dict[str, Tensor]:
+    assert run.model is not None
+    return {name: t.clone() for name, t in run.model.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "hooks": {"fused": False, "optim": "adamw_torch"},
+    "adafactor": {"fused": False, "optim": "adafactor"},
+    "latest teacher": {"teacher": "latest"},
+    "ema teacher": {"teacher": "ema"},
+    "strict masks in bfloat16": {
+        "config": PruneConfig(0.75, mask_policy="strict", state_dtype="bfloat16", delta_t=2, warmup=2, cooldown=4)
+    },
+    "by length, evaluated": {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch", "save_steps": 5},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path, variant: str) -> None:
+    unbroken = trainer(tmp_path, **VARIANTS[variant])
+    unbroken.train()
+    expected = weights(unbroken)
+    saved = sorted(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
+    assert saved[-1] == STEPS
+    for step in saved:
+        resumed = trainer(tmp_path / "other", **VARIANTS[variant])
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.global_step == STEPS
+        assert_same(weights(resumed), expected)
+        assert resumed.pins.final == unbroken.pins.final
+
+
+def test_the_final_model_has_its_sparsity_to_the_last_weight(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    pruner = run.pins.pruner
+    assert pruner is not None
+    assert run.pins.final is not None
+    assert run.pins.final["zeros"] == pruner.n_weights - round(0.25 * pruner.n_weights)
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert all({"sparsity", "target_sparsity", "threshold", "churn"} <= entry.keys() for entry in logged)
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    unbroken = trainer(tmp_path)
+    unbroken.train()
+    (tmp_path / "checkpoint-14" / "optimizer.pt").write_bytes(b"cut short")
+    (tmp_path / "checkpoint-12" / "checkpoint.json").unlink()
+    (tmp_path / ".aside").mkdir()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._resumed_from == tmp_path / "checkpoint-8"
+    assert not (tmp_path / ".aside").exists()
+    assert_same(weights(resumed), weights(unbroken))
+    with pytest.raises(IncompleteError, match="no whole checkpoint"):
+        trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "scheduler.pt").write_bytes(b"")
+    with pytest.raises(IncompleteError, match="damaged"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_another_configuration_can_not_resume(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    changed = trainer(tmp_path, config=PruneConfig(sparsity=0.5, delta_t=2, warmup=2, cooldown=4))
+    with pytest.raises(ValueError, match=r"sparsity: 0\.75 there, 0\.5 here"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_evaluation_leaves_training_alone(tmp_path: Path) -> None:
+    quiet = trainer(tmp_path / "a")
+    quiet.train()
+    watched = trainer(tmp_path / "b", eval_strategy="steps", eval_steps=1)
+    watched.train()
+    assert_same(weights(quiet), weights(watched))
+
+
+def test_checkpoints_rotate(tmp_path: Path) -> None:
+    trainer(tmp_path, save_total_limit=1, save_steps=2).train()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-14"]
+
+
+class Falling(TrainerCallback):
+    """Pretends that every evaluation is worse than the one before: the dense model would always win."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        metrics["eval_accuracy"] = -float(state.global_step)
+
+
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+}
+
+
+def test_only_a_model_at_its_target_becomes_the_best(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=(Falling(),), **BEST)
+    run.train()
+    # The cool-down is the last four steps: 12 is the first evaluation at the target.
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
+    flags = {entry["step"]: entry["at_target"] for entry in run.state.log_history if "eval_loss" in entry}
+    assert flags[12]
+    assert not flags[8]
+    best = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-12").state_dict()
+    assert_same(weights(run), best)
+    assert run.pins.final is not None
+    assert run.pins.final["zeros"] == round(0.75 * run.pins.final["weights"])
+
+
+def test_early_stopping_waits_for_the_target(tmp_path: Path) -> None:
+    early = (Falling(), EarlyStoppingCallback(1))
+    settings = BEST | {"max_steps": 30, "restore_callback_states_from_checkpoint": True}
+    config = PruneConfig(sparsity=0.75, delta_t=2, warmup=2, cooldown=18)
+    run = trainer(tmp_path, config=config, callbacks=early, **settings)
+    run.train()
+    assert run.state.global_step == 16
+    assert run.state.best_global_step == 14
+    expected = weights(run)
+    again = trainer(tmp_path / "b", config=config, callbacks=(Falling(), EarlyStoppingCallback(1)), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    assert again.state.global_step == 16
+    assert_same(weights(again), expected)
+
+
+def test_a_stock_trainer_prunes_and_resumes(tmp_path: Path) -> None:
+    def stock(folder: Path, callback: PinsCallback, **changes: Any) -> Trainer:
+        return Trainer(
+            model=model(),
+            args=arguments(folder, **changes),
+            train_dataset=data(),
+            eval_dataset=data(9),
+            data_collator=collate,
+            callbacks=[callback],
+        )
+
+    whole = stock(tmp_path / "a", PinsCallback(CONFIG))
+    whole.train()
+    assert (tmp_path / "a" / "checkpoint-8" / PRUNER_FILE).is_file()
+    resumed = stock(tmp_path / "a", PinsCallback(CONFIG))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
+    assert_same(weights(resumed), weights(whole))
+
+    elsewhere = tmp_path / "a" / "checkpoint-8"
+    moved = stock(tmp_path / "b", PinsCallback(CONFIG, resume_from=elsewhere))
+    moved.train(resume_from_checkpoint=str(elsewhere))
+    assert_same(weights(moved), weights(whole))
+    with pytest.raises(ValueError, match="does not hold that step of this run"):
+        stock(tmp_path / "c", PinsCallback(CONFIG)).train(resume_from_checkpoint=str(elsewhere))
+
+    # Another run's checkpoint of the same step lies where the callback looks.
+    stock(tmp_path / "d", PinsCallback(CONFIG)).train()
+    with pytest.raises(ValueError, match="does not hold that step of this run"):
+        stock(tmp_path / "d", PinsCallback(CONFIG)).train(resume_from_checkpoint=str(elsewhere))
+
+
+def test_a_stock_trainer_s_best_model_is_sparse_too(tmp_path: Path) -> None:
+    callback = PinsCallback(CONFIG)
+    run = Trainer(
+        model=model(),
+        args=arguments(tmp_path, **(BEST | {"metric_for_best_model": "loss", "greater_is_better": False})),
+        train_dataset=data(),
+        eval_dataset=data(9),
+        data_collator=collate,
+        callbacks=[callback, Rising()],
+    )
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
+    assert callback.final is not None
+    assert callback.final["zeros"] == round(0.75 * callback.final["weights"])
+
+
+class Rising(TrainerCallback):
+    """Pretends that the loss only grows."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        metrics["eval_loss"] = float(state.global_step)
+
+
+def test_ways_of_training_that_would_go_wrong_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {}}
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        refuse_unsupported(args)
+    args = arguments(tmp_path)
+    args.fsdp = True  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="FSDP"):
+        refuse_unsupported(args)
+
+
+def test_a_failing_disk_ends_training_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path)
+    save = torch.save
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-8" in str(file):
+            raise OSError(28, "No space left on device")
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SaveError, match=r"checkpoint-8: .*No space left"):
+        run.train()
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-4", [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4"]
+
+
+def test_a_checkpoint_tells_where_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(tmp_path).train()
+    manifest = json.loads((tmp_path / "checkpoint-4" / "checkpoint.json").read_text())
+    assert manifest["step"] == 4
+    assert manifest["numerics"]["threads"] == torch.get_num_threads()
+    said: list[str] = []
+    monkeypatch.setattr("pins_ext.integrations.trainer.logger.warning", said.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert any("threads" in text and "77" in text for text in said)
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    other = trainer(tmp_path)
+    other.model.extra = torch.nn.Linear(2, 2)  # type: ignore[union-attr]
+    with pytest.raises(IncompleteError, match=r"missing \['extra"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_random_numbers_come_back() -> None:
+    import random
+
+    import numpy as np
+
+    state = random_state.capture()
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with random_state.untouched():
+        first = draw()
+    assert draw() == first
+    random_state.restore(state)
+    assert draw() == first
+
+
+def test_steps_are_timed(tmp_path: Path) -> None:
+    timer = StepTimer()
+    run = trainer(tmp_path, callbacks=(timer,))
+    run.train()
+    assert timer.steps == STEPS
+    assert 0 < timer.optimizer_seconds < timer.seconds
+    before = weights(run)
+    assert run.model is not None
+    plain = plain_step_seconds(run.optimizer, run.model)
+    assert plain is not None
+    assert plain > 0
+    assert_same(weights(run), before)
+    hooks = trainer(tmp_path, fused=False)
+    hooks.create_optimizer()
+    assert plain_step_seconds(hooks.optimizer, hooks.model) is None
+    shutil.rmtree(tmp_path)
