@@ -1,4 +1,4 @@
-// What a launch needs beside its kernel: the device, its current stream, error checks, the table of addresses.
+// What a launch needs beside its kernel: the device, its current stream, error checks.
 //
 // Stable headers and cuda_runtime.h alone. A CPU-only torch loads the same module: the one symbol that only a CUDA
 // torch has is weak.
@@ -6,7 +6,6 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
 
@@ -58,40 +57,6 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
-
-// A list argument under its name; empty where it is not wanted.
-struct Operand {
-  const char* name;
-  const Tensors& tensors;
-
-  bool given() const { return !tensors.empty(); }
-};
-
-// The addresses of the lists, a row each in the order of the arguments, zeros for an empty one: int64 [lists, n] on the
-// device. `pointers` if the caller keeps such a table, otherwise a new one, uploaded on the stream.
-inline Tensor pointer_table(const Device& device, const Tensor& layout, const std::vector<Operand>& lists,
-                            const std::optional<Tensor>& pointers) {
-  const int64_t rows = static_cast<int64_t>(lists.size());
-  const int64_t n = layout.size(0);
-  if (pointers.has_value()) {
-    check_shape("pointers", *pointers, {rows, n}, ScalarType::Long, kCuda);
-    return *pointers;
-  }
-  PINS_CHECK(!device.capturing(), "pointers must be given while a CUDA graph is captured: a replay would upload the "
-             "addresses from memory that is gone");
-  std::vector<int64_t> addresses;
-  addresses.reserve(rows * n);
-  for (const Operand& list : lists) {
-    for (const Tensor& tensor : list.tensors) addresses.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()));
-    if (!list.given()) addresses.insert(addresses.end(), n, 0);
-  }
-  const int64_t shape[] = {rows, n};
-  Tensor table = torch::stable::new_empty(layout, {shape, 2}, ScalarType::Long);
-  // Pageable memory: the copy has left `addresses` when the call returns.
-  PINS_CUDA_CHECK(cudaMemcpyAsync(table.data_ptr(), addresses.data(), addresses.size() * sizeof(int64_t),
-                                  cudaMemcpyHostToDevice, device.stream()));
-  return table;
-}
 
 template <class T>
 const T* data_of(const Tensor& tensor) {

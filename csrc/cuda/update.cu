@@ -4,7 +4,7 @@
 #include <array>
 #include <cstdint>
 
-#include "launch.h"
+#include "pointers.cuh"
 
 namespace pins_ext::cuda {
 namespace {
