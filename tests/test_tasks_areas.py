@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -46,11 +47,12 @@ def test_no_sentence_is_on_both_sides(splits: tuple[Rows, Rows]) -> None:
 
 
 def test_every_process_makes_the_same_passages(splits: tuple[Rows, Rows]) -> None:
-    code = "from tests.test_tasks_areas import digest, read_areas; print(digest(read_areas()))"
-    root = Path(__file__).parents[1]
-    # Isolated from the environment, so that the seed of string hashes is another one.
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert run.stdout.split()[-1] == digest(splits)
+    code = "from test_tasks_areas import digest, read_areas; print(digest(read_areas()))"
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    assert run.stdout.decode().split()[-1] == digest(splits)
 
 
 def test_no_module_is_named_twice() -> None:
@@ -60,11 +62,10 @@ def test_no_module_is_named_twice() -> None:
 
 
 def test_a_package_may_be_parted_between_the_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = ["email", "email.header", "email.message", "email.messages"]
-    monkeypatch.setattr(areas, "docstrings", lambda package, path: [(name, [name]) for name in modules])
+    library = {"email": [(name, [name]) for name in ("email", "email.header", "email.message", "email.messages")]}
     monkeypatch.setattr(areas, "passages", lambda texts, seen, hide: texts)
-    train = areas._module_passages(["email"], ["email.message"], None, set())
-    validation = areas._module_passages(["email.message"], ["email"], None, set())
+    train = areas._module_passages(["email"], ["email.message"], library, set())
+    validation = areas._module_passages(["email.message"], ["email"], library, set())
     assert list(train) == ["email", "email.header", "email.messages"]
     assert list(validation) == ["email.message"]
 

@@ -8,12 +8,15 @@ in validation, and no sentence occurs twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.prose import docstrings, passages, reference_topics
 from pins_ext.tasks.rows import Rows
+
+Modules = list[tuple[str, list[str]]]
+"""Dotted names of a package's modules with their docstrings."""
 
 MAX_TRAIN = 350
 """Passages per area. The smallest area has about 280, so that classes stay nearly balanced."""
@@ -44,7 +47,7 @@ LANGUAGE_LEFT_OUT = "debugger formatstrings string-methods"
 
 AREAS: Mapping[str, Area] = {
     "text and data": Area(
-        train="codecs copyreg csv difflib email encodings gettext html locale mailbox mimetypes pickle pickletools "
+        train="codecs copyreg csv difflib email gettext html locale mailbox mimetypes pickle pickletools "
         "plistlib pprint quopri re string stringprep tomllib xml",
         validation="base64 configparser email._policybase email.message email.policy json textwrap "
         "xml.dom.expatbuilder xml.dom.minidom",
@@ -88,8 +91,11 @@ def read_areas(path: list[str] | None = None) -> tuple[Rows, Rows]:
     Raises:
         TaskError: if the installation has no sources or no language reference.
     """
+    topics = reference_topics(path)
+    packages = {name.partition(".")[0] for area in AREAS.values() for name in f"{area.train} {area.validation}".split()}
+    library = {package: list(docstrings(package, path)) for package in sorted(packages)}
     seen: set[str] = set()
-    splits = {side: _passages_by_area(side, path, seen) for side in ("validation", "train")}
+    splits = {side: _passages_by_area(side, topics, library, seen) for side in ("validation", "train")}
     expected = len(area_names()) * _MIN_SHARE
     for side, size in (("train", MAX_TRAIN), ("validation", MAX_VALIDATION)):
         found = {name: len(texts) for name, texts in splits[side].items()}
@@ -101,23 +107,27 @@ def read_areas(path: list[str] | None = None) -> tuple[Rows, Rows]:
     return _rows(splits["train"], MAX_TRAIN), _rows(splits["validation"], MAX_VALIDATION)
 
 
-def _passages_by_area(side: str, path: list[str] | None, seen: set[str]) -> dict[str, list[str]]:
+def _passages_by_area(
+    side: str, topics: Mapping[str, str], library: Mapping[str, Modules], seen: set[str]
+) -> dict[str, list[str]]:
     """Returns area -> passages of one side, in the order of the sources' names."""
-    topics = reference_topics(path)
-    held = LANGUAGE_VALIDATION.split()
-    left_out = LANGUAGE_LEFT_OUT.split()
+    held, left_out = LANGUAGE_VALIDATION.split(), LANGUAGE_LEFT_OUT.split()
     names = [name for name in sorted(topics) if name not in left_out and (name in held) == (side == "validation")]
     found = {LANGUAGE: [passage for name in names for passage in passages([topics[name]], seen)]}
     for name, area in AREAS.items():
         mine, other = (area.train, area.validation) if side == "train" else (area.validation, area.train)
-        found[name] = list(_module_passages(mine.split(), other.split(), path, seen))
+        found[name] = list(_module_passages(mine.split(), other.split(), library, seen))
     return found
 
 
-def _module_passages(mine: list[str], other: list[str], path: list[str] | None, seen: set[str]) -> Iterable[str]:
+def _module_passages(
+    mine: list[str], other: list[str], library: Mapping[str, Modules], seen: set[str]
+) -> Iterator[str]:
+    """Yields the passages of the modules that `mine` names; one that both lists cover belongs to the longer name."""
     for package in sorted({name.partition(".")[0] for name in mine}):
-        for module, texts in docstrings(package, path):
+        for module, texts in library[package]:
             if _longest_prefix(module, mine) > _longest_prefix(module, other):
+                # The pure Python version of a module is called _pydecimal, and speaks of decimal.
                 yield from passages(texts, seen, hide=package.removeprefix("_py").strip("_"))
 
 

@@ -107,7 +107,9 @@ def _tree_docstrings(node: ast.AST) -> Iterator[str]:
         if text:
             yield text
     for child in ast.iter_child_nodes(node):
-        yield from _tree_docstrings(child)
+        # Expressions, most of a tree, define nothing.
+        if not isinstance(child, ast.expr):
+            yield from _tree_docstrings(child)
 
 
 def paragraphs(text: str) -> Iterator[str]:
