@@ -33,6 +33,7 @@ class PruneConfig:
         ValueError: on construction, for any value out of range; the message names the field and what it accepts.
     """
 
+    # ruff: noqa: RUF009 (_option makes a dataclass field)
     sparsity: float = _option(0.8, "share of the prunable weights that is zero at the end, in [0, 1)")
     initial_sparsity: float = _option(0.0, "share that is zero when the schedule starts, in [0, sparsity]")
     criterion: str | ScoreFunction = _option(
@@ -60,8 +61,8 @@ class PruneConfig:
     )
     regrow: str = _option(
         "shadow",
-        "under strict masks, criteria that are 0 at a zero weight (platon, movement, magnitude) score a pruned weight by "
-        "its last unmasked value (shadow, one more state) or let it stay pruned (never)",
+        "under strict masks, criteria that are 0 at a zero weight (platon, movement, magnitude) score a pruned weight "
+        "by its last unmasked value (shadow, one more state) or let it stay pruned (never)",
         ("shadow", "never"),
     )
     scope: str | Mapping[str, tuple[str, ...]] = _option(

@@ -24,7 +24,7 @@ def stats(pruner: Pruner) -> dict[str, Any]:
 
     Returns:
         step; target_sparsity (what the schedule asks for at this step) and sparsity (share of the prunable weights that
-        is zero now); threshold (a score; of the least selective tensor where they differ) or None before the first mask;
+        is zero now); threshold (a score; the highest where tensors differ) or None before the first mask;
         churn (share of mask bits the last selection flipped), nan (scores that are NaN: kept), ms (host time spent in
         pruning since the last call, the fused update apart), frozen, per_layer (parameter name to its sparsity).
     """
@@ -93,9 +93,9 @@ class Plan(dict[str, Any]):
             f"{self['weights']:,} prunable weights in {len(self['tensors'])} tensors "
             f"({self['share_of_model']:.1%} of the model's {self['model_weights']:,})",
             f"{self['zeros_at_the_end']:,} of them zero at the end: sparsity {self['final_sparsity']:.4%}",
-            f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} bytes per weight) "
+            f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} B per weight) "
             f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB",
-            f"schedule {self['schedule']}: dense to step {self['warmup']}, final sparsity from step {self['final_start']} "
+            f"schedule {self['schedule']}: dense to step {self['warmup']}, at the end from step {self['final_start']} "
             f"of {self['total_steps']}, {self['masks']} masks on the way",
             "  step  sparsity",
             *(f"{t:6d}  {s:8.2%}" for t, s in self["points"]),

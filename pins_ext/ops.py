@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
+from pins_ext.triton_kernels import register as register_triton
 
 CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
 SCORES = ("product", "identity", "deviation", "magnitude")
@@ -91,7 +92,7 @@ def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, .
         raise ValueError(f"a local tensor of shape {local} at {start} does not fit a full tensor of shape {full}")
     dims: list[list[int]] = [[1, 1, 0]]
     for f, n, s in zip(reversed(full), reversed(local), reversed(start), strict=True):
-        f_in, n_in, s_in = dims[-1]
+        f_in, n_in, _ = dims[-1]
         if f_in == n_in:
             dims[-1] = [f * f_in, n * n_in, s * f_in]
         else:
@@ -184,7 +185,7 @@ def _select(
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
 ) -> Tensor:
-    """`pins_ext::select` on every device: bracket, at most three counting passes, ties by global index. No host sync."""
+    """`pins_ext::select` on every device: a bracket, at most three counting passes, ties by index. No host sync."""
     ops = torch.ops.pins_ext
     total = sum(tensor.numel() for tensor in a)
     if total == 0:
@@ -223,9 +224,11 @@ def score_of_key(threshold: Tensor) -> Tensor:
 _library = torch.library.Library("pins_ext", "IMPL")
 for _key in ("CPU", "CUDA"):
     _library.impl("select", _select, _key)
+# Triton itself is imported when the first CUDA tensor arrives.
+register_triton(_library)
 
 
-# ---- fakes: what torch.compile and opcheck need to know ---------------------------------------------------------------
+# ---- fakes: what torch.compile and opcheck need to know --------------------------------------------------------------
 
 
 @torch.library.register_fake("pins_ext::sample")

@@ -49,7 +49,7 @@ class FusedPruning:
 
 
 class FusedOptimizer(Optimizer):
-    """Base of the two: which tensors go through which pass, gradient scaling, and the pruner that may drive the step."""
+    """Base of the two: which tensors take which pass, gradient scaling, and the pruner that may drive the step."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -82,7 +82,7 @@ class FusedOptimizer(Optimizer):
         self.pruner = self._slot = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; with a pruner attached, importance and masks ride along.
 
         Raises:

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pins_ext import checkpoint, inspection, ops, reference
+from pins_ext import attachment, checkpoint, inspection, ops, reference
+from pins_ext.attachment import Slot
 from pins_ext.config import PruneConfig
 from pins_ext.importance import Importance, Scaling
-from pins_ext.optim import FusedOptimizer, FusedPruning
+from pins_ext.optim import FusedPruning
 from pins_ext.prunable import prunable_parameters
 from pins_ext.schedule import Schedule
 from pins_ext.selection import Selection, subset
@@ -25,27 +25,12 @@ from pins_ext.selection import Selection, subset
 _ZERO_THRESHOLD = 0x80000001  # order key of the smallest positive float32: below it lies only zero
 
 
-@dataclass(eq=False)
-class _Slot:
-    """The part of the pruned tensors that one optimizer owns, and what its step under way brought along."""
-
-    optimizer: Optimizer
-    indices: tuple[int, ...]
-    group_of: tuple[int, ...]
-    handles: list[Any] = field(default_factory=list)
-    scaling: Scaling = field(default_factory=Scaling)
-
-    @property
-    def fused(self) -> bool:
-        return isinstance(self.optimizer, FusedOptimizer)
-
-
 class Pruner:
     """Prunes a model while any torch optimizer trains it; the training loop stays as it was.
 
-    Order within one step (Ren & Zhu 2023, released code): the window's end and a new mask where they are due, importance
-    from the weights before the step, the optimizer, zeros. A `PinsAdamW` or `PinsSGD` does the last three in one pass;
-    any other optimizer is followed through its step hooks.
+    Order within one step (Ren & Zhu 2023, released code): the window's end and a new mask where they are due,
+    importance from the weights before the step, the optimizer, zeros. A `PinsAdamW` or `PinsSGD` does the last three in
+    one pass; any other optimizer is followed through its step hooks.
 
     Args:
         model: the model to prune. Nothing in it is renamed or replaced.
@@ -56,8 +41,8 @@ class Pruner:
     Attributes:
         step: optimizer steps seen so far. names: pruned parameters in order of their global index.
         n_weights: how many weights they hold. schedule: remaining ratio and mask steps.
-        score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place of
-            the parameters' own (a missing one is zero; None: the parameters' own). For SelfRegularizer's
+        score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place
+            of the parameters' own (a missing one is zero; None: the parameters' own). For SelfRegularizer's
             score_gradient="task": `pruner.score_gradients = regularizer.take_task_gradients`.
 
     Raises:
@@ -88,8 +73,8 @@ class Pruner:
         self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.rows.device)
         self._counts: Tensor | None = None
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
-        self._open: list[_Slot] = []
-        self._slots = self._attach([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        self._open: list[Slot] = []
+        self._slots = attachment.attach(self, optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
 
     @classmethod
     def from_sparse(
@@ -104,16 +89,17 @@ class Pruner:
             ValueError: the model has no zeros to keep.
         """
         # Magnitude keeps no states; with the mask fixed no score is ever asked for.
-        still = {
-            "criterion": "magnitude",
-            "mask_policy": "reference",
-            "schedule": "constant",
-            "warmup": 0,
-            "cooldown": 0,
-        }
-        pruner = cls(model, optimizer, dataclasses.replace(config or PruneConfig(), **still), total_steps=1)
+        still = dataclasses.replace(
+            config or PruneConfig(),
+            criterion="magnitude",
+            mask_policy="reference",
+            schedule="constant",
+            warmup=0,
+            cooldown=0,
+        )
+        pruner = cls(model, optimizer, still, total_steps=1)
         threshold = torch.tensor([[_ZERO_THRESHOLD, 0]]).to(pruner.layout.rows.device)
-        pruner._pack(("magnitude", pruner.parameters, []), threshold)
+        pruner._pack(pruner.importance.score(), threshold)
         kept = int(pruner._pack_stats[:, 0].sum())
         if kept == pruner.n_weights:
             pruner.detach()
@@ -122,10 +108,10 @@ class Pruner:
         pruner.freeze()
         return pruner
 
-    # ---- the step -----------------------------------------------------------------------------------------------------
+    # ---- the step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(self, slot: _Slot) -> None:
+    def begin(self, slot: Slot) -> None:
         """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
         if slot in self._open:
             raise RuntimeError("one optimizer stepped twice while another of the same Pruner did not step")
@@ -138,7 +124,7 @@ class Pruner:
             self._accumulate(slot, slot.indices, slot.scaling)
 
     @torch.no_grad()
-    def end(self, slot: _Slot) -> None:
+    def end(self, slot: Slot) -> None:
         """An optimizer has stepped; after the last one the weights are masked."""
         if not self._in_optimizer_pass(slot) and self.config.criterion == "pins-update":
             # torch's fused optimizers have unscaled the parameters' own gradients by now.
@@ -179,12 +165,12 @@ class Pruner:
             self._open.clear()
             self.step += 1
 
-    def _in_optimizer_pass(self, slot: _Slot) -> bool:
+    def _in_optimizer_pass(self, slot: Slot) -> bool:
         """Whether the optimizer's own kernel advances the importance."""
         return slot.fused and self._given is None and not callable(self.config.criterion)
 
-    def _masks_late(self, slot: _Slot) -> bool:
-        """Whether masks go on after the optimizer's pass: it takes none, its masks or its unmasked weights come later."""
+    def _masks_late(self, slot: Slot) -> bool:
+        """Whether masks go on after the optimizer's pass: it takes none, or the score needs its unmasked weights."""
         selected_after = self.schedule.mask_due(self.step) and not self.importance.scored_before_step
         scored_after = self.config.criterion == "pins-update" and not self._in_optimizer_pass(slot)
         return not slot.fused or selected_after or scored_after
@@ -195,7 +181,7 @@ class Pruner:
         strict = self.config.mask_policy == "strict" and self._selected_for is not None
         return self.frozen or strict or self.schedule.mask_due(self.step)
 
-    def fused_pruning(self, slot: _Slot, with_grad: list[int]) -> FusedPruning:
+    def fused_pruning(self, slot: Slot, with_grad: list[int]) -> FusedPruning:
         """What a fused optimizer takes into its pass over the pruned tensors `with_grad` (places in the whole list)."""
         importance = self.importance
         masked = self._masks_wanted and not self._masks_late(slot)
@@ -212,7 +198,7 @@ class Pruner:
         )
 
     @torch.no_grad()
-    def fused_without_grad(self, slot: _Slot, without_grad: list[int]) -> None:
+    def fused_without_grad(self, slot: Slot, without_grad: list[int]) -> None:
         """Pruned tensors that got no gradient this step: a zero enters their window, their zeros stay."""
         if not without_grad:
             return
@@ -221,7 +207,7 @@ class Pruner:
         if self._masks_wanted and not self._masks_late(slot):
             self._apply(slot, without_grad)
 
-    def _accumulate(self, slot: _Slot, indices: Sequence[int], scaling: Scaling) -> None:
+    def _accumulate(self, slot: Slot, indices: Sequence[int], scaling: Scaling) -> None:
         if not self.importance.ipt or self.frozen:
             return
         with self._timed():
@@ -241,7 +227,7 @@ class Pruner:
             raise ValueError(f"{self.names[i]} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
         return grad.contiguous()
 
-    # ---- masks --------------------------------------------------------------------------------------------------------
+    # ---- masks ------------------------------------------------------------------------------------------------------
 
     def _count_while_folding(self) -> tuple[Tensor | None, Tensor | None]:
         """A bracket around the last threshold and room for its counts, once there is a threshold to start from."""
@@ -267,7 +253,7 @@ class Pruner:
         rows, chunks = self.layout.rows, self.layout.chunks
         torch.ops.pins_ext.pack_(self.masks, self._pack_stats, a, b, rows, chunks, kind, threshold)
 
-    def _apply(self, slot: _Slot, indices: Sequence[int]) -> None:
+    def _apply(self, slot: Slot, indices: Sequence[int]) -> None:
         layout, masks = self._layout_of(indices), [self.masks[i] for i in indices]
         parameters = [self.parameters[i] for i in indices]
         torch.ops.pins_ext.apply_mask_(parameters, masks, layout.rows, layout.chunks)
@@ -284,7 +270,7 @@ class Pruner:
             self._layouts[key] = subset(self.layout, self.parameters, key)
         return self._layouts[key]
 
-    # ---- what the user asks for -----------------------------------------------------------------------------------------
+    # ---- what the user asks for -------------------------------------------------------------------------------------
 
     @property
     def remaining_ratio(self) -> float:
@@ -293,7 +279,7 @@ class Pruner:
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Any]:
-        """Select at the final sparsity, zero the pruned weights for good, verify. Call it when training ends, early or not.
+        """Select at the final sparsity, zero the pruned weights for good, verify: when training ends, early or not.
 
         Returns:
             What `verify` returns.
@@ -356,55 +342,17 @@ class Pruner:
         checkpoint.save(self, Path(path))
 
     def load(self, path: str | Path) -> None:
-        """Read what `save` wrote. Raises ValueError for a file that is damaged, foreign, or of another configuration."""
+        """Read what `save` wrote. Raises ValueError for a damaged or foreign file or another configuration."""
         checkpoint.load(self, Path(path))
-
-    # ---- attachment -----------------------------------------------------------------------------------------------------
-
-    def _attach(self, optimizers: list[Optimizer]) -> list[_Slot]:
-        places = {id(p): i for i, p in enumerate(self.parameters)}
-        slots: list[_Slot] = []
-        for optimizer in map(_unwrapped, optimizers):
-            owned = {
-                places.pop(id(p)): g
-                for g, group in enumerate(optimizer.param_groups)
-                for p in group["params"]
-                if id(p) in places
-            }
-            if owned:
-                indices = tuple(sorted(owned))
-                slots.append(_Slot(optimizer, indices, tuple(owned[i] for i in indices)))
-        if places:
-            missing = [self.names[i] for i in places.values()]
-            raise ValueError(
-                f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
-                f"give them to the optimizer or exclude them"
-            )
-        for slot in slots:
-            if isinstance(slot.optimizer, FusedOptimizer):
-                slot.optimizer.attach(self, slot)
-            else:
-                slot.handles = _hook(self, slot)
-        return slots
 
     def detach(self) -> None:
         """Let go of the optimizers; the weights stay as they are."""
-        for slot in self._slots:
-            for handle in slot.handles:
-                handle.remove()
-            if isinstance(slot.optimizer, FusedOptimizer):
-                slot.optimizer.detach()
-            slot.handles = []
+        attachment.detach(self._slots)
 
     @property
     def attached(self) -> bool:
         """Whether every optimizer still calls this pruner; a deep copy of an optimizer does not."""
-        return all(
-            slot.optimizer.pruner is self
-            if isinstance(slot.optimizer, FusedOptimizer)
-            else bool(slot.handles) and slot.handles[0].id in slot.optimizer._optimizer_step_pre_hooks
-            for slot in self._slots
-        )
+        return attachment.is_attached(self, self._slots)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -412,26 +360,3 @@ class Pruner:
         begin = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - begin
-
-
-def _hook(pruner: Pruner, slot: _Slot) -> list[Any]:
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(callable(value) for value in (*args, *kwargs.values())):
-            raise RuntimeError(
-                "step(closure) computes gradients inside the step, too late for the importance: step without one"
-            )
-        pruner.begin(slot)
-
-    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        pruner.end(slot)
-
-    return [slot.optimizer.register_step_pre_hook(before), slot.optimizer.register_step_post_hook(after)]
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
-    return optimizer

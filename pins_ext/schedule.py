@@ -13,7 +13,7 @@ class Schedule:
     """The remaining ratio over a training run (PLATON, Zhang et al. 2022; cubic: Zhu & Gupta 2017).
 
     Attributes:
-        total: steps of the run. initial_warmup: last step before the schedule. final_cooldown: steps at the final ratio.
+        total: steps of the run. initial_warmup: last step before the schedule. final_cooldown: steps at the end.
         initial_ratio, final_ratio: shares of the prunable weights that are kept.
         delta_t: steps between masks while the schedule runs.
         kind: cubic | linear | cosine | constant (the final ratio right after the warm-up) | one-shot (dense until the

@@ -51,8 +51,8 @@ class Selection:
         self.sizes = [t.numel() for t in tensors]
         self.regions = [Region(tuple(i), subset(layout, tensors, i)) for i in _groups(names, config)]
         # Floors and ceilings also need each tensor alone.
-        low = _densities(names, config.min_density, "min_density", 0.0)
-        high = _densities(names, config.max_density, "max_density", 1.0)
+        low = _densities(names, config, "min_density", 0.0)
+        high = _densities(names, config, "max_density", 1.0)
         self.least = [math.ceil(d * n) for d, n in zip(low, self.sizes, strict=True)]
         self.most = [math.floor(d * n) for d, n in zip(high, self.sizes, strict=True)]
         self.bounded = bool(config.min_density or config.max_density)
@@ -173,9 +173,10 @@ def _groups(names: Sequence[str], config: PruneConfig) -> list[list[int]]:
     return groups + ([rest] if rest else [])
 
 
-def _densities(names: Sequence[str], patterns: Mapping[str, float], option: str, default: float) -> list[float]:
+def _densities(names: Sequence[str], config: PruneConfig, option: str, default: float) -> list[float]:
     """The density each name gets from the last pattern that matches it."""
+    patterns = dict(getattr(config, option))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"{option}: the pattern {pattern!r} matches no pruned parameter")
-    return [next((d for p, d in reversed(patterns.items()) if fnmatchcase(name, p)), default) for name in names]
+    return [next((d for p, d in reversed(list(patterns.items())) if fnmatchcase(name, p)), default) for name in names]

@@ -19,6 +19,7 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
     (
         3,
         (
+            "pins_ext.attachment",
             "pins_ext.checkpoint",
             "pins_ext.config",
             "pins_ext.distributed",

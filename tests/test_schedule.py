@@ -23,7 +23,8 @@ def test_cubic_equals_the_reference_at_every_step() -> None:
 def test_every_schedule_starts_dense_ends_at_the_target_and_never_grows_back(kind: str) -> None:
     s = schedule(schedule=kind)
     ratios = [s.remaining_ratio(t) for t in range(100)]
-    assert ratios[10] == 1.0 and ratios[71:] == [1 - 0.8] * 29
+    assert ratios[10] == 1.0
+    assert ratios[71:] == [1 - 0.8] * 29
     assert ratios == sorted(ratios, reverse=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,13 +63,15 @@ def test_densities_equal_the_greedy_oracle(
     config = PruneConfig(sparsity=sparsity, min_density=floor, max_density=ceiling)
     ratio = 1 - sparsity
     keep = round(ratio * sum(sizes))
-    try:
-        masks = prune(scores, config, ratio)
-    except ValueError as error:
-        assert "do not allow" in str(error) or "lies above" in str(error)
+    # On so few weights rounding can make densities contradict each other or the sparsity.
+    least, most = [math.ceil(floor * n) for n in sizes], [math.floor(ceiling * n) for n in sizes]
+    fits = all(a <= b for a, b in zip(least, most, strict=True)) and sum(least) <= keep <= sum(most)
+    if not fits:
+        with pytest.raises(ValueError, match=r"do not allow|lies above"):
+            prune(scores, config, ratio)
         return
-    selection = Selection([f"{i}" for i in range(len(sizes))], scores, ops.Layout.of(scores), config)
-    expected = greedy(scores, keep, selection.least, selection.most)
+    masks = prune(scores, config, ratio)
+    expected = greedy(scores, keep, least, most)
     assert [m.tolist() for m in masks] == [m.tolist() for m in expected]
     assert sum(int(m.sum()) for m in masks) == keep
 
@@ -84,7 +88,9 @@ def test_groups_compete_among_themselves_and_the_rest_is_one_more_group() -> Non
     scores = [torch.arange(1.0, 101.0) * (i + 1) for i in range(4)]
     config = PruneConfig(sparsity=0.5, scope={"first": ("layer.0.*", "layer.1.*")})
     kept = [int(m.sum()) for m in prune(scores, config, 0.5)]
-    assert kept[0] + kept[1] == 100 and kept[2] + kept[3] == 100 and kept[0] < kept[1]
+    assert kept[0] + kept[1] == 100
+    assert kept[2] + kept[3] == 100
+    assert kept[0] < kept[1]
 
 
 def test_bad_densities_and_groups_say_what_is_wrong() -> None:

@@ -1,0 +1,106 @@
+"""How a pruner takes part in its optimizers' steps: it drives a fused one and follows any other through its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from pins_ext.importance import Scaling
+from pins_ext.optim import FusedOptimizer
+
+if TYPE_CHECKING:
+    from pins_ext.pruner import Pruner
+
+
+@dataclass(eq=False)
+class Slot:
+    """The part of the pruned tensors that one optimizer owns.
+
+    Attributes:
+        indices: which of the pruner's tensors. group_of: the parameter group of each.
+        handles: of the hooks. scaling: gradient scaling of the step under way.
+    """
+
+    optimizer: Optimizer
+    indices: tuple[int, ...]
+    group_of: tuple[int, ...]
+    handles: list[Any] = field(default_factory=list)
+    scaling: Scaling = field(default_factory=Scaling)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimizer's own pass can take importance and masks."""
+        return isinstance(self.optimizer, FusedOptimizer)
+
+
+def attach(pruner: Pruner, optimizers: Sequence[Any]) -> list[Slot]:
+    """Divide the pruned tensors among the optimizers that own them, and be called at each one's step.
+
+    Raises:
+        ValueError: a pruned parameter that no optimizer owns. TypeError: something that is no torch optimizer.
+        RuntimeError: a fused optimizer that another pruner drives already.
+    """
+    places = {id(p): i for i, p in enumerate(pruner.parameters)}
+    slots: list[Slot] = []
+    for optimizer in map(_unwrapped, optimizers):
+        groups = enumerate(optimizer.param_groups)
+        owned = {places.pop(id(p)): g for g, group in groups for p in group["params"] if id(p) in places}
+        if owned:
+            indices = tuple(sorted(owned))
+            slots.append(Slot(optimizer, indices, tuple(owned[i] for i in indices)))
+    if places:
+        missing = [pruner.names[i] for i in places.values()]
+        raise ValueError(
+            f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
+            f"give them to the optimizer or exclude them"
+        )
+    for slot in slots:
+        if isinstance(slot.optimizer, FusedOptimizer):
+            slot.optimizer.attach(pruner, slot)
+        else:
+            _hook(pruner, slot)
+    return slots
+
+
+def detach(slots: Sequence[Slot]) -> None:
+    """Let go of the optimizers."""
+    for slot in slots:
+        for handle in slot.handles:
+            handle.remove()
+        slot.handles = []
+        if isinstance(slot.optimizer, FusedOptimizer):
+            slot.optimizer.detach()
+
+
+def is_attached(pruner: Pruner, slots: Sequence[Slot]) -> bool:
+    """Whether every optimizer still calls this pruner; a deep copy of an optimizer does not."""
+    return all(
+        slot.optimizer.pruner is pruner
+        if isinstance(slot.optimizer, FusedOptimizer)
+        else bool(slot.handles) and slot.handles[0].id in slot.optimizer._optimizer_step_pre_hooks
+        for slot in slots
+    )
+
+
+def _hook(pruner: Pruner, slot: Slot) -> None:
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(callable(value) for value in (*args, *kwargs.values())):
+            raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
+        pruner.begin(slot)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        pruner.end(slot)
+
+    slot.handles = [slot.optimizer.register_step_pre_hook(before), slot.optimizer.register_step_post_hook(after)]
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside a wrapper such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
+    return optimizer
