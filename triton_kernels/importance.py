@@ -93,13 +93,11 @@ def _accumulate_kernel(
         addresses = ipt, params, grads
         scalars = n, tl.load(lr_ptr + tensor), key0, key1
         vectors = vector_end(ipt | params | grads, length, BLOCK_SIZE)
-        index = None
         if STATE == "bfloat16":
             origin = run_of(layout_ptr, tensor)
             vectors = tl.where(origin >= 0, vectors, 0)
         for start in range(0, vectors, BLOCK_SIZE):
-            if STATE == "bfloat16":
-                index = run_index(origin, offset + start, BLOCK_SIZE)
+            index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
             _accumulate_block(
                 addresses, offset + start, length - start, index, scalars, grad_scale, clip,
                 CRITERION, DTYPE, STATE, BLOCK_SIZE, True,
@@ -107,6 +105,7 @@ def _accumulate_kernel(
         if STATE == "bfloat16":
             place = place_of(layout_ptr, tensor, origin, offset + vectors)
         for start in range(vectors, length, TAIL):
+            index = None
             if STATE == "bfloat16":
                 index, place = walk_block(layout_ptr, tensor, place)
             _accumulate_block(
@@ -165,17 +164,18 @@ def _fold_block(
     exp_avg_ipt, exp_avg_unc, ipt = addresses
     accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1 = scalars
     ELEMENT: tl.constexpr = tl.uint16 if STATE == "bfloat16" else tl.float32
-    if STATE == "bfloat16":
-        bits = random_bits(index, key0, key1)
     x = load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR)
     old_a = load(exp_avg_ipt, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+    if UNC:
+        old_b = load(exp_avg_unc, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+    if STATE == "bfloat16":
+        bits = random_bits(index, key0, key1)
     mean = smooth_ipt(float_from(old_a, STATE), x, beta1, one_minus_beta1)
     a = bf16_of(mean, bits) if STATE == "bfloat16" else mean
     if not VECTOR:
         a = tl.where(accepted, a, old_a)
     store(exp_avg_ipt, first, left, a, BLOCK_SIZE, VECTOR)
     if UNC:
-        old_b = load(exp_avg_unc, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
         unc = smooth_unc(float_from(old_b, STATE), x, mean, beta2, one_minus_beta2)
         b = bf16_of(unc, bits >> 16) if STATE == "bfloat16" else unc
         if not VECTOR:
@@ -213,14 +213,12 @@ def _fold_kernel(
         ipt = address_of(pointers_ptr, n_tensors, 2, tensor)
         addresses = exp_avg_ipt, exp_avg_unc, ipt
         vectors = tl.where(accepted, vector_end(exp_avg_ipt | exp_avg_unc | ipt, length, BLOCK_SIZE), 0)
-        index = None
         if STATE == "bfloat16":
             origin = run_of(layout_ptr, tensor)
             vectors = tl.where(origin >= 0, vectors, 0)
         units = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
-            if STATE == "bfloat16":
-                index = run_index(origin, offset + start, BLOCK_SIZE)
+            index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
             key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, BLOCK_SIZE, True)
             if bracket_ptr is not None:
                 units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
@@ -229,6 +227,7 @@ def _fold_kernel(
         if STATE == "bfloat16":
             place = place_of(layout_ptr, tensor, origin, offset + vectors)
         for start in range(vectors, length, TAIL):
+            index = None
             if STATE == "bfloat16":
                 index, place = walk_block(layout_ptr, tensor, place)
             key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, TAIL, False)

@@ -38,7 +38,7 @@ def _pack_block(masks, first, left, keep, BITS: tl.constexpr, BLOCK_SIZE: tl.con
     return set_bits(word) + (set_bits(word ^ old) << 16)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
+@triton.jit(do_not_specialize=["threshold_stride", "n_tensors", "n_chunks"])
 def _pack_kernel(
     stats_ptr, threshold_ptr, threshold_stride, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
