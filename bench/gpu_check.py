@@ -139,11 +139,11 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     yield Stage("compute-sanitizer", [*memcheck, *small], 75, uncached, optional=99)
     bench = [python, "-m", "bench", "--device", "cuda"]
     for name, seconds, options in (
-        ("fp32-1.1g", 90, ["update", "step", "select", "--params", "1.1e9"]),
-        ("bf16-7b", 70, ["update", "step", "select", "--shapes", "llama-7b", "--dtype", "bf16", "--no-peers"]),
+        ("fp32-1.1g", 140, ["select", "step", "update", "--params", "1.1e9"]),
+        ("bf16-7b", 70, ["select", "step", "update", "--shapes", "llama-7b", "--dtype", "bf16", "--no-peers"]),
         ("bert-base", 150, []),
     ):
-        budget = ["--budget", f"{0.75 * seconds:.0f}", "--patience", "4"]
+        budget = ["--budget", f"{0.7 * seconds:.0f}", "--patience", "4"]
         target = ["--json", str(output / f"gpu-{name}.json")]
         yield Stage(f"bench: {name}", [*bench, *options, *budget, *target], seconds)
 
