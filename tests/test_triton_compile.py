@@ -1,5 +1,7 @@
 """Every Triton kernel compiled for sm_80 and sm_90, with no GPU, and what its PTX and machine code must look like."""
 
+# ruff: noqa: N803  (compile-time arguments of kernels are written in capitals)
+
 from __future__ import annotations
 
 import os
@@ -17,10 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
+from pins_ext.triton_kernels import importance, pack, select, table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from pins_ext.triton_kernels import importance, pack, select, table
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -260,7 +261,7 @@ def test_atomics_order_nothing(name: str, capability: int) -> None:
 
 
 @triton.jit
-def _careless_kernel(addresses_ptr, x_ptr, beta1, BLOCK_SIZE: tl.constexpr):  # noqa: N803
+def _careless_kernel(addresses_ptr, x_ptr, beta1, BLOCK_SIZE: tl.constexpr):
     """Divides and fuses as it likes, and trusts no alignment."""
     pointer = tl.load(addresses_ptr).to(tl.pointer_type(tl.float32)) + tl.arange(0, BLOCK_SIZE)
     for _ in range(tl.load(x_ptr)):
@@ -270,7 +271,7 @@ def _careless_kernel(addresses_ptr, x_ptr, beta1, BLOCK_SIZE: tl.constexpr):  # 
 
 
 @triton.jit
-def _greedy_kernel(x_ptr, BLOCK_SIZE: tl.constexpr):  # noqa: N803
+def _greedy_kernel(x_ptr, BLOCK_SIZE: tl.constexpr):
     """Holds more at a time than fits in the registers."""
     x = tl.load(x_ptr + tl.arange(0, BLOCK_SIZE))
     for _ in range(tl.load(x_ptr)):

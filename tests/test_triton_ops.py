@@ -1,7 +1,7 @@
 """The Triton operators against reference.py, bit for bit: in the interpreter on CPU tensors, and on a GPU.
 
-The same calls, `torch.ops.pins_ext.*`, as on the CPU; for the interpreter the Triton launchers take the place of those in
-kernels in this process. Sizes are small: the interpreter takes some 30 ms for a block.
+The same calls, `torch.ops.pins_ext.*`, as of the C++ kernels; for the interpreter the Triton launchers take their place
+in this process. Sizes are small: the interpreter takes some 30 ms for a block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pins_ext import ops, triton_kernels
 from pins_ext import reference as ref
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Overriding a previously registered kernel"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators"),
     # The interpreter computes with numpy, which remarks upon infinities.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered"),
 ]
