@@ -70,7 +70,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
 
 
 def scored_cases(problem: Problem) -> list[Case]:
-    """`select` alone, for the table of score distributions and ratios; a missed window where the problem asks for it."""
+    """`select` alone, for the table of score distributions and ratios; after a miss where the problem asks for it."""
     name = "select after a fold that missed" if problem.scores == "window-miss" else "select"
     return [case for case in cases(problem, peers=False) if case.name == name]
 

@@ -1,7 +1,8 @@
-"""Whole training steps through Pruner and PinsAdamW, beside torch's fused AdamW. Alone: `python -m bench.bench_step`."""
+"""Whole steps through Pruner and PinsAdamW, beside torch's fused AdamW. Alone: `python -m bench.bench_step`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -12,7 +13,7 @@ from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW
 
 from .data import Draw, Problem
-from .peers import EagerStep, Find, kthvalue, seconds_of, topk
+from .peers import EagerStep
 from .protocol import Case
 from .suite import Group, run_alone
 
@@ -22,7 +23,7 @@ _COMPILING = 30.0
 
 
 class Model(nn.Module):
-    """Nothing but prunable parameters; three sets of gradients take turns, so that no two windows have the same mean."""
+    """Nothing but prunable parameters. Three sets of gradients take turns: no two windows have the same mean."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -60,14 +61,37 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
             model.backward(turn * delta_t + i)
             step()
 
+    def first(optimizer: torch.optim.Optimizer) -> None:
+        # The moments are made by the first step.
+        model.backward(0)
+        optimizer.step()
+
     def written() -> list[Tensor]:
         return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks]
 
     ours = 7 * weight + 2 * state + 0.125 + (5 * state + 2 * state + 2 * state + 0.25) / delta_t
     name = name_of(delta_t)
     found = [
-        Case(name, partial(window, optimizer.step), "step", n, ours, delta_t, outputs=written),
-        Case(FLOOR, partial(window, plain.step), "peer", n, 7 * weight, delta_t, against=name),
+        Case(
+            name,
+            partial(window, optimizer.step),
+            "step",
+            n,
+            ours,
+            delta_t,
+            setup=partial(first, optimizer),
+            outputs=written,
+        ),
+        Case(
+            FLOOR,
+            partial(window, plain.step),
+            "floor",
+            n,
+            7 * weight,
+            delta_t,
+            against=name,
+            setup=partial(first, plain),
+        ),
     ]
     return found + (_eager_cases(problem, parameters, window, delta_t) if peers else [])
 
@@ -92,9 +116,8 @@ def _eager_cases(
     problem: Problem, parameters: list[nn.Parameter], window: Callable[[Callable[[], object], int], None], delta_t: int
 ) -> list[Case]:
     n, item = problem.weights, problem.dtype.itemsize
-    scores = torch.cat([p.detach().abs().flatten()[: max(1, p.numel() // 64)] for p in parameters])
 
-    def peer(name: str, find: Find, fused: bool, compiled: bool, beside: int, slow: bool) -> Case:
+    def peer(name: str, fused: bool, compiled: bool, beside: int, slow: bool) -> Case:
         made: list[EagerStep] = []
 
         def setup() -> None:
@@ -111,18 +134,31 @@ def _eager_cases(
             slow=slow,
             needs=n * (5 * item + beside),
             setup=setup,
-            predict=lambda: (
-                _COMPILING * compiled
-                + seconds_of(find, scores, round(scores.numel() * (1 - problem.ratio))) * n / scores.numel()
-            ),
+            predict=lambda: _COMPILING * compiled + _expected(problem, delta_t, fused),
         )
 
     # Beside states and moments: scores, their concatenation, and what the selection takes.
     return [
-        peer("eager, tuned: fused AdamW, topk(sorted=False)", topk, True, False, 2 * item + 28, False),
-        peer("eager, torch.compile: fused AdamW, topk(sorted=False)", topk, True, True, 2 * item + 28, False),
-        peer("eager, released: AdamW, cat + kthvalue", kthvalue, False, False, 3 * item + 8, True),
+        peer("eager, tuned: fused AdamW, topk(sorted=False)", True, False, 2 * item + 28, False),
+        peer("eager, torch.compile: fused AdamW, topk(sorted=False)", True, True, 2 * item + 28, False),
+        peer("eager, released: AdamW, cat + kthvalue", False, False, 3 * item + 8, True),
     ]
+
+
+def _expected(problem: Problem, delta_t: int, fused: bool) -> float:
+    """Seconds that one eager window will take, from one on a 64th of the weights."""
+    small = problem.smaller(max(1 << 18, problem.weights // 64))
+    model = Model(small)
+    eager = EagerStep(list(model.weights), problem.ratio, delta_t, _LR, fused)
+    begin = 0.0
+    for i in range(2 * delta_t):
+        if i == delta_t:
+            begin = time.perf_counter()
+        model.backward(i)
+        eager.step()
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    return (time.perf_counter() - begin) * problem.weights / small.weights
 
 
 def group(problem: Problem, peers: bool, delta_t: int) -> Group:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from pins_ext import ops, reference
 
@@ -28,15 +30,15 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     layout = ops.Layout.of(p)
     rows, chunks, n, device = layout.rows, layout.chunks, layout.total, layout.rows.device
     kernels = torch.ops.pins_ext
-    adamw = _table(_adamw_row(), len(p), device)
-    sgd = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(p), device)
+    adamw_hyper = _table(_adamw_row(), len(p), device)
+    sgd_hyper = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(p), device)
     accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
 
     def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, rows, chunks, adamw, accepted, key, "pins")
+        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, rows, chunks, adamw_hyper, accepted, key, "pins")
 
     def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_sgd_(p, m, ipt, [], g, masks, rows, chunks, sgd, accepted, key, "pins")
+        kernels.masked_sgd_(p, m, ipt, [], g, masks, rows, chunks, sgd_hyper, accepted, key, "pins")
 
     plain, full = 7 * weight, 7 * weight + 2 * state + 0.125
     found = [
@@ -73,18 +75,19 @@ def _peers(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], p
     """torch's fused optimizers on the same tensors; only they move the same bytes."""
     n = sum(t.numel() for t in p)
     steps = [torch.tensor(float(_STEP), device=t.device) for t in p]
-    last = {"lr": _LR, "weight_decay": _DECAY, "maximize": False, "grad_scale": None, "found_inf": None}
+    common = {"lr": _LR, "maximize": False, "foreach": False, "fused": True}
 
-    def adamw(turn: int) -> None:
-        torch._fused_adamw_(p, g, m, v, [], steps, beta1=_BETA1, beta2=_BETA2, eps=_EPS, amsgrad=False, **last)
+    def run_adamw(turn: int) -> None:
+        own = {"amsgrad": False, "beta1": _BETA1, "beta2": _BETA2, "weight_decay": _DECAY, "eps": _EPS}
+        adamw(p, g, m, v, [], steps, **own, **common)  # type: ignore[arg-type]
 
-    def sgd(turn: int) -> None:
-        rest = last | {"weight_decay": 0.0}
-        torch._fused_sgd_(p, g, m, momentum=0.9, dampening=0.0, nesterov=False, is_first_step=False, **rest)
+    def run_sgd(turn: int) -> None:
+        own = {"weight_decay": 0.0, "momentum": 0.9, "dampening": 0.0, "nesterov": False}
+        sgd(p, g, list(m), **own, **common)  # type: ignore[arg-type]
 
     return [
-        Case("torch fused AdamW", adamw, "peer", n, plain, against="masked_adamw_ + ipt + mask"),
-        Case("torch fused SGD", sgd, "peer", n, plain * 5 / 7, against="masked_sgd_ + ipt + mask"),
+        Case("torch fused AdamW", run_adamw, "floor", n, plain, against="masked_adamw_ + ipt + mask"),
+        Case("torch fused SGD", run_sgd, "floor", n, plain * 5 / 7, against="masked_sgd_ + ipt + mask"),
     ]
 
 

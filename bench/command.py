@@ -24,7 +24,7 @@ from .suite import Group, run
 from .targets import lines
 
 STEMS = ("select", "step", "update", "importance", "pack", "scores", "shapes")
-_QUICK_PARAMS, _QUICK_BUDGET = 16_000_000, 80.0
+_QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 
 _ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
 PyTorch itself and the released algorithm offer. Prints a table per group and the targets, writes JSON and a picture.
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = plan(options, device)
     about = machine.describe(device)
     console.print(
-        f"[bold]{about['name']}[/bold] · {about['threads']} threads · {about['cpu_capability']} · torch {about['torch']}"
-        f" · load {about['load']}"
+        f"[bold]{about['name']}[/bold] · {about['threads']} threads · {about['cpu_capability']} · "
+        f"torch {about['torch']} · load {about['load']}"
     )
     begin = time.perf_counter()
     before = {key_of(r): r for r in baseline.records} if baseline else None
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome.records,
         outcome.skipped,
     )
-    console.print(targets_table(lines(done.records, device.type)))
+    console.print(targets_table(lines(done.records, device.type, all_targets=not options.stems)))
     if outcome.skipped:
         console.print(f"[yellow]not reached within {budget:.0f} s:[/yellow] " + "; ".join(outcome.skipped))
     disturbed = device.type == "cpu" and max(about["load"], about["load_after"]) > about["threads"] + 0.5
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"[yellow]other jobs ran (load {about['load']} to {about['load_after']}): times are disturbed[/yellow]"
         )
-    path = options.json or results / file_name(done, options.quick)
+    path = options.json or results / file_name(done)
     done.save(path)
     picture = path.with_suffix(".svg")
     drawn = draw(done, picture)
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda; default cuda if there is one",
     )
-    add("--quick", action="store_true", help="16 M weights, few samples, little patience with slow peers")
+    add("--quick", action="store_true", help="8 M weights, few samples, little patience with slow peers")
     add(
         "--budget",
         type=float,
@@ -196,15 +196,15 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
     if "shapes" in stems:
         groups += [
             by_stem[stem][0](problem(name), False)
-            for name in ("flat", "many-small", "misaligned")
+            for stem in ("update", "select", "importance", "pack", "step")
+            for name in ("many-small", "misaligned", "flat")
             if name not in options.shapes
-            for stem in ("select", "update", "importance", "pack", "step")
         ]
     return groups
 
 
 def _scored(options: argparse.Namespace) -> list[tuple[str, float]]:
-    """Pairs of score distribution and ratio: the full table where one of them was asked for, otherwise its two edges."""
+    """Pairs of distribution and ratio: the full table where one of them was asked for, otherwise two edges of it."""
     scores, ratios = options.scores or list(SCORES), options.ratios or list(RATIOS)
     table = [(s, r) for s in scores for r in ratios]
     if options.scores or options.ratios:
@@ -218,9 +218,14 @@ def results_folder() -> Path:
     return here / "results" if (here.parent / "setup.py").exists() else Path.cwd() / "bench-results"
 
 
-def file_name(done: Run, quick: bool) -> str:
-    """<machine>-<date>.json; a quick run never takes the name of a full one."""
-    return f"{machine.file_stem(done.machine['name'])}-{done.date}{'-quick' if quick else ''}.json"
+def file_name(done: Run) -> str:
+    """<machine>-<date>.json, and what was asked for beside the defaults: a partial run never overwrites a full one."""
+    asked = done.options
+    extras = [*asked["stems"], *(name for name in asked["shapes"] if asked["shapes"] != ["bert-base"])]
+    extras += [f"{asked['params']:.2g}"] if asked["params"] else []
+    extras += [asked["dtype"]] if asked["dtype"] != "fp32" else []
+    extras += ["quick"] if asked["quick"] else []
+    return "-".join([machine.file_stem(done.machine["name"]), done.date, *extras]).replace("+", "") + ".json"
 
 
 def _baseline(options: argparse.Namespace, device: torch.device, results: Path) -> Run | None:

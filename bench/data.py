@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,9 @@ Shape = tuple[int, ...]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # One block each: attention projections, then the feed-forward matrices.
-_BERT = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
-_LLAMA = [(4096, 4096)] * 4 + [(11008, 4096), (11008, 4096), (4096, 11008)]
-_SHAPES: dict[str, tuple[list[Shape], int]] = {
+_BERT: Sequence[Shape] = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+_LLAMA: Sequence[Shape] = [(4096, 4096)] * 4 + [(11008, 4096), (11008, 4096), (4096, 11008)]
+_SHAPES: dict[str, tuple[Sequence[Shape], int]] = {
     "flat": ([], 16_000_000),
     "bert-base": (_BERT, 84_934_656),
     "llama-7b": (_LLAMA, 6_476_005_376),
@@ -97,12 +97,8 @@ class Problem:
         return replace(self, seed=self.seed + 101 * turn)
 
     def smaller(self, most: int) -> Problem:
-        """The same with at most about this many weights, of as many kinds of shapes."""
-        if self.weights <= most:
-            return self
-        count = _MANY if self.name == "many-small" else most
-        shapes = self.shapes[: max(1, count * len(self.shapes) // self.weights)]
-        return replace(self, shapes=shapes if sum(map(math.prod, shapes)) <= most else shapes_of(self.name, most))
+        """The same with about this many weights at most."""
+        return self if self.weights <= most else replace(self, shapes=shapes_of(self.name, most))
 
 
 class Draw:
@@ -140,8 +136,7 @@ class Draw:
                     piece.copy_(piece.bfloat16())
         return a, b
 
-    def _fill(self, dtype: torch.dtype, transform: object) -> list[Tensor]:
-        assert callable(transform)
+    def _fill(self, dtype: torch.dtype, transform: Callable[[Tensor], Tensor]) -> list[Tensor]:
         tensors = list(self._empty(dtype))
         for tensor in tensors:
             for piece in tensor.view(-1).split(_PIECE):

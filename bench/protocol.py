@@ -7,6 +7,7 @@ not fit into memory or would take too long is recorded with the reason, never le
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ class Case:
 
     Attributes:
         name: as it stands in tables. run: one call; its argument is the number of the call, from 0, by which buffers
-            rotate. kind: kernel (ours), step (ours, through the pruner), peer, or bandwidth.
+            rotate. kind: kernel (ours), step (ours, through the pruner), floor (torch's fused optimizers), peer, or
+            bandwidth.
         weights: weights that one call treats. bytes_per_weight: those the call must move, counted once each; 0 where
             counting makes no sense. steps: training steps in one call; times are divided by it.
         against: name of the case a peer is compared with. slow: whether it contains kthvalue, a sort or the like.
-        setup: run once before the first call, if it fits. needs: bytes that it and a call take beside the operands. predict: seconds a call will take, from a small piece.
+        setup: run once before the first call, if it fits. needs: bytes that it and a call take beside the operands.
+        predict: seconds a call will take, from a small piece.
         outputs: tensors that a call has written, for the test of bitwise repeatability; by default what `run` returns.
     """
 
@@ -49,8 +52,12 @@ class Case:
 
 @dataclass
 class Timing:
-    """What was seen of a case. seconds: per step and sample; bytes_moved: counted per step; extra_bytes: peak memory beside the operands; calls: kernel
-    launches on CUDA, operator calls on CPU; error: why there is nothing."""
+    """What was seen of a case.
+
+    Attributes:
+        seconds: per step and sample. bytes_moved: counted per step. extra_bytes: peak memory beside the operands.
+        calls: kernel launches on CUDA, operator calls on CPU. error: why there is nothing.
+    """
 
     seconds: list[float] = field(default_factory=list)
     bytes_moved: float = 0.0
@@ -61,13 +68,19 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limits:
-    """rounds: samples per case. warmups: calls before them. patience: seconds after which a case gets no more samples
-    than `least`; a peer gets at least one."""
+    """How long to go on.
+
+    Attributes:
+        rounds: samples per case. warmups: calls before them. patience: seconds after which a case gets no more samples
+            than `least`, and a peer none. deadline: on the clock of time.perf_counter; past it no peer begins, and
+            nobody gets a second sample.
+    """
 
     rounds: int
     warmups: int
     patience: float
     least: int = 5
+    deadline: float = math.inf
 
     @staticmethod
     def of(device: torch.device, quick: bool) -> Limits:
@@ -104,13 +117,12 @@ def measure(
     for case in cases:
         tick(case.name)
         _first_call(case, found[case.name], device, limits)
-    spent = dict.fromkeys(found, 0.0)
+    spent = {name: limits.patience + 1 if timing.seconds else 0.0 for name, timing in found.items()}
     for turn in range(limits.rounds):
         pending = []
         for case in cases:
             seen = found[case.name]
-            enough = limits.least if case.kind != "peer" else 1
-            if seen.error or (spent[case.name] > limits.patience and turn >= enough):
+            if seen.error or _enough(case, seen, spent[case.name], limits):
                 continue
             tick(case.name)
             try:
@@ -124,6 +136,13 @@ def measure(
             spent[case.name] += seconds
             found[case.name].seconds.append(seconds / case.steps)
     return found
+
+
+def _enough(case: Case, seen: Timing, spent: float, limits: Limits) -> bool:
+    samples = len(seen.seconds)
+    if time.perf_counter() > limits.deadline:
+        return samples > 0
+    return spent > limits.patience and samples >= (1 if case.kind == "peer" else limits.least)
 
 
 def _timed(case: Case, turn: int, device: torch.device) -> Callable[[], float]:
@@ -146,6 +165,9 @@ def _first_call(case: Case, seen: Timing, device: torch.device, limits: Limits) 
     if case.needs > free:
         seen.error = f"out of memory: needs {case.needs / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return
+    if case.kind == "peer" and time.perf_counter() > limits.deadline:
+        seen.error = "not run: the budget is spent"
+        return
     try:
         if case.predict is not None:
             expected = case.predict()
@@ -159,8 +181,11 @@ def _first_call(case: Case, seen: Timing, device: torch.device, limits: Limits) 
             case.run(0)
         seen.extra_bytes = peak.bytes
         first = time.perf_counter() - begin
-        if first * 2 < limits.patience:
-            seen.calls = _count_calls(case, device)
+        if case.kind == "peer" and first * 2 > limits.patience:
+            # Too slow to be called twice: the first call is the sample.
+            seen.seconds.append(first / case.steps)
+            return
+        seen.calls = _count_calls(case, device)
         for turn in range(2, limits.warmups):
             if (time.perf_counter() - begin) > limits.patience / 2:
                 break
@@ -180,7 +205,7 @@ def _count_calls(case: Case, device: torch.device) -> int:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             case.run(1)
             torch.cuda.synchronize(device)
-        return round(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in trace.events()) / case.steps)
+        return round(sum(e.device_type.name == "CUDA" for e in trace.events() or ()) / case.steps)
     with _Count() as count:
         case.run(1)
     return round(count.calls / case.steps)
@@ -203,6 +228,8 @@ def repeatable(build: Callable[[], Sequence[Case]]) -> dict[str, bool]:
 
 
 def _outputs(case: Case) -> list[Tensor]:
+    if case.setup is not None:
+        case.setup()
     result = case.run(0)
     return [tensor.detach().clone() for tensor in (case.outputs() if case.outputs is not None else [result])]
 
@@ -214,7 +241,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def bandwidth_cases(device: torch.device, least_bytes: int = 1 << 26) -> list[Case]:
-    """Copy (`copy_`, a byte read and a byte written) and read (`amax`) over buffers larger than the last-level cache."""
+    """Copy (`copy_`: a byte read, a byte written) and read (`amax`) over buffers larger than the last-level cache."""
     n = max(4 * memory.last_level_cache(device), least_bytes) // 4
     generator = torch.Generator(device).manual_seed(1)
     source = torch.rand(n, generator=generator, device=device)

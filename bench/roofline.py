@@ -1,7 +1,8 @@
-"""The picture of a run: bytes per second of every operator under the measured bandwidths, steps beside torch's AdamW."""
+"""The picture of a run: counted bytes per second under the measured bandwidths, and steps beside torch's AdamW."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from pins_ext.charts import COLORS
 
 from .records import Record, Run
-from .targets import AVERAGE, MASK, main_records
+from .targets import AVERAGE, MASK, TIMES, main_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OURS, _ACCENT, _, _, _, _PEER = COLORS
 _INK, _SOFT, _GRID = "#1f2937", "#6b7280", "#e8ebef"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
@@ -49,7 +50,6 @@ def draw(run: Run, path: Path) -> bool:
     rows = max(len(kernels), len(steps), 4)
     with rc_context(_STYLE):
         figure = Figure(figsize=(11.5 if kernels and steps else 6.5, 1.5 + 0.3 * rows), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr]
         panels = [panel for panel in ((_draw_kernels, kernels), (_draw_steps, steps)) if panel[1]]
         for axes, (paint, records) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             paint(axes, records)
@@ -63,11 +63,17 @@ def _title(run: Run) -> str:
     return f"pins_ext on {where} · torch {run.machine['torch']} · {run.date}"
 
 
+def _one_problem(records: Sequence[Record]) -> list[Record]:
+    """The main records of the first shapes, size and dtype."""
+    main = main_records(records)
+    return [r for r in main if (r.shapes, r.weights, r.dtype) == (main[0].shapes, main[0].weights, main[0].dtype)]
+
+
 def _kernels(records: Sequence[Record]) -> list[Record]:
-    """What moves counted bytes: our operators and torch's fused optimizers, of one problem."""
+    """What moves counted bytes: our operators and torch's fused optimizers."""
     found: dict[str, Record] = {}
-    for record in main_records(records):
-        moves = record.kind in ("kernel", "peer") and record.stem != "step"
+    for record in _one_problem(records):
+        moves = record.kind in ("kernel", "floor", "peer") and record.stem != "step"
         if moves and record.gbps and not record.case.startswith("select after"):
             found.setdefault(record.case, record)
     return list(found.values())
@@ -75,7 +81,7 @@ def _kernels(records: Sequence[Record]) -> list[Record]:
 
 def _steps(records: Sequence[Record]) -> list[Record]:
     found: dict[tuple[str, str], Record] = {}
-    for record in main_records(records):
+    for record in _one_problem(records):
         if record.stem == "step" and record.kind != "bandwidth" and record.median_s:
             found.setdefault((record.label, record.case), record)
     return list(found.values())
@@ -86,20 +92,10 @@ def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
     values = [r.gbps or 0 for r in records]
     colors = [_OURS if r.kind == "kernel" else _PEER for r in records]
     _bars(axes, labels, values, colors, [f"{v:.1f}" for v in values])
-    top = axes.get_ylim()[1]
-    for name in ("copy", "read"):
-        bandwidths = sorted(getattr(r, f"{name}_gbps") or 0 for r in records)
-        middle = bandwidths[len(bandwidths) // 2]
-        axes.axvline(middle, color=_ACCENT, linewidth=1.3, linestyle="-" if name == "copy" else ":")
-        axes.text(
-            middle,
-            top,
-            f" {name} {middle:.1f}",
-            color=_ACCENT,
-            fontsize=8,
-            va="bottom",
-            ha="left" if name == "copy" else "right",
-        )
+    for name, style, side in (("copy", "-", "left"), ("read", ":", "right")):
+        bandwidth = statistics.median(getattr(r, f"{name}_gbps") or 0 for r in records)
+        axes.axvline(bandwidth, color=_ACCENT, linewidth=1.3, linestyle=style)
+        axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=_ACCENT, fontsize=8, va="bottom", ha=side)
     axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
     axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}")
 
@@ -109,17 +105,19 @@ def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
     rows = [r for r in records if r.label in floors and not r.case.startswith("torch fused AdamW")]
     values = [(r.median_s or 0) / floors[r.label] for r in rows]
     labels = [r.case if r.kind == "step" else f"{_short(r.case)}, {r.label}" for r in rows]
-    _bars(axes, labels, values, [_OURS if r.kind == "step" else _PEER for r in rows], [f"{v:.2f} ×" for v in values])
+    _bars(
+        axes, labels, values, [_OURS if r.kind == "step" else _PEER for r in rows], [f"{v:.2f} {TIMES}" for v in values]
+    )
     axes.set_xscale("log")
     axes.set_xlim(0.8, 2.2 * max(values, default=1))
     axes.axvline(1, color=_ACCENT, linewidth=1.3)
-    axes.text(1, axes.get_ylim()[1], " torch fused AdamW", color=_ACCENT, fontsize=8, va="bottom")
+    axes.text(1, -0.62, " torch fused AdamW", color=_ACCENT, fontsize=8, va="bottom")
     for i, row in enumerate(rows):
         if row.case in _FLOORS and row.dtype == "float32":
             axes.plot([_FLOORS[row.case]] * 2, [i - 0.42, i + 0.42], color=_INK, linewidth=1.2)
     axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
     axes.minorticks_off()
-    axes.set_xlabel("time of a step over a plain torch fused AdamW step; black: floor by bytes")
+    axes.set_xlabel(f"time of a step, {TIMES} torch fused AdamW; black: its floor by bytes")
 
 
 def _short(case: str) -> str:

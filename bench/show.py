@@ -11,9 +11,9 @@ from rich.table import Table
 
 from .records import Record
 from .suite import Group
-from .targets import Line, shown
+from .targets import DASH, TIMES, Line, shown
 
-_COLUMNS = ("B/weight", "ms", "p5 – p95", "GB/s", "of copy", "× ours", "extra", "calls", "bits")
+_COLUMNS = ("B/weight", "ms", f"p5 {DASH} p95", "GB/s", "of copy", f"{TIMES} ours", "extra", "calls", "bits")
 _NARROW, _WIDE = 6, 130
 _STYLES = {"stretch": "bold green", "pass": "green", "missed": "bold red", "not measured": "dim"}
 
@@ -46,7 +46,7 @@ class Screen:
 
     def group(self, group: Group, calls: int) -> None:
         """A group begins."""
-        self._progress.update(self._groups, what=f"{group.stem} {group.label} {group.problem.name}")
+        self._progress.update(self._groups, what=group.name)
         self._progress.reset(self._calls, total=calls or None)
 
     def tick(self, name: str) -> None:
@@ -81,7 +81,7 @@ def table(
     if baseline:
         made.add_column("vs baseline", justify="right", no_wrap=True)
     for record in records:
-        style = {"kernel": "bold", "step": "bold", "bandwidth": "dim"}.get(record.kind, "")
+        style = {"kernel": "bold", "step": "bold", "bandwidth": "dim", "floor": "italic"}.get(record.kind, "")
         cells = _cells(record)[: None if wide else 1 + _NARROW]
         made.add_row(*cells, *([_change(record, baseline)] if baseline else []), style=style)
     return made
@@ -89,7 +89,7 @@ def table(
 
 def _cells(record: Record) -> list[str]:
     few = f" ({record.samples})" if 0 < record.samples < 5 else ""
-    spread = f"{_ms(record.p5_s)} – {_ms(record.p95_s)}{few}" if record.samples > 1 else few.strip()
+    spread = f"{_ms(record.p5_s)} {DASH} {_ms(record.p95_s)}{few}" if record.samples > 1 else few.strip()
     bits = {True: "same", False: "[red]differ[/red]", None: ""}[record.repeatable]
     passes = f"{record.passes:.2f} passes" if record.passes else ""
     return [
@@ -117,9 +117,8 @@ def _change(record: Record, baseline: Mapping[tuple[object, ...], Record]) -> st
 
 def key_of(record: Record) -> tuple[object, ...]:
     """What makes two records of different runs comparable."""
-    return (
-        record.stem, record.label, record.case, record.shapes, record.weights, record.dtype, record.scores, record.ratio,
-    )  # fmt: skip
+    r = record
+    return r.stem, r.label, r.case, r.shapes, r.weights, r.dtype, r.scores, r.ratio
 
 
 def targets_table(lines: Sequence[Line]) -> Table:

@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -43,6 +43,12 @@ class Group:
     label: str = ""
 
     @property
+    def name(self) -> str:
+        """In short."""
+        scores = f"{self.problem.scores} r={self.problem.ratio:g}" if self.label == "scores" else ""
+        return " ".join(part for part in (self.stem, self.label, self.problem.name, scores) if part)
+
+    @property
     def title(self) -> str:
         """As it stands above a table."""
         p = self.problem
@@ -55,7 +61,7 @@ class Group:
 
 @dataclass
 class Outcome:
-    """records: in the order they were made. skipped: titles of the groups that the budget did not reach."""
+    """records: in the order they were made. skipped: names of the groups that the budget did not reach."""
 
     records: list[Record] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -80,11 +86,13 @@ def run(
     """Measure the groups in order, most valuable first, until the budget in seconds is spent."""
     outcome = Outcome()
     begin = time.perf_counter()
+    if budget is not None:
+        limits = replace(limits, deadline=begin + budget)
     longest = 0.0
     for i, group in enumerate(groups):
         spent = time.perf_counter() - begin
         if budget is not None and i > 0 and spent + 0.5 * longest > budget:
-            outcome.skipped += [g.title for g in groups[i:]]
+            outcome.skipped += [g.name for g in groups[i:]]
             break
         records = _measure_group(group, limits, watcher, bandwidth_bytes)
         longest = max(longest, time.perf_counter() - begin - spent)

@@ -1,0 +1,416 @@
+"""The benchmarks: protocol, data, records, peers that fail in the open, and README's table of figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pins_ext.bench as bench
+import pytest
+import torch
+from pins_ext.bench import (
+    bench_importance,
+    bench_pack,
+    bench_select,
+    bench_step,
+    bench_update,
+    command,
+    data,
+    machine,
+    memory,
+    peers,
+    records,
+    roofline,
+    status,
+    suite,
+    targets,
+)  # fmt: skip
+from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
+from torch import Tensor
+
+from pins_ext import ops
+
+CPU = torch.device("cpu")
+FEW = Limits(rounds=5, warmups=1, patience=5.0)
+
+
+def problem(name: str = "bert-base", params: int = 40_000, dtype: torch.dtype = torch.float32) -> data.Problem:
+    return data.Problem(name, data.shapes_of(name, params), dtype, CPU)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("bert-base", 84_934_656), ("llama-7b", 6_476_005_376), ("flat", 16_000_000)]
+)
+def test_shapes_are_those_of_the_models(name: str, weights: int) -> None:
+    assert data.Problem(name, data.shapes_of(name), torch.float32, CPU).weights == weights
+
+
+@pytest.mark.parametrize("name", data.SHAPES)
+@pytest.mark.parametrize("params", [40_000, 3_000_000, 2_200_000_000])
+def test_shapes_reach_the_wanted_size(name: str, params: int) -> None:
+    found = problem(name, params)
+    assert found.weights == pytest.approx(params, rel=0.11)
+    assert len(found.shapes) == 5000 or name != "many-small"
+    assert found.smaller(20_000).weights == pytest.approx(20_000, rel=0.3)
+
+
+def test_data_is_random_repeatable_and_never_zero() -> None:
+    first, second = (data.Draw(problem()).normal() for _ in range(2))
+    assert all(torch.equal(x, y) and bool((x != 0).all()) for x, y in zip(first, second, strict=True))
+    other = data.Draw(problem().turned(1)).normal()
+    assert not torch.equal(first[0], other[0])
+
+
+def test_misaligned_views_are_misaligned_and_contiguous() -> None:
+    for tensor in data.Draw(problem("misaligned")).normal():
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 16 == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "holds"),
+    [
+        ("lognormal-1", lambda s: s.log2().std().item() == pytest.approx(1, rel=0.05)),
+        ("lognormal-8", lambda s: s.log2().std().item() == pytest.approx(8, rel=0.05)),
+        ("zeros-80", lambda s: (s == 0).float().mean().item() > 0.78),
+        ("equal", lambda s: s.unique().numel() == 1),
+        ("bf16-ties", lambda s: s.unique().numel() < s.numel()),
+    ],
+)
+def test_scores_are_distributed_as_named(scores: str, holds: object) -> None:
+    a, b = data.Draw(dataclasses.replace(problem(), scores=scores)).states()
+    assert callable(holds)
+    assert holds(torch.cat([(x * y).flatten() for x, y in zip(a, b, strict=True)]))
+
+
+# ---- protocol --------------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_interleaved() -> None:
+    calls: list[str] = []
+    found = measure([Case(name, lambda turn, name=name: calls.append(name)) for name in "ab"], CPU, FEW)
+    assert "".join(calls[-10:]) == "ab" * 5
+    assert [len(timing.seconds) for timing in found.values()] == [5, 5]
+    assert all(timing.error is None for timing in found.values())
+
+
+def test_peers_fail_in_the_open() -> None:
+    def fails(turn: int) -> None:
+        raise RuntimeError("no such thing\nand more")
+
+    def exhausts(turn: int) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    def fails_later(turn: int) -> None:
+        if turn > 2:
+            raise ValueError("the third time")
+
+    too_large = torch.empty((1 << 24) + 1)
+    cases = [
+        Case("fails", fails, "peer"),
+        Case("exhausts", exhausts, "peer"),
+        Case("fails later", fails_later, "peer"),
+        Case("too large", lambda turn: None, "peer", needs=1 << 60),
+        Case("too slow", lambda turn: None, "peer", predict=lambda: 1000.0),
+        Case("quantile", lambda turn: peers.quantile(too_large, 5), "peer"),
+        Case("works", lambda turn: None, "peer"),
+    ]
+    found = measure(cases, CPU, FEW)
+    assert found["fails"].error == "RuntimeError: no such thing"
+    assert found["exhausts"].error == "out of memory"
+    assert found["fails later"].error == "ValueError: the third time"
+    assert "GB are free" in str(found["too large"].error)
+    assert "about 1000 s expected" in str(found["too slow"].error)
+    assert "too large" in str(found["quantile"].error)
+    assert found["works"].error is None
+
+
+def test_patience_ends_slow_peers_but_not_our_own_cases() -> None:
+    cases = [Case(kind, lambda turn: time.sleep(0.01), kind) for kind in ("kernel", "peer", "floor")]
+    found = measure(cases, CPU, Limits(rounds=9, warmups=1, patience=0.015, least=5))
+    assert {name: len(timing.seconds) for name, timing in found.items()} == {"kernel": 5, "peer": 1, "floor": 5}
+
+
+def test_past_the_deadline_no_peer_begins() -> None:
+    cases = [Case("ours", lambda turn: None), Case("theirs", lambda turn: None, "peer")]
+    found = measure(cases, CPU, dataclasses.replace(FEW, deadline=time.perf_counter()))
+    assert len(found["ours"].seconds) == 1
+    assert found["theirs"].error == "not run: the budget is spent"
+
+
+def test_peak_memory_of_a_call_is_seen() -> None:
+    size = 48 << 20
+    with memory.Peak(CPU) as peak:
+        torch.full((size // 4,), 1.0)
+    assert peak.bytes is not None
+    assert size * 0.9 < peak.bytes < size * 1.5
+    assert memory.last_level_cache(CPU) >= 1 << 18
+    assert memory.available(CPU) > 1 << 20
+
+
+def test_operators_are_counted() -> None:
+    x = torch.rand(10)
+    found = measure([Case("two", lambda turn: x.mul(2).add(1), steps=1)], CPU, FEW)
+    assert found["two"].calls == 2
+
+
+def test_bandwidth_buffers_exceed_the_cache() -> None:
+    copy, read = bandwidth_cases(CPU)
+    assert copy.weights * 4 >= 4 * memory.last_level_cache(CPU)
+    assert (copy.bytes_per_weight, read.bytes_per_weight) == (8, 4)
+
+
+def test_repeatability_tells_a_difference() -> None:
+    runs = iter(range(10))
+    cases = [Case("same", lambda turn: torch.ones(3)), Case("differs", lambda turn: torch.tensor([float(next(runs))]))]
+    assert repeatable(lambda: cases) == {"same": True, "differs": False}
+
+
+# ---- every case runs -------------------------------------------------------------------------------------------------
+
+GROUPS = {
+    "select": bench_select.group,
+    "update": bench_update.group,
+    "importance": bench_importance.group,
+    "pack": bench_pack.group,
+    "step-10": lambda p, peers: bench_step.group(p, peers, 10),
+    "step-1": lambda p, peers: bench_step.group(p, peers, 1),
+}
+
+
+@pytest.fixture
+def _one_set_of_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "last_level_cache", lambda device: 1)
+
+
+@pytest.mark.usefixtures("_one_set_of_buffers")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bert-base", torch.float32), ("bert-base", torch.bfloat16), ("misaligned", torch.float32)]
+)
+@pytest.mark.parametrize("stem", GROUPS)
+def test_every_case_runs(stem: str, name: str, dtype: torch.dtype) -> None:
+    group = GROUPS[stem](problem(name, 20_000, dtype), name == "bert-base")
+    cases = group.build(group.problem, group.peers)
+    for case in cases:
+        if "torch.compile" in case.name or (case.kind == "peer" and dtype != torch.float32):
+            continue
+        if case.setup is not None:
+            case.setup()
+        case.run(0)
+        assert case.weights == group.problem.weights
+    assert {case.against for case in cases if case.kind in ("peer", "floor")} <= {case.name for case in cases}
+    assert all(case.bytes_per_weight > 0 for case in cases if case.kind == "step")
+    if name == "bert-base":
+        assert all(repeatable(lambda: group.build(group.problem, False)).values())
+
+
+def test_the_peers_find_the_same_threshold() -> None:
+    scores = torch.rand(10_001)
+    for n_prune in (100, 5000, 9999):
+        found = {float(f(scores, n_prune)) for f in (peers.kthvalue, peers.topk, peers.sort)}
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("delta_t", [1, 10])
+def test_the_tuned_peer_prunes_what_the_released_one_does(delta_t: int) -> None:
+    zeros = []
+    for fused in (False, True):
+        model = bench_step.Model(problem("bert-base", 20_000))
+        step = peers.EagerStep(list(model.weights), 0.2, delta_t, 1e-4, fused)
+        for i in range(2 * delta_t + 1):
+            model.backward(i)
+            step.step()
+        zeros.append(torch.cat([(p == 0).flatten() for p in model.weights]))
+    assert zeros[0].float().mean() == pytest.approx(0.8, abs=0.01)
+    assert (zeros[0] != zeros[1]).float().mean() < 1e-3
+
+
+# ---- records, targets, pictures --------------------------------------------------------------------------------------
+
+
+class Nobody:
+    """Watches nothing."""
+
+    def group(self, group: suite.Group, calls: int) -> None: ...
+    def tick(self, name: str) -> None: ...
+    def done(self, group: suite.Group, records: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def run() -> records.Run:
+    """A small run of everything that targets look at."""
+    groups = [group(problem(), True) for group in GROUPS.values()]
+    limits = Limits(rounds=2, warmups=1, patience=2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "last_level_cache", lambda device: 1)
+        outcome = suite.run(groups, limits, None, Nobody(), bandwidth_bytes=1 << 20)
+    options = {"stems": [], "shapes": ["bert-base"], "params": None, "dtype": "fp32", "quick": False}
+    about = machine.describe(CPU) | {"load": 0.1, "load_after": 0.2}
+    return records.Run(about, "2026-01-02", options, 1.0, outcome.records, [])
+
+
+def test_a_run_is_saved_and_read(run: records.Run, tmp_path: Path) -> None:
+    run.save(tmp_path / "a" / "run.json")
+    assert records.Run.load(tmp_path / "a" / "run.json") == run
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.json"]
+    written = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert set(written) == {"schema", "machine", "date", "options", "seconds", "records", "skipped"}
+    by_case = {r["case"]: r for r in written["records"] if r["kind"] == "kernel"}
+    for name in (
+        "median_s",
+        "p5_s",
+        "p95_s",
+        "gbps",
+        "copy_gbps",
+        "read_gbps",
+        "share_of_copy",
+        "extra_bytes",
+        "calls",
+    ):
+        assert by_case["fold_"][name] is not None, name
+    assert by_case["fold_"]["repeatable"] is True
+    assert by_case["select"]["passes"] > 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', "no json"])
+def test_foreign_files_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="no result file"):
+        records.Run.load(tmp_path / "x.json")
+
+
+def test_every_target_is_measured(run: records.Run) -> None:
+    lines = targets.lines(run.records, "cpu")
+    assert all(line.value is not None for line in lines)
+    assert {line.target for line in lines} == {t for t in targets.TARGETS if t.device != "cuda"}
+    assert all(line.verdict == "not measured" for line in targets.lines([], "cuda"))
+
+
+def test_verdicts() -> None:
+    more = next(t for t in targets.TARGETS if t.more and t.unit == "share")
+    less = next(t for t in targets.TARGETS if not t.more and t.unit == "x")
+    assert [more.verdict(v) for v in (more.wish, more.least, 0.0, None)] == [
+        "stretch",
+        "pass",
+        "missed",
+        "not measured",
+    ]
+    assert [less.verdict(v) for v in (less.wish, less.least, 99.0)] == ["stretch", "pass", "missed"]
+
+
+def test_kthvalue_never_stands_alone(run: records.Run) -> None:
+    for line in targets.lines(run.records, "cpu"):
+        if "kthvalue" in line.target.metric and "without" not in line.target.metric:
+            assert "topk" in line.label
+
+
+def test_the_picture_is_drawn(run: records.Run, tmp_path: Path) -> None:
+    assert roofline.draw(run, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert text.startswith("<?xml")
+    assert not roofline.draw(dataclasses.replace(run, records=[]), tmp_path / "y.svg")
+
+
+def test_a_group_that_does_not_fit_says_so() -> None:
+    group = dataclasses.replace(bench_select.group(problem(), True), operand_bytes=1e15)
+    (record,) = suite.run([group], FEW, None, Nobody()).records
+    assert "out of memory: the operands need" in str(record.error)
+
+
+def test_the_budget_skips_the_least_valuable(run: records.Run) -> None:
+    def build(problem: data.Problem, peers: bool) -> list[Case]:
+        return [Case("sleeps", lambda turn: time.sleep(0.02), "floor")]
+
+    groups = [suite.Group("select", problem(), build, True, 0, label) for label in "abc"]
+    outcome = suite.run(groups, FEW, 0.01, Nobody(), bandwidth_bytes=1 << 20)
+    assert [r.label for r in outcome.records if r.case == "sleeps"] == ["a"]
+    assert outcome.skipped == [group.name for group in groups[1:]]
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def test_status_is_rendered_checked_and_written(
+    run: records.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    run.save(results / "cpu-2026-01-02.json")
+    dataclasses.replace(run, date="2026-01-01").save(results / "cpu-2026-01-01.json")
+    dataclasses.replace(run, options=run.options | {"quick": True}).save(results / "cpu-2026-01-03-quick.json")
+    readme.write_text(f"before\n{status.BEGIN}\nformer\n{status.END}\nafter\n")
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert status.main([*arguments, "--check"]) == 1
+    assert status.main([*arguments, "--write"]) == 0
+    assert status.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "former" not in text
+    assert "(results/cpu-2026-01-02.json)" in text
+    assert "2026-01-01" not in text
+    assert "quick" not in text
+    assert "never run on a GPU" in text
+    assert "disturbed" not in text
+    shown = [line for line in targets.lines(run.records, "cpu") if line.verdict == "missed"]
+    assert text.count("**missed**") == len(shown)
+    readme.write_text("no markers")
+    assert status.main([*arguments, "--write"]) == 1
+    assert "no <!-- status:begin -->" in capsys.readouterr().err
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_one_set_of_buffers")
+def test_quick_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    arguments = ["select", "step", "scores", "--quick", "--params", "3e4", "--rounds", "1", "--json", str(file)]
+    assert bench.main([*arguments, "--budget", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "average step, deltaT = 10" in text or "not reached within" in text
+    assert "targets" in text
+    assert file.exists()
+    assert file.with_suffix(".svg").exists()
+    assert bench.main(["pack", *arguments[3:], "--no-peers", "--baseline", str(file)]) == 0
+    assert "vs baseline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nonsense"], "unknown stem"),
+        (["--params", "0.5"], "positive whole number"),
+        (["--baseline", "missing.json"], "missing.json"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_wrong_usage_is_explained(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        bench.main(arguments)
+    assert exit_info.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_partial_and_quick_runs_have_names_of_their_own(run: records.Run) -> None:
+    full = command.file_name(run)
+    assert full == f"{machine.file_stem(run.machine['name'])}-2026-01-02.json"
+    for change in ({"stems": ["step"]}, {"params": 1_100_000_000}, {"dtype": "bf16"}, {"quick": True}):
+        assert command.file_name(dataclasses.replace(run, options=run.options | change)) != full
+
+
+def test_machine_names_are_models() -> None:
+    assert machine.file_stem("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz"
+    assert machine.describe(CPU)["name"]
+
+
+def test_random_masks_are_packed() -> None:
+    tensors: list[Tensor] = [torch.rand(70_001), torch.rand(64)]
+    masks = data.masks_of(problem("flat", 70_065), tensors, 0.2)
+    assert [m.numel() for m in masks] == [ops.mask_bytes(70_001), 8]
+    kept = sum(int(b).bit_count() for b in masks[0].tolist())
+    assert kept == pytest.approx(14_000, rel=0.05)
