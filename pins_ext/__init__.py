@@ -7,24 +7,27 @@ pruner.finalize()     # exactly 80 % of the prunable weights are zero
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pins_ext import integrations, ops, optim
     from pins_ext.config import PruneConfig
     from pins_ext.pruner import Pruner
     from pins_ext.teacher import SelfRegularizer
 
 _HOME = {"PruneConfig": "config", "Pruner": "pruner", "SelfRegularizer": "teacher"}
+_MODULES = ("integrations", "ops", "optim")
 
-__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__"]
+__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__", "integrations", "ops", "optim"]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `pins-ext --help` and the reference need neither torch's time nor the extension."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'pins_ext' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"pins_ext.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"pins_ext.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"pins_ext.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'pins_ext' has no attribute {name!r}")
