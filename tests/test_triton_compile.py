@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,8 +21,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 from pins_ext.triton_kernels import importance, pack, select, table
+from test_ops_contract import CALLS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from pins_ext import triton_kernels
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -102,8 +108,8 @@ class Compiled:
     resources: dict[str, int]
 
 
-def compiled(kernel: Any, constants: dict[str, Any], capability: int, **options: Any) -> Compiled:
-    """Compile as a launch would: our options, and pointer arguments at 16 bytes, which torch's allocator sees to."""
+def source_of(kernel: Any, constants: dict[str, Any]) -> ASTSource:
+    """What a launch compiles: pointer arguments are at 16 bytes, which torch's allocator sees to."""
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -113,7 +119,11 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, **options:
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = TYPES.get(name, "i32")
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, **options: Any) -> Compiled:
+    source = source_of(kernel, constants)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**table.OPTIONS, **options}).asm
     usage = disassembled("cuobjdump", "--dump-resource-usage", binary["cubin"])
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
@@ -132,6 +142,49 @@ def disassembled(tool: str, option: str, cubin: bytes) -> str:
 @cache
 def variant(name: str, capability: int) -> Compiled:
     return compiled(VARIANTS[name].kernel, VARIANTS[name].constants, capability)
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    modules = [import_module(f"pins_ext.triton_kernels.{name}") for name in set(triton_kernels.LAUNCHERS.values())]
+    kernels = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+    assert kernels == {variant.kernel for variant in VARIANTS.values()}
+
+
+class NoDevice:
+    """What Triton asks a driver before it compiles a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("op", triton_kernels.LAUNCHERS)
+def test_launches_compile_what_is_tested_here(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launcher, as far as the compiler: types, alignments and options of its launches are those of this file."""
+    launched = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    args, kwargs = CALLS[op]()
+    triton_kernels.launcher(op)(*args, **kwargs)
+    assert launched
+    for launch in launched:
+        kernel, types = launch.src.fn, launch.src.signature
+        constants = {name: None for name, kind in types.items() if kind == "constexpr"}
+        expected = source_of(kernel, constants)
+        # As wide as it needs to be: a small model's is 32 bits.
+        assert {**types, "total": "i64"} == {**expected.signature, "total": "i64"}
+        assert {place: kind for place, kind in launch.src.attrs.items() if kind} == expected.attrs
+        assert {name: getattr(launch.metadata, name) for name in table.OPTIONS} == table.OPTIONS
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------
