@@ -57,7 +57,9 @@ class Picture:
 def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
     """Every picture these runs have data for: sparsity, loss, evaluations, threshold, churn, sparsity per tensor."""
     drawn = [
-        _lines(records, "Sparsity", "Share of zeros among the prunable weights. Dotted: the schedule.", _draw_sparsity),
+        _lines(
+            records, "Sparsity", "Share of the prunable weights each mask zeroed. Dotted: schedule.", _draw_sparsity
+        ),
         _lines(records, "Training loss", "Mean over each logging interval.", _draw_loss),
         _lines(
             records,
@@ -66,7 +68,7 @@ def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
             _draw_evaluation,
         ),
         _lines(records, "Threshold", "The score under which a weight was pruned. Logarithmic.", _draw_threshold),
-        _lines(records, "Mask churn", "Share of the weights whose bit a new mask flipped.", _draw_churn),
+        _lines(records, "Mask churn", "Share of the prunable weights whose bit a new mask flipped.", _draw_churn),
     ]
     return [picture for picture in drawn if picture] + [p for p in map(_tensors, records) if p]
 
@@ -92,24 +94,24 @@ def _lines(
     return Picture(title, caption, svg) if svg else None
 
 
-def _series(record: dict[str, Any], key: str) -> tuple[list[int], list[float]]:
-    points = [(entry["step"], entry[key]) for entry in record.get("history", ()) if entry.get(key) is not None]
+def _series(record: dict[str, Any], part: str, key: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[key]) for entry in record.get(part, ()) if entry.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw_sparsity(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, achieved = _series(record, "sparsity")
+    steps, achieved = _series(record, "masks", "sparsity")
     if not steps:
         return False
-    axes.plot(*_series(record, "target_sparsity"), color=color, linestyle=(0, (1, 1.5)), linewidth=1.6)
-    axes.plot(steps, achieved, color=color, label=record["label"])
+    axes.plot(*_series(record, "schedule", "target_sparsity"), color=color, linestyle=(0, (1, 1.5)), linewidth=1.4)
+    axes.plot(steps, achieved, color=color, label=record["label"], marker="o", markersize=3.5, linewidth=1.4)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_ylim(0, 1)
     return True
 
 
 def _draw_loss(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, loss = _series(record, "loss")
+    steps, loss = _series(record, "history", "loss")
     axes.plot(steps, loss, color=color, label=record["label"], marker="o" if len(steps) == 1 else "", markersize=4)
     axes.set_ylim(bottom=0)
     return bool(steps)
@@ -131,7 +133,7 @@ def _draw_evaluation(axes: Axes, record: dict[str, Any], color: str) -> bool:
 
 
 def _draw_threshold(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, threshold = _series(record, "threshold")
+    steps, threshold = _series(record, "masks", "threshold")
     positive = [(step, value) for step, value in zip(steps, threshold, strict=True) if 0 < value < float("inf")]
     if not positive:
         return False
@@ -141,10 +143,10 @@ def _draw_threshold(axes: Axes, record: dict[str, Any], color: str) -> bool:
 
 
 def _draw_churn(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, churn = _series(record, "churn")
+    steps, churn = _series(record, "masks", "churn")
     if not any(churn):
         return False
-    axes.plot(steps, churn, color=color, label=record["label"], drawstyle="steps-pre", linewidth=1.3)
+    axes.plot(steps, churn, color=color, label=record["label"], marker="o", markersize=3, linewidth=1.2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set_ylim(bottom=0)
     return True

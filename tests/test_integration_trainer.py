@@ -25,7 +25,7 @@ from pins_ext.integrations import random_state
 from pins_ext.integrations.saving import IncompleteError, SaveError, newest_complete
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds
 from pins_ext.integrations.trainer import PinsTrainer
-from pins_ext.integrations.transformers import PRUNER_FILE, PinsCallback, refuse_unsupported
+from pins_ext.integrations.transformers import MASK_ENTRY, PRUNER_FILE, PinsCallback, refuse_unsupported
 from pins_ext.optim import PinsAdamW
 from pins_ext.teacher import SelfRegularizer
 
@@ -142,6 +142,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path, 
     unbroken = trainer(tmp_path, **VARIANTS[variant])
     unbroken.train()
     expected = weights(unbroken)
+    regularizer = unbroken.pins.self_regularizer
+    assert regularizer is None or regularizer.teacher.snapshot_step is not None
     saved = sorted(int(folder.name.split("-")[1]) for folder in tmp_path.glob("checkpoint-*"))
     assert saved[-1] == STEPS
     for step in saved:
@@ -160,7 +162,10 @@ def test_the_final_model_has_its_sparsity_to_the_last_weight(tmp_path: Path) -> 
     assert run.pins.final is not None
     assert run.pins.final["zeros"] == pruner.n_weights - round(0.25 * pruner.n_weights)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert all({"sparsity", "target_sparsity", "threshold", "churn"} <= entry.keys() for entry in logged)
+    assert all({"sparsity", "target_sparsity", "threshold"} <= entry.keys() for entry in logged)
+    masks = [entry for entry in run.state.log_history if MASK_ENTRY in entry]
+    assert [entry["step"] for entry in masks] == [5, 7, 9, 11, 12, 13]
+    assert all(entry[MASK_ENTRY] == pytest.approx(entry["target_sparsity"], abs=1e-3) for entry in masks)
 
 
 def test_resuming_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "
 
 def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[str, Any]:
     """The record of a made-up run."""
-    history = []
+    history, masks = [], []
     for step in range(10, steps + 1, 10):
         progress = min(1.0, max(0.0, (step / steps - 0.1) / 0.6))
         target = 0.8 * (1 - (1 - progress) ** 3)
-        history.append(
+        history.append({"step": step, "loss": 1.9 * math.exp(-step / 90) + 0.4})
+        masks.append(
             {
                 "step": step,
-                "loss": 1.9 * math.exp(-step / 90) + 0.4,
-                "sparsity": target * (0.97 if progress < 1 else 1),
+                "sparsity": target,
                 "target_sparsity": target,
                 "threshold": 1e-9 * (1 + 20 * target**3),
                 "churn": 0.04 * math.exp(-step / 80),
@@ -49,7 +49,9 @@ def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[s
         "data": {"task": "prose", "baseline": {"eval_accuracy": 0.27}, "baseline_name": "majority class"},
         "total_steps": steps,
         "config": {"pruning": {"sparsity": 0.8, "delta_t": 10}, "training": {"learning_rate": 1e-4}},
+        "schedule": [{"step": m["step"], "target_sparsity": m["target_sparsity"]} for m in masks],
         "history": history,
+        "masks": masks,
         "evaluations": evaluations,
         "final": {
             "metric": "eval_accuracy",
@@ -68,7 +70,9 @@ def dense(label: str = "dense") -> dict[str, Any]:
     """A run that pruned nothing."""
     history = [{"step": entry["step"], "loss": entry["loss"]} for entry in record()["history"]]
     final = {"metric": "eval_accuracy", "metrics": {"eval_accuracy": 0.74}, "weights": 0, "zeros": 0, "tensors": {}}
-    return record(label, history=history, final=final, timings={"train_seconds": 40.0, "step_ms": 190.0})
+    return record(
+        label, schedule=[], history=history, masks=[], final=final, timings={"train_seconds": 40.0, "step_ms": 190.0}
+    )
 
 
 def test_one_run_shows_every_picture_and_number() -> None:
@@ -116,8 +120,8 @@ def test_pictures_of_one_page_share_no_ids() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"history": [], "evaluations": []},
-        {"history": [{"step": 1, "loss": 2.0, "sparsity": 0.0, "target_sparsity": 0.0, "threshold": float("nan")}]},
+        {"schedule": [], "history": [], "masks": [], "evaluations": []},
+        {"masks": [{"step": 1, "sparsity": 0.0, "target_sparsity": 0.0, "threshold": float("nan"), "churn": None}]},
         {"timings": {}, "versions": {}, "config": {}, "data": {}, "model": {}},
         {"label": "<script>alert(1)</script>"},
     ],

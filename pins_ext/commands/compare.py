@@ -54,7 +54,8 @@ def three(request: Request) -> Mapping[str, Request]:
         "magnitude": (by_magnitude, plain),
     }
     root = Path(request.run.output_dir)
-    light = {"eval_steps": 0.5, "save_strategy": "no"} if "output_dir" not in request.given else {}
+    # The demo is short: it is neither evaluated on the way nor worth resuming.
+    light = {"eval_strategy": "no", "save_strategy": "no"} if "output_dir" not in request.given else {}
     training = {**request.training, **{name: value for name, value in light.items() if name not in request.given}}
     return {
         name: replace(

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from pins_ext.commands import request as requests
 from pins_ext.commands.errors import EXIT_OK, UsageError
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     if request.pruning is None:
         raise UsageError("nothing to plan: the sparsity is 0")
 
+    from torch import nn
+
     from pins_ext.commands.prepare import as_usage_errors, prepare
     from pins_ext.pruner import Pruner
 
@@ -36,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
         prepared = prepare(replace(request, resume=None), Path(folder))
         trainer = prepared.trainer
         with as_usage_errors():
-            pruner = Pruner(trainer.model, trainer.create_optimizer(), request.pruning, prepared.total_steps)
+            pruner = Pruner(
+                cast(nn.Module, trainer.model), trainer.create_optimizer(), request.pruning, prepared.total_steps
+            )
     print(prepared.task.describe())
     print(f"\nmodel     {prepared.model_name}")
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps

@@ -10,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pins_ext.report import percent
 
+_NOT_SHOWN = ("runtime", "per_second", "preparation_time", "sparsity")
+
 
 class Watch(TrainerCallback):
     """Loss, sparsity and threshold as they are logged.
@@ -77,18 +79,19 @@ class Watch(TrainerCallback):
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """One line of what was logged: loss, sparsity against its target, threshold, evaluation."""
+    """One line of what was logged: loss, sparsity of the last mask, threshold, evaluation."""
     parts = []
     if "loss" in logs:
         parts.append(f"loss {float(logs['loss']):.3f}")
     if "sparsity" in logs:
-        parts.append(f"sparsity {percent(logs['sparsity'])} of {percent(logs['target_sparsity'])}")
+        parts.append(f"sparsity {percent(logs.get('mask_sparsity', logs['sparsity']))}")
     if logs.get("threshold") is not None:
         parts.append(f"threshold {logs['threshold']:.2e}")
-    if "eval_loss" in logs:
-        parts.append(f"eval loss {logs['eval_loss']:.3f}")
-    if "eval_accuracy" in logs:
-        parts.append(f"accuracy {logs['eval_accuracy']:.3f}")
+    parts += [
+        f"{name.replace('_', ' ')} {value:.3f}"
+        for name, value in logs.items()
+        if name.startswith(("eval_", "test_")) and not name.endswith(_NOT_SHOWN)
+    ]
     if "eval_sparsity" in logs and "sparsity" not in logs:
         parts.append(f"at sparsity {percent(logs['eval_sparsity'])}")
     return "  ".join(parts)

@@ -7,19 +7,25 @@ import math
 import platform
 import resource
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from pins_ext import __version__
 from pins_ext.commands.prepare import Prepared
 from pins_ext.integrations.timing import plain_step_seconds
+from pins_ext.integrations.transformers import MASK_ENTRY
 from pins_ext.report import FORMAT
 
-_HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "target_sparsity", "threshold", "churn", "nan")
+_HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "target_sparsity", "nan")
+_MASKS = ("target_sparsity", "threshold", "churn")
+_SCHEDULE_POINTS = 200
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "numpy")
 
 
@@ -51,17 +57,11 @@ def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: fl
             "total_steps": trainer.state.global_step,
             "planned_steps": prepared.total_steps,
             "config": _settings(prepared),
-            "history": [
-                {"step": entry["step"], **{name: entry[name] for name in _HISTORY if name in entry}}
-                for entry in log
-                if "loss" in entry
-            ],
+            "schedule": _schedule(prepared),
+            "history": [_chosen(entry, _HISTORY) for entry in log if "loss" in entry],
+            "masks": [{"sparsity": e[MASK_ENTRY], **_chosen(e, _MASKS)} for e in log if MASK_ENTRY in e],
             "evaluations": [
-                {
-                    name: value
-                    for name, value in entry.items()
-                    if name == "step" or name == "at_target" or "eval_" in name
-                }
+                _chosen(entry, ("at_target", *(name for name in entry if name.startswith("eval_"))))
                 for entry in log
                 if "eval_loss" in entry
             ],
@@ -81,6 +81,20 @@ def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: fl
             "notes": prepared.notes,
         }
     )
+
+
+def _chosen(entry: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {"step": entry["step"], **{name: entry[name] for name in names if name in entry}}
+
+
+def _schedule(prepared: Prepared) -> list[dict[str, Any]]:
+    """The sparsity that was asked for after each step, in enough points to draw it."""
+    pruner = prepared.pins.pruner
+    if pruner is None:
+        return []
+    total = pruner.schedule.total
+    steps = [*range(0, total, max(1, total // _SCHEDULE_POINTS)), total - 1]
+    return [{"step": t + 1, "target_sparsity": 1 - pruner.schedule.remaining_ratio(t)} for t in steps]
 
 
 def _settings(prepared: Prepared) -> dict[str, Any]:
@@ -125,7 +139,7 @@ def _timings(prepared: Prepared, train_seconds: float) -> dict[str, Any]:
     timings |= {"step_ms": 1e3 * step, "optimizer_ms": 1e3 * optimizer}
     if prepared.pins.pruner is not None:
         outside = prepared.pins.pruning_seconds / timer.steps
-        plain = plain_step_seconds(trainer.optimizer, trainer.model)
+        plain = plain_step_seconds(cast(Optimizer, trainer.optimizer), cast(nn.Module, trainer.model))
         pruning = outside if plain is None else max(outside, optimizer - plain)
         timings |= {"pruning_ms": 1e3 * pruning, "pruning_share": pruning / step}
     return timings

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pins_ext.commands.errors import CommandError, StoppedError, one_line
 from pins_ext.commands.folder import RunFolder
@@ -77,8 +78,8 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str,
         metrics |= trainer.evaluate(prepared.task.test, metric_key_prefix="test")
     record = make_record(prepared, metrics, seconds)
     with folder.publishing() as result:
-        trainer.model.save_pretrained(result)
-        prepared.task.tokenizer.save_pretrained(result)
+        cast(PreTrainedModel, trainer.model).save_pretrained(result)
+        cast(PreTrainedTokenizerBase, prepared.task.tokenizer).save_pretrained(result)
         if prepared.pins.pruner is not None:
             prepared.pins.pruner.save(result / PRUNER_FILE)
         (result / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")

@@ -32,7 +32,7 @@ def print_summary(records: Sequence[dict[str, Any]], folders: Sequence[Path], co
             _score(final["metrics"].get(metric)),
             *([_score(final["metrics"].get(test))] if tested else []),
             percent(final["zeros"] / weights, 4) if weights else "dense",
-            f"{final['zeros']:,} of {weights:,}" if weights else _NOTHING,
+            f"{final['zeros']:,}" if weights else _NOTHING,
             f"{timings['step_ms']:.0f}" if "step_ms" in timings else _NOTHING,
             percent(timings["pruning_share"]) if "pruning_share" in timings else _NOTHING,
         )

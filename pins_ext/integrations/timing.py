@@ -19,7 +19,7 @@ _REPEATS = 5
 
 @dataclass
 class StepTimer(TrainerCallback):
-    """Wall time of training steps and, within them, of `optimizer.step()`, pruning included; evaluation and saving apart.
+    """Wall time of training steps and, in them, of `optimizer.step()`, pruning included; evaluation and saving apart.
 
     A GPU is waited for at the end of each step only, never within it.
 
@@ -33,7 +33,9 @@ class StepTimer(TrainerCallback):
     _begin: float = 0.0
     _before_optimizer: float = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Forward and backward begin."""
         self._begin = time.perf_counter()
 

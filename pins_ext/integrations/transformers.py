@@ -31,14 +31,18 @@ ORIGIN_FILE = "pins_origin.json"
 TARGET_TOLERANCE = 0.01
 """How far from its final sparsity a model may be and still become the best one (released code: |r - rF| <= .01)."""
 
-_LOGGED = ("sparsity", "target_sparsity", "threshold", "churn", "nan")
+MASK_ENTRY = "mask_sparsity"
+"""An entry of the Trainer's history with this key was made right after a mask was applied."""
+
+_LOGGED = ("sparsity", "target_sparsity", "threshold", "nan")
 
 
 class PinsCallback(TrainerCallback):
     """Prunes the model of a Trainer, and finalizes it when training ends.
 
-    Logs carry sparsity, threshold and mask churn. A model that is not at its target sparsity can neither become the
-    best one nor use up the patience of early stopping. Every checkpoint gets the pruner's own file.
+    Logs carry sparsity and threshold, and the history gets an entry for every new mask. A model that is not at its
+    target sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets the
+    pruner's own file.
 
     A Trainer doesn't tell its callbacks which checkpoint it resumes from: with one elsewhere than
     `output_dir/checkpoint-N`, pass `resume_from`. A stock Trainer removes old checkpoints before this callback writes
@@ -104,6 +108,16 @@ class PinsCallback(TrainerCallback):
         """Forget a best model that was not at the target."""
         self._forget_early_best(state)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimizer has stepped and the weights are masked: note a new mask, take a new teacher if one is due."""
+        if self.pruner is not None and _has_new_mask(self.pruner):
+            stats, schedule, t = self.stats(), self.pruner.schedule, self.pruner.step - 1
+            entry = {"step": state.global_step, MASK_ENTRY: stats["sparsity"]}
+            entry["target_sparsity"] = 1 - schedule.remaining_ratio(t)
+            state.log_history.append(entry | {name: stats[name] for name in ("threshold", "churn")})
+        if self.self_regularizer is not None:
+            self.self_regularizer.step(state.global_step)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -118,7 +132,8 @@ class PinsCallback(TrainerCallback):
         stats = self.stats()
         evaluating = any(name.startswith("eval_") for name in logs)
         shown = {"eval_sparsity": stats["sparsity"]} if evaluating else {name: stats[name] for name in _LOGGED}
-        logs.update(shown)
+        masks = [entry for entry in state.log_history if MASK_ENTRY in entry]
+        logs.update(shown | ({MASK_ENTRY: masks[-1][MASK_ENTRY]} if masks and not evaluating else {}))
         state.log_history[-1].update(shown)
 
     def on_evaluate(
@@ -152,6 +167,7 @@ class PinsCallback(TrainerCallback):
             # The Trainer has put the best model's weights back; its masks belong to them.
             self.pruner.load(Path(state.best_model_checkpoint) / PRUNER_FILE)
         self.final = self.pruner.finalize()
+        self._stats = {}
 
     @property
     def config_sparsity(self) -> float:
@@ -212,6 +228,12 @@ class PinsCallback(TrainerCallback):
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.self_regularizer is not None:
             self.self_regularizer.load(folder / TEACHER_FILE)
+
+
+def _has_new_mask(pruner: Pruner) -> bool:
+    """Whether the step that has just ended applied a mask of its own, not merely the last one again."""
+    t, schedule = pruner.step - 1, pruner.schedule
+    return schedule.mask_due(t) and (t % schedule.delta_t == 0 or t == schedule.final_start)
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
