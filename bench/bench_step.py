@@ -22,18 +22,23 @@ _COMPILING = 30.0
 """Seconds, about, of torch.compile on two cores: beyond the patience of a quick run."""
 
 
+def gradient_sets(problem: Problem) -> int:
+    """Three; one where 6.5 G weights and their states fill a GPU of 139 GB."""
+    return 3 if problem.weights < 4_000_000_000 else 1
+
+
 class Model(nn.Module):
-    """Nothing but prunable parameters. Three sets of gradients take turns: no two windows have the same mean."""
+    """Nothing but prunable parameters. Sets of gradients take turns: no two windows have the same mean."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         draw = Draw(problem)
         self.weights = nn.ParameterList(nn.Parameter(p) for p in draw.normal(0.04))
-        self._gradients = [draw.normal(1e-4) for _ in range(3)]
+        self._gradients = [draw.normal(1e-4) for _ in range(gradient_sets(problem))]
 
     def backward(self, turn: int) -> None:
         """Put the gradients of one step in place."""
-        for p, g in zip(self.weights, self._gradients[turn % 3], strict=True):
+        for p, g in zip(self.weights, self._gradients[turn % len(self._gradients)], strict=True):
             p.grad = g
 
 
@@ -164,7 +169,9 @@ def _expected(problem: Problem, delta_t: int, fused: bool) -> float:
 def group(problem: Problem, peers: bool, delta_t: int) -> Group:
     """Everything of this stem on one problem."""
     weight, state = problem.sizes
-    return Group("step", problem, partial(_cases_at, delta_t), peers, 8 * weight + 3 * state, f"deltaT = {delta_t}")
+    # Weights, gradients, the moments of two optimizers; states.
+    operand_bytes = (5 + gradient_sets(problem)) * weight + 3 * state
+    return Group("step", problem, partial(_cases_at, delta_t), peers, operand_bytes, f"deltaT = {delta_t}")
 
 
 def _cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:

@@ -6,7 +6,8 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,16 @@ from .show import Screen, key_of, targets_table
 from .suite import Group, run
 from .targets import lines
 
-STEMS = ("select", "step", "update", "importance", "pack", "scores", "shapes")
+GROUPS: dict[str, list[Callable[[Problem, bool], Group]]] = {
+    "select": [bench_select.group],
+    "step": [partial(bench_step.group, delta_t=10), partial(bench_step.group, delta_t=1)],
+    "update": [bench_update.group],
+    "importance": [bench_importance.group],
+    "pack": [bench_pack.group],
+}
+"""What makes the groups of a stem from a problem, with or without peers; the most valuable first."""
+
+STEMS = (*GROUPS, "scores", "shapes")
 _QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 
 _ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
@@ -168,38 +178,21 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
     params = options.params or (_QUICK_PARAMS if options.quick else None)
     peers = not options.no_peers
 
-    def problem(name: str, **changes: object) -> Problem:
-        made = Problem(name, shapes_of(name, params), DTYPES[options.dtype], device, seed=options.seed)
-        for key, value in changes.items():
-            object.__setattr__(made, key, value)
-        return made
+    def problem(name: str, scores: str = "lognormal-4", ratio: float = 0.2) -> Problem:
+        return Problem(name, shapes_of(name, params), DTYPES[options.dtype], device, scores, ratio, options.seed)
 
-    by_stem = {
-        "select": [bench_select.group],
-        "step": [lambda p, peers: bench_step.group(p, peers, 10), lambda p, peers: bench_step.group(p, peers, 1)],
-        "update": [bench_update.group],
-        "importance": [bench_importance.group],
-        "pack": [bench_pack.group],
-    }
     groups = [
         make(problem(name), peers)
         for name in options.shapes
-        for stem in STEMS
+        for stem, made in GROUPS.items()
         if stem in stems
-        for make in by_stem.get(stem, [])
+        for make in made
     ]
     if "scores" in stems:
-        groups += [
-            bench_select.scored_group(problem(options.shapes[0], scores=scores, ratio=ratio))
-            for scores, ratio in _scored(options)
-        ]
+        groups += [bench_select.scored_group(problem(options.shapes[0], *pair)) for pair in _scored(options)]
     if "shapes" in stems:
-        groups += [
-            by_stem[stem][0](problem(name), False)
-            for stem in ("update", "select", "importance", "pack", "step")
-            for name in ("many-small", "misaligned", "flat")
-            if name not in options.shapes
-        ]
+        others = [name for name in ("many-small", "misaligned", "flat") if name not in options.shapes]
+        groups += [made[0](problem(name), False) for made in GROUPS.values() for name in others]
     return groups
 
 

@@ -1,32 +1,16 @@
-"""The benchmarks: protocol, data, records, peers that fail in the open, and README's table of figures."""
+"""The benchmarks: data, protocol, peers that fail in the open, the command line."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pins_ext.bench as bench
 import pytest
 import torch
-from pins_ext.bench import (
-    bench_importance,
-    bench_pack,
-    bench_select,
-    bench_step,
-    bench_update,
-    command,
-    data,
-    machine,
-    memory,
-    peers,
-    records,
-    roofline,
-    status,
-    suite,
-    targets,
-)  # fmt: skip
+from pins_ext.bench import bench_step, command, data, machine, memory, peers, suite
 from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
 from torch import Tensor
 
@@ -34,6 +18,8 @@ from pins_ext import ops
 
 CPU = torch.device("cpu")
 FEW = Limits(rounds=5, warmups=1, patience=5.0)
+Maker = Callable[[data.Problem, bool], suite.Group]
+MAKERS = [make for makers in command.GROUPS.values() for make in makers]
 
 
 def problem(name: str = "bert-base", params: int = 40_000, dtype: torch.dtype = torch.float32) -> data.Problem:
@@ -171,16 +157,31 @@ def test_repeatability_tells_a_difference() -> None:
     assert repeatable(lambda: cases) == {"same": True, "differs": False}
 
 
-# ---- every case runs -------------------------------------------------------------------------------------------------
+class Nobody:
+    """Watches nothing."""
 
-GROUPS = {
-    "select": bench_select.group,
-    "update": bench_update.group,
-    "importance": bench_importance.group,
-    "pack": bench_pack.group,
-    "step-10": lambda p, peers: bench_step.group(p, peers, 10),
-    "step-1": lambda p, peers: bench_step.group(p, peers, 1),
-}
+    def group(self, group: suite.Group, calls: int) -> None: ...
+    def tick(self, name: str) -> None: ...
+    def done(self, group: suite.Group, records: object) -> None: ...
+
+
+def test_a_group_that_does_not_fit_says_so() -> None:
+    group = dataclasses.replace(MAKERS[0](problem(), True), operand_bytes=1e15)
+    (record,) = suite.run([group], FEW, None, Nobody()).records
+    assert "out of memory: the operands need" in str(record.error)
+
+
+def test_the_budget_skips_the_least_valuable() -> None:
+    def build(problem: data.Problem, peers: bool) -> list[Case]:
+        return [Case("sleeps", lambda turn: time.sleep(0.02), "floor")]
+
+    groups = [suite.Group("select", problem(), build, True, 0, label) for label in "abc"]
+    outcome = suite.run(groups, FEW, 0.01, Nobody(), bandwidth_bytes=1 << 20)
+    assert [r.label for r in outcome.records if r.case == "sleeps"] == ["a"]
+    assert outcome.skipped == [group.name for group in groups[1:]]
+
+
+# ---- every case runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -192,9 +193,9 @@ def _one_set_of_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"), [("bert-base", torch.float32), ("bert-base", torch.bfloat16), ("misaligned", torch.float32)]
 )
-@pytest.mark.parametrize("stem", GROUPS)
-def test_every_case_runs(stem: str, name: str, dtype: torch.dtype) -> None:
-    group = GROUPS[stem](problem(name, 20_000, dtype), name == "bert-base")
+@pytest.mark.parametrize("make", MAKERS, ids=str)
+def test_every_case_runs(make: Maker, name: str, dtype: torch.dtype) -> None:
+    group = make(problem(name, 20_000, dtype), name == "bert-base")
     cases = group.build(group.problem, group.peers)
     for case in cases:
         if "torch.compile" in case.name or (case.kind == "peer" and dtype != torch.float32):
@@ -230,139 +231,6 @@ def test_the_tuned_peer_prunes_what_the_released_one_does(delta_t: int) -> None:
     assert (zeros[0] != zeros[1]).float().mean() < 1e-3
 
 
-# ---- records, targets, pictures --------------------------------------------------------------------------------------
-
-
-class Nobody:
-    """Watches nothing."""
-
-    def group(self, group: suite.Group, calls: int) -> None: ...
-    def tick(self, name: str) -> None: ...
-    def done(self, group: suite.Group, records: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def run() -> records.Run:
-    """A small run of everything that targets look at."""
-    groups = [group(problem(), True) for group in GROUPS.values()]
-    limits = Limits(rounds=2, warmups=1, patience=2.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "last_level_cache", lambda device: 1)
-        outcome = suite.run(groups, limits, None, Nobody(), bandwidth_bytes=1 << 20)
-    options = {"stems": [], "shapes": ["bert-base"], "params": None, "dtype": "fp32", "quick": False}
-    about = machine.describe(CPU) | {"load": 0.1, "load_after": 0.2}
-    return records.Run(about, "2026-01-02", options, 1.0, outcome.records, [])
-
-
-def test_a_run_is_saved_and_read(run: records.Run, tmp_path: Path) -> None:
-    run.save(tmp_path / "a" / "run.json")
-    assert records.Run.load(tmp_path / "a" / "run.json") == run
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.json"]
-    written = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert set(written) == {"schema", "machine", "date", "options", "seconds", "records", "skipped"}
-    by_case = {r["case"]: r for r in written["records"] if r["kind"] == "kernel"}
-    for name in (
-        "median_s",
-        "p5_s",
-        "p95_s",
-        "gbps",
-        "copy_gbps",
-        "read_gbps",
-        "share_of_copy",
-        "extra_bytes",
-        "calls",
-    ):
-        assert by_case["fold_"][name] is not None, name
-    assert by_case["fold_"]["repeatable"] is True
-    assert by_case["select"]["passes"] > 0
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', "no json"])
-def test_foreign_files_are_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match="no result file"):
-        records.Run.load(tmp_path / "x.json")
-
-
-def test_every_target_is_measured(run: records.Run) -> None:
-    lines = targets.lines(run.records, "cpu")
-    assert all(line.value is not None for line in lines)
-    assert {line.target for line in lines} == {t for t in targets.TARGETS if t.device != "cuda"}
-    assert all(line.verdict == "not measured" for line in targets.lines([], "cuda"))
-
-
-def test_verdicts() -> None:
-    more = next(t for t in targets.TARGETS if t.more and t.unit == "share")
-    less = next(t for t in targets.TARGETS if not t.more and t.unit == "x")
-    assert [more.verdict(v) for v in (more.wish, more.least, 0.0, None)] == [
-        "stretch",
-        "pass",
-        "missed",
-        "not measured",
-    ]
-    assert [less.verdict(v) for v in (less.wish, less.least, 99.0)] == ["stretch", "pass", "missed"]
-
-
-def test_kthvalue_never_stands_alone(run: records.Run) -> None:
-    for line in targets.lines(run.records, "cpu"):
-        if "kthvalue" in line.target.metric and "without" not in line.target.metric:
-            assert "topk" in line.label
-
-
-def test_the_picture_is_drawn(run: records.Run, tmp_path: Path) -> None:
-    assert roofline.draw(run, tmp_path / "x.svg")
-    text = (tmp_path / "x.svg").read_text()
-    assert text.startswith("<?xml")
-    assert not roofline.draw(dataclasses.replace(run, records=[]), tmp_path / "y.svg")
-
-
-def test_a_group_that_does_not_fit_says_so() -> None:
-    group = dataclasses.replace(bench_select.group(problem(), True), operand_bytes=1e15)
-    (record,) = suite.run([group], FEW, None, Nobody()).records
-    assert "out of memory: the operands need" in str(record.error)
-
-
-def test_the_budget_skips_the_least_valuable(run: records.Run) -> None:
-    def build(problem: data.Problem, peers: bool) -> list[Case]:
-        return [Case("sleeps", lambda turn: time.sleep(0.02), "floor")]
-
-    groups = [suite.Group("select", problem(), build, True, 0, label) for label in "abc"]
-    outcome = suite.run(groups, FEW, 0.01, Nobody(), bandwidth_bytes=1 << 20)
-    assert [r.label for r in outcome.records if r.case == "sleeps"] == ["a"]
-    assert outcome.skipped == [group.name for group in groups[1:]]
-
-
-# ---- README ----------------------------------------------------------------------------------------------------------
-
-
-def test_status_is_rendered_checked_and_written(
-    run: records.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    run.save(results / "cpu-2026-01-02.json")
-    dataclasses.replace(run, date="2026-01-01").save(results / "cpu-2026-01-01.json")
-    dataclasses.replace(run, options=run.options | {"quick": True}).save(results / "cpu-2026-01-03-quick.json")
-    readme.write_text(f"before\n{status.BEGIN}\nformer\n{status.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    assert status.main([*arguments, "--check"]) == 1
-    assert status.main([*arguments, "--write"]) == 0
-    assert status.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "former" not in text
-    assert "(results/cpu-2026-01-02.json)" in text
-    assert "2026-01-01" not in text
-    assert "quick" not in text
-    assert "never run on a GPU" in text
-    assert "disturbed" not in text
-    shown = [line for line in targets.lines(run.records, "cpu") if line.verdict == "missed"]
-    assert text.count("**missed**") == len(shown)
-    readme.write_text("no markers")
-    assert status.main([*arguments, "--write"]) == 1
-    assert "no <!-- status:begin -->" in capsys.readouterr().err
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -394,13 +262,6 @@ def test_wrong_usage_is_explained(arguments: list[str], says: str, capsys: pytes
         bench.main(arguments)
     assert exit_info.value.code == 2
     assert says in capsys.readouterr().err
-
-
-def test_partial_and_quick_runs_have_names_of_their_own(run: records.Run) -> None:
-    full = command.file_name(run)
-    assert full == f"{machine.file_stem(run.machine['name'])}-2026-01-02.json"
-    for change in ({"stems": ["step"]}, {"params": 1_100_000_000}, {"dtype": "bf16"}, {"quick": True}):
-        assert command.file_name(dataclasses.replace(run, options=run.options | change)) != full
 
 
 def test_machine_names_are_models() -> None:
