@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pins_ext import PruneConfig, Pruner
+from pins_ext.config import PruneConfig
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruner import Pruner
 
 from .data import Draw, Problem
 from .peers import EagerStep
