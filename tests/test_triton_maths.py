@@ -17,7 +17,11 @@ from torch import Tensor
 
 from pins_ext import reference as ref
 
-pytestmark = pytest.mark.interpret
+pytestmark = [
+    pytest.mark.interpret,
+    # The interpreter computes with numpy, which remarks upon infinities.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered"),
+]
 
 ROWS = [
     # base, full sizes, local sizes, start

@@ -63,6 +63,7 @@ def load(address, first, left, ELEMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr, 
 
 @triton.jit
 def store(address, first, left, x, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+    """Write elements first .. first + BLOCK_SIZE - 1 of a stream; on the masked path only `left` of them."""
     pointer = block_ptr(address, first, x.dtype, BLOCK_SIZE, VECTOR)
     if VECTOR:
         tl.store(pointer, x)

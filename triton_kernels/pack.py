@@ -14,6 +14,7 @@ from .select import check_scores
 from .table import check_list, check_shape, check_tables, launch_chunks, pointer_table
 
 BLOCK_SIZE = 1024
+"""Weights of the VECTOR path at a time, as in importance.py: 32 words of mask."""
 
 
 @triton.jit
