@@ -77,7 +77,7 @@ def extension() -> cpp_extension.CppExtension:
         depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, TORCH_TARGET, f"-ffile-prefix-map={ROOT}/="],
-            "nvcc": [*NVCC_FLAGS, TORCH_TARGET],
+            "nvcc": [*NVCC_FLAGS, TORCH_TARGET, "-Xcompiler", f"-ffile-prefix-map={ROOT}/="],
         },
         extra_link_args=link,
         py_limited_api=True,

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pins_ext.bench as bench
 import pytest
 import torch
-from pins_ext.bench import bench_step, command, data, machine, memory, peers, suite
-from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
 from torch import Tensor
 
+import pins_ext.bench as bench
 from pins_ext import ops
+from pins_ext.bench import bench_step, command, data, machine, memory, peers, suite
+from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
 
 CPU = torch.device("cpu")
 FEW = Limits(rounds=5, warmups=1, patience=5.0)

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from test_bench import CPU, MAKERS, Nobody, problem
+
 from pins_ext.bench import command, machine, memory, records, roofline, status, suite, targets
 from pins_ext.bench.protocol import Limits
-from test_bench import CPU, MAKERS, Nobody, problem
 
 
 @pytest.fixture(scope="module")

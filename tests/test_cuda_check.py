@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from pins_ext.bench import gpu_check
 from pins_ext.bench.gpu_check import Result, Stage
 

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from pins_ext.bench import memory
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.bench import memory
 
 _CPU = torch.device("cpu")
 _PIECE = 1 << 24

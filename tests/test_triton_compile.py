@@ -20,7 +20,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.language as tl
-from pins_ext.triton_kernels import importance, pack, select, table
 from test_ops_contract import CALLS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,6 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pins_ext import triton_kernels
+from pins_ext.triton_kernels import importance, pack, select, table
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")

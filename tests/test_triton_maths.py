@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from cases import assert_same
-from pins_ext.triton_kernels import criterion as c
-from pins_ext.triton_kernels import layout as at
 from torch import Tensor
 
 from pins_ext import reference as ref
+from pins_ext.triton_kernels import criterion as c
+from pins_ext.triton_kernels import layout as at
 
 pytestmark = [
     pytest.mark.interpret,
