@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
+from pins_ext.commands.options import Formatter
 
 from . import bench_importance, bench_pack, bench_select, bench_step, bench_update, machine
 from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
@@ -54,7 +55,7 @@ Peers that run out of memory, refuse the size or would take too long stay in the
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; 0 unless the arguments are wrong."""
+    """Run; 0, or 130 when interrupted, with what was measured until then written."""
     parser = _parser()
     options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     device = torch.device(options.device)
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console.print(targets_table(lines(done.records, device.type, all_targets=not options.stems)))
     if outcome.skipped:
-        console.print(f"[yellow]not reached within {budget:.0f} s:[/yellow] " + "; ".join(outcome.skipped))
+        why = "interrupted" if outcome.interrupted else f"the budget of {budget:.0f} s is spent"
+        console.print(f"[yellow]{why}; not reached:[/yellow] " + "; ".join(outcome.skipped))
     disturbed = device.type == "cpu" and max(about["load"], about["load_after"]) > about["threads"] + 0.5
     if disturbed:
         console.print(
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = path.with_suffix(".svg")
     drawn = draw(done, picture)
     console.print(f"{done.seconds:.0f} s; wrote {path}{f' and {picture.name}' if drawn else ''}", soft_wrap=True)
-    return 0
+    return 130 if outcome.interrupted else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,14 +113,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="pins-ext bench",
         description=_ABOUT,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("stems", nargs="*", metavar="STEM", help=f"what to time: {', '.join(STEMS)}; all of them by default")
-    add("--shapes", nargs="+", choices=SHAPES, default=["bert-base"], help="shapes of the tensors; default bert-base")
+    add("--shapes", nargs="+", choices=SHAPES, default=["bert-base"], metavar="NAME", help=f"{', '.join(SHAPES)}")
     add("--params", type=count, metavar="N", help="number of weights, as 16e6 or 7e9; the model's own by default")
-    add("--dtype", choices=DTYPES, default="fp32", help="of weights and gradients; 16 bits go with bf16 states")
+    add("--dtype", choices=DTYPES, default="fp32", metavar="NAME", help="fp32, bf16 or fp16; with 16 bits, bf16 states")
     add("--threads", type=int, metavar="N", help="CPU threads; torch's choice by default")
     add(
         "--device",
@@ -136,9 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         "--scores",
         nargs="+",
         choices=SCORES,
-        help="score distributions of the stem `scores`, at every ratio; all by default",
+        metavar="NAME",
+        help=f"score distributions of the stem `scores`, at every ratio: {', '.join(SCORES)}",
     )
-    add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`; .01 .2 .5 .8 .99")
+    add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`")
     add("--no-peers", action="store_true", help="our operators only")
     add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
     add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")

@@ -61,10 +61,11 @@ class Group:
 
 @dataclass
 class Outcome:
-    """records: in the order they were made. skipped: names of the groups that the budget did not reach."""
+    """records: in the order they were made. skipped: names of the groups that were not reached. interrupted: Ctrl-C."""
 
     records: list[Record] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
 
 class Watcher(Protocol):
@@ -94,7 +95,12 @@ def run(
         if budget is not None and i > 0 and spent + 0.5 * longest > budget:
             outcome.skipped += [g.name for g in groups[i:]]
             break
-        records = _measure_group(group, limits, watcher, bandwidth_bytes)
+        try:
+            records = _measure_group(group, limits, watcher, bandwidth_bytes)
+        except KeyboardInterrupt:
+            outcome.skipped += [g.name for g in groups[i:]]
+            outcome.interrupted = True
+            break
         longest = max(longest, time.perf_counter() - begin - spent)
         outcome.records += records
         watcher.done(group, records)
