@@ -19,7 +19,7 @@ Modules = list[tuple[str, list[str]]]
 """Dotted names of a package's modules with their docstrings."""
 
 MAX_TRAIN = 350
-"""Passages per area. The smallest area has about 280, so that classes stay nearly balanced."""
+"""Passages per area. The smallest area has about 270, so that classes stay nearly balanced."""
 
 MAX_VALIDATION = 100
 """Passages per area; evaluating all of them takes seconds on two cores."""
