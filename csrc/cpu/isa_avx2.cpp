@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 
+#define PINS_AVX2
 #pragma GCC target("avx2,fma,bmi,bmi2,lzcnt,popcnt")
 
 namespace pins_ext::cpu {

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 
+#define PINS_AVX512
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,lzcnt,popcnt,prefer-vector-width=512")
 
 namespace pins_ext::cpu {
