@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, HfArgumentParser, PreTrainedTokenizerFast
 
-from pins_ext.tasks import Task, TaskArguments, TaskError, load, load_task
+from pins_ext.tasks import Task, TaskArguments, TaskError, load, load_task, task_name
 from pins_ext.tasks.metrics import evaluate
 from pins_ext.tasks.rows import Rows, draw_evenly
 
@@ -115,6 +117,23 @@ def test_faults(files: Files, train: list[Any], validation: list[Any], more: dic
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         TaskArguments(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({}, "stdlib"), ({"task": "STDLIB"}, "stdlib"), ({"task": "STS-B"}, "glue/stsb"), ({"train_file": "x"}, "files")],
+)
+def test_task_names(arguments: dict[str, Any], name: str) -> None:
+    assert task_name(TaskArguments(**arguments)) == name
+
+
+def test_importing_the_package_is_quick() -> None:
+    """The command's help must not wait for libraries that it does not need."""
+    code = (
+        "import sys, pins_ext.tasks; print(sorted({'datasets', 'transformers', 'sklearn', 'scipy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert run.stdout.decode().strip() == "[]"
 
 
 def test_the_embedded_task_has_no_data_dir() -> None:

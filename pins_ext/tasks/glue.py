@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
-
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.files import read_rows, read_table
 from pins_ext.tasks.labels import Labels
@@ -135,6 +133,8 @@ def read_glue_hub(name: str) -> list[Rows]:
     Raises:
         TaskError: if there is neither network nor a cached copy.
     """
+    import datasets
+
     task = GLUE[name]
     try:
         data = dict(datasets.load_dataset(HUB_NAME, name, revision=HUB_REVISION))
@@ -152,6 +152,8 @@ def read_glue_hub(name: str) -> list[Rows]:
 
 
 def _cached_splits(name: str) -> dict[str, Dataset]:
+    import datasets
+
     folder = Path(datasets.config.HF_DATASETS_CACHE) / HUB_NAME.replace("/", "___") / name / "0.0.0" / HUB_REVISION
     files = {path.stem.removeprefix("glue-"): str(path) for path in folder.glob("glue-*.arrow")}
     return {split: datasets.Dataset.from_file(path) for split, path in files.items()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import datasets
-
 from pins_ext.tasks.areas import area_names, read_areas
 from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.files import read_rows, read_table
@@ -16,6 +14,7 @@ from pins_ext.tasks.rows import Rows, draw_evenly
 from pins_ext.tasks.task import Task
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "stdlib"
@@ -27,22 +26,36 @@ def task_names() -> tuple[str, ...]:
     return (EMBEDDED, *(f"glue/{name}" for name in GLUE))
 
 
+def task_name(arguments: TaskArguments) -> str:
+    """Returns the task's name as in `task_names`, however it was spelled; "files" for files of the user's own.
+
+    Raises:
+        TaskError: if there is no such task.
+    """
+    if arguments.train_file is not None:
+        return "files"
+    if arguments.task is None or arguments.task.lower() == EMBEDDED:
+        return EMBEDDED
+    # SST-2 and STS-B are the same names as sst2 and stsb.
+    name = arguments.task.lower().removeprefix("glue/").replace("-", "")
+    if name not in GLUE:
+        raise TaskError(f"unknown task {arguments.task}; known are {', '.join(task_names())}, or use --train-file")
+    return f"glue/{name}"
+
+
 def load_task(arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> Task:
     """Loads the data of a task; with a tokenizer also tokenises it.
 
     Raises:
         TaskError: for every fault of the arguments, the files or the installation, with what to do about it.
     """
+    name = task_name(arguments)
     if arguments.train_file is not None:
         task = _load_files(arguments, arguments.train_file)
-    elif arguments.task in (None, EMBEDDED):
+    elif name == EMBEDDED:
         task = _load_stdlib(arguments)
     else:
-        # SST-2 and STS-B are the same names as sst2 and stsb.
-        name = str(arguments.task).lower().removeprefix("glue/").replace("-", "")
-        if name not in GLUE:
-            raise TaskError(f"unknown task {arguments.task}; known are {', '.join(task_names())}, or use --train-file")
-        task = _load_glue(arguments, name)
+        task = _load_glue(arguments, name.removeprefix("glue/"))
     return task if tokenizer is None else task.tokenized(tokenizer)
 
 
@@ -151,11 +164,13 @@ def _assemble(
     )
 
 
-def _dataset(rows: Rows, values: list[int] | list[float]) -> datasets.Dataset:
+def _dataset(rows: Rows, values: list[int] | list[float]) -> Dataset:
+    from datasets import Dataset
+
     columns: dict[str, list[str] | list[int] | list[float]] = {"text": rows.text}
     if rows.pair is not None:
         columns["text_pair"] = rows.pair
-    return datasets.Dataset.from_dict(columns | {"labels": values})
+    return Dataset.from_dict(columns | {"labels": values})
 
 
 def _observations(splits: list[Rows]) -> list[str]:

@@ -7,38 +7,53 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
-Metric = Callable[[NDArray[np.generic], NDArray[np.generic]], float]
+Values = NDArray[np.generic]
 
 
-def _correlation(function: Callable[..., tuple[float, float]]) -> Metric:
-    def metric(labels: NDArray[np.generic], predictions: NDArray[np.generic]) -> float:
-        # Undefined for a constant; such predictions follow nothing.
-        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-            return 0.0
-        return float(function(labels, predictions)[0])
+def _accuracy(labels: Values, ids: Values) -> float:
+    from sklearn.metrics import accuracy_score
 
-    return metric
+    return float(accuracy_score(labels, ids))
 
 
-_pearson, _spearman = _correlation(stats.pearsonr), _correlation(stats.spearmanr)
+def _f1(labels: Values, ids: Values, average: str = "binary") -> float:
+    from sklearn.metrics import f1_score
 
-METRICS: Mapping[str, Metric] = {
-    "accuracy": lambda labels, ids: float(sklearn_metrics.accuracy_score(labels, ids)),
-    "f1": lambda labels, ids: float(sklearn_metrics.f1_score(labels, ids, zero_division=0.0)),
-    "macro_f1": lambda labels, ids: float(sklearn_metrics.f1_score(labels, ids, average="macro", zero_division=0.0)),
-    "matthews_correlation": lambda labels, ids: float(sklearn_metrics.matthews_corrcoef(labels, ids)),
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "pearson_spearman": lambda labels, values: (_pearson(labels, values) + _spearman(labels, values)) / 2.0,
+    return float(f1_score(labels, ids, average=average, zero_division=0.0))
+
+
+def _matthews_correlation(labels: Values, ids: Values) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, ids))
+
+
+def _correlation(labels: Values, values: Values, kind: str) -> float:
+    from scipy import stats
+
+    # Undefined for a constant, which follows nothing.
+    if np.ptp(labels) == 0 or np.ptp(values) == 0:
+        return 0.0
+    return float(getattr(stats, kind)(labels, values).statistic)
+
+
+METRICS: Mapping[str, Callable[[Values, Values], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": lambda labels, ids: _f1(labels, ids, "macro"),
+    "matthews_correlation": _matthews_correlation,
+    "pearson": lambda labels, values: _correlation(labels, values, "pearsonr"),
+    "spearman": lambda labels, values: _correlation(labels, values, "spearmanr"),
+    "pearson_spearman": lambda labels, values: (
+        (_correlation(labels, values, "pearsonr") + _correlation(labels, values, "spearmanr")) / 2.0
+    ),
 }
 """Name -> function of (labels, predicted ids or values). `f1` is that of class 1; larger is better in each."""
 
 
 def evaluate(
-    names: Sequence[str], outputs: NDArray[np.floating], labels: NDArray[np.generic], is_regression: bool
+    names: Sequence[str], outputs: NDArray[np.floating], labels: Values, is_regression: bool
 ) -> dict[str, float]:
     """Computes metrics from raw outputs. Outputs that are not finite make every metric NaN.
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import DataCollatorWithPadding
 
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.labels import Labels, class_shares
@@ -15,7 +14,7 @@ from pins_ext.tasks.recipes import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import EvalPrediction, PreTrainedTokenizerBase
+    from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,8 @@ class Task:
     @property
     def collator(self) -> DataCollatorWithPadding:
         """Pads each batch to its longest input."""
+        from transformers import DataCollatorWithPadding
+
         if self.tokenizer is None:
             raise TaskError(f"task {self.name} has texts, not tokens yet: use tokenized(tokenizer)")
         return DataCollatorWithPadding(self.tokenizer)
