@@ -33,7 +33,6 @@ def state_dict(pruner: Pruner) -> dict[str, Any]:
         "masked": pruner.masked,
         "folded": pruner.importance.folded,
         "selected_for": list(pruner._selected_for) if pruner._selected_for else None,
-        "numerics": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "tensors": tensors,
     }
 
