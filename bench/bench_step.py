@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -18,7 +19,10 @@ from .peers import EagerStep
 from .protocol import Case
 from .suite import Group, run_alone
 
-_LR = 3e-5
+# The gradient's share of the score, lr g^2, is then as large as the weight's, p g: pruned weights compete, as in
+# training they grow back, and from window to window the threshold moves by some hundredths of an octave. (Seen in
+# fine-tuning at the final ratio: 0.01 to 0.1; while the ratio falls quickly, octaves: "select after a fold that missed".)
+_LR, _WEIGHT, _GRADIENT = 3e-2, 0.04, 1.0
 _COMPILING = 30.0
 """Seconds, about, of torch.compile on two cores: beyond the patience of a quick run."""
 
@@ -34,8 +38,25 @@ class Model(nn.Module):
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         draw = Draw(problem)
-        self.weights = nn.ParameterList(nn.Parameter(p) for p in draw.normal(0.04))
-        self._gradients = [draw.normal(1e-4) for _ in range(gradient_sets(problem))]
+        self.weights = nn.ParameterList(nn.Parameter(p) for p in draw.normal(_WEIGHT))
+        self._gradients = [draw.normal(_GRADIENT) for _ in range(gradient_sets(problem))]
+        if len(self._gradients) == 3:
+            # Of one size, with a sum of zero, so that the weights stay where they are.
+            for x, y, z in zip(*self._gradients, strict=True):
+                y.mul_(math.sqrt(0.75)).sub_(x, alpha=0.5)
+                torch.add(x, y, out=z).neg_()
+
+    def averages(self, delta_t: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per weight, exp_avg_ipt and exp_avg_unc after many windows of these gradients.
+
+        A window of which one set of gradients has one step more than the others deviates by a share of 1 / delta_t.
+        From zeros, or from numbers that do not belong to the weights, the first thresholds would move by octaves.
+        """
+        for p, *gradients in zip(self.weights, *self._gradients, strict=True):
+            scores = [(_LR * g * g - p.detach() * g).abs() for g in gradients]
+            mean = sum(scores[1:], start=scores[0]) / len(scores)
+            spread = [(c - mean).abs() for c in scores] if len(scores) > 1 else [mean]
+            yield mean, sum(spread[1:], start=spread[0]) / (len(spread) * delta_t)
 
     def backward(self, turn: int) -> None:
         """Put the gradients of one step in place."""
@@ -60,7 +81,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     )
     pruner = Pruner(model, optimizer, config, total_steps=1 << 40)
     plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
-    _settle(pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc, problem)
+    _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
 
     def window(step: Callable[[], object], turn: int) -> None:
         for i in range(delta_t):
@@ -99,15 +120,13 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
             setup=partial(first, plain),
         ),
     ]
-    return found + (_eager_cases(problem, parameters, window, delta_t) if peers else [])
+    return found + (_eager_cases(problem, model, window, delta_t) if peers else [])
 
 
-def _settle(exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor], problem: Problem) -> None:
-    """Averages as after many windows of |p g|: from zeros, the first thresholds would move by octaves."""
-    draw = Draw(problem)
-    for states, middle in ((exp_avg_ipt, -18.5), (exp_avg_unc, -21.5)):
-        for state, drawn in zip(states, draw.positive(1.0, middle), strict=True):
-            state.copy_(drawn)
+def _settle(model: Model, delta_t: int, exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor]) -> None:
+    for a, b, (ipt, unc) in zip(exp_avg_ipt, exp_avg_unc, model.averages(delta_t), strict=True):
+        a.copy_(ipt)
+        b.copy_(unc)
 
 
 FLOOR = "torch fused AdamW, no pruning"
@@ -119,7 +138,7 @@ def name_of(delta_t: int) -> str:
 
 
 def _eager_cases(
-    problem: Problem, parameters: list[nn.Parameter], window: Callable[[Callable[[], object], int], None], delta_t: int
+    problem: Problem, model: Model, window: Callable[[Callable[[], object], int], None], delta_t: int
 ) -> list[Case]:
     n, item = problem.weights, problem.dtype.itemsize
 
@@ -127,8 +146,8 @@ def _eager_cases(
         made: list[EagerStep] = []
 
         def setup() -> None:
-            made.append(EagerStep(parameters, problem.ratio, delta_t, _LR, fused, compiled))
-            _settle(made[0].eager.exp_avg_ipt.values(), made[0].eager.exp_avg_unc.values(), problem)
+            made.append(EagerStep(list(model.weights), problem.ratio, delta_t, _LR, fused, compiled))
+            _settle(model, delta_t, made[0].eager.exp_avg_ipt.values(), made[0].eager.exp_avg_unc.values())
 
         return Case(
             name,
