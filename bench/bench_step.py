@@ -20,8 +20,9 @@ from .protocol import Case
 from .suite import Group, run_alone
 
 # The gradient's share of the score, lr g^2, is then as large as the weight's, p g: pruned weights compete, as in
-# training they grow back, and from window to window the threshold moves by some hundredths of an octave. (Seen in
-# fine-tuning at the final ratio: 0.01 to 0.1; while the ratio falls quickly, octaves: "select after a fold that missed".)
+# training they grow back, and from window to window the threshold moves by some hundredths of an octave. In fine-tuning
+# it moved by 0.01 to 0.1 at the final ratio, and by octaves while the ratio fell quickly: for those windows see "select
+# after a fold that missed".
 _LR, _WEIGHT, _GRADIENT = 3e-2, 0.04, 1.0
 _COMPILING = 30.0
 """Seconds, about, of torch.compile on two cores: beyond the patience of a quick run."""
