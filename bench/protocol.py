@@ -197,7 +197,7 @@ def _first_call(case: Case, seen: Timing, device: torch.device, limits: Limits) 
         gc.collect()
 
 
-def _count_calls(case: Case, device: torch.device) -> int:
+def _count_calls(case: Case, device: torch.device) -> int | None:
     """Kernel launches on CUDA, operator calls on CPU, of one step."""
     if device.type == "cuda":
         from torch.profiler import ProfilerActivity, profile
@@ -205,7 +205,9 @@ def _count_calls(case: Case, device: torch.device) -> int:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             case.run(1)
             torch.cuda.synchronize(device)
-        return round(sum(e.device_type.name == "CUDA" for e in trace.events() or ()) / case.steps)
+        launches = sum(e.device_type.name == "CUDA" for e in trace.events() or ())
+        # Without the profiling library there are no events, not no launches.
+        return round(launches / case.steps) if launches else None
     with _Count() as count:
         case.run(1)
     return round(count.calls / case.steps)

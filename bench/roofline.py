@@ -91,13 +91,18 @@ def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
     labels = [f"{r.case}  ({r.bytes_per_weight:g} B)" for r in records]
     values = [r.gbps or 0 for r in records]
     colors = [_OURS if r.kind == "kernel" else _PEER for r in records]
-    _bars(axes, labels, values, colors, [f"{v:.1f}" for v in values])
+    _bars(axes, labels, values, colors, [_text(r) for r in records])
     for name, style, side in (("copy", "-", "left"), ("read", ":", "right")):
         bandwidth = statistics.median(getattr(r, f"{name}_gbps") or 0 for r in records)
         axes.axvline(bandwidth, color=_ACCENT, linewidth=1.3, linestyle=style)
         axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=_ACCENT, fontsize=8, va="bottom", ha=side)
     axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
     axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}")
+
+
+def _text(record: Record) -> str:
+    passes = f" · {record.passes:.1f} passes" if record.passes else ""
+    return f"{record.gbps or 0:.1f}{passes}"
 
 
 def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
@@ -117,7 +122,7 @@ def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
             axes.plot([_FLOORS[row.case]] * 2, [i - 0.42, i + 0.42], color=_INK, linewidth=1.2)
     axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
     axes.minorticks_off()
-    axes.set_xlabel(f"time of a step, {TIMES} torch fused AdamW; black: its floor by bytes")
+    axes.set_xlabel(f"time, {TIMES} a torch fused AdamW step · black: floor by bytes")
 
 
 def _short(case: str) -> str:
