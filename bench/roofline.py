@@ -97,7 +97,7 @@ def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
         axes.axvline(bandwidth, color=_ACCENT, linewidth=1.3, linestyle=style)
         axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=_ACCENT, fontsize=8, va="bottom", ha=side)
     axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
-    axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}")
+    axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}", loc="right")
 
 
 def _text(record: Record) -> str:
@@ -122,7 +122,7 @@ def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
             axes.plot([_FLOORS[row.case]] * 2, [i - 0.42, i + 0.42], color=_INK, linewidth=1.2)
     axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
     axes.minorticks_off()
-    axes.set_xlabel(f"time, {TIMES} a torch fused AdamW step · black: floor by bytes")
+    axes.set_xlabel(f"time, {TIMES} a torch fused AdamW step · black: floor by bytes", loc="right")
 
 
 def _short(case: str) -> str:
