@@ -55,7 +55,7 @@ def three(request: Request) -> Mapping[str, Request]:
     }
     root = Path(request.run.output_dir)
     # The demo is short: it is neither evaluated on the way nor worth resuming.
-    light = {"eval_strategy": "no", "save_strategy": "no"} if "output_dir" not in request.given else {}
+    light = {"eval_strategy": "no", "save_strategy": "no"} if request.run.compare is None else {}
     training = {**request.training, **{name: value for name, value in light.items() if name not in request.given}}
     return {
         name: replace(
@@ -72,7 +72,7 @@ def three(request: Request) -> Mapping[str, Request]:
 
 def _is_ours(request: Request, folder: Path) -> bool:
     """The demo replaces its own earlier results; they come out the same every time."""
-    return "output_dir" not in request.given and request.resume is None and (is_result(folder) or not folder.exists())
+    return request.run.compare is None and request.resume is None and (is_result(folder) or not folder.exists())
 
 
 def _check_place(root: Path, names: Mapping[str, Request], overwrite: bool) -> None:

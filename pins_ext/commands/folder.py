@@ -17,11 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pins_ext.commands.errors import UsageError
-from pins_ext.commands.request import Request
 from pins_ext.integrations.saving import checkpoints, clear_leftovers, recover, replace, write_file, written_aside
 from pins_ext.report import RECORD, RecordError, read_record
+
+if TYPE_CHECKING:
+    from pins_ext.commands.request import Request
 
 _LOCK = "lock"
 _SETTINGS = "settings.json"
@@ -139,6 +142,14 @@ class RunFolder:
         while (name := self.result.with_name(f"{self.result.name}.{number}")).exists():
             number += 1
         return name
+
+
+def results_in(folder: Path) -> list[Path]:
+    """The folder itself, or, where it holds a comparison, those of its runs in the order they were made."""
+    if (folder / RECORD).exists() or not folder.is_dir():
+        return [folder]
+    inner = [each for each in folder.iterdir() if is_result(each)]
+    return sorted(inner, key=lambda each: str(read_record(each)["created"])) or [folder]
 
 
 def is_result(folder: Path) -> bool:

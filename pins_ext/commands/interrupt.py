@@ -24,7 +24,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.training = False
+        self.training = self.finished = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -37,7 +37,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.training or self.received is not None:
+        if not self.training or self.finished or self.received is not None:
             raise StoppedError("stopped", number)
         self.received = number
         print("\nstopping after this step; once more to stop without saving", file=sys.stderr, flush=True)
@@ -61,5 +61,5 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What follows is short and leaves nothing behind when it is cut off."""
-        self.training = False
+        """From here on a signal stops at once: what follows is short and leaves nothing behind when it is cut off."""
+        self.finished = True

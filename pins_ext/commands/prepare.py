@@ -26,8 +26,6 @@ from pins_ext.integrations.timing import StepTimer
 from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.integrations.transformers import PinsCallback
 from pins_ext.optim import PinsAdamW
-from pins_ext.prunable import prunable_parameters
-from pins_ext.schedule import Schedule
 from pins_ext.tasks import Task, load_task, minilm_folder
 from pins_ext.teacher import SelfRegularizer
 
@@ -93,9 +91,6 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         )
         trainer.remove_callback(PrinterCallback)
         *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-        if request.pruning is not None:
-            prunable_parameters(model, request.pruning)
-            Schedule.of(request.pruning, total_steps)
     return Prepared(request, trainer, task, pins, timer, name, total_steps, notes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pins_ext.commands.errors import EXIT_OK, UsageError
+from pins_ext.commands.folder import results_in
 from pins_ext.commands.options import Parser
 from pins_ext.integrations.saving import write_file
 from pins_ext.report import REPORT, RecordError, read_record, render
@@ -14,6 +15,7 @@ _ABOUT = """Writes the report of one run into its folder, or one that shows seve
 
 examples:
   pins-ext report runs/rte                             writes runs/rte/report.html
+  pins-ext report runs/demo                            the three runs of a comparison again
   pins-ext report runs/dense runs/pins -o compare.html
 """
 
@@ -27,13 +29,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     given = vars(parser.parse_args(argv))
-    folders = [Path(run) for run in given["runs"]]
+    asked = [Path(run) for run in given["runs"]]
+    folders = [folder for each in asked for folder in results_in(each)]
     try:
         records = [read_record(folder) for folder in folders]
     except RecordError as error:
         raise UsageError(str(error)) from error
-    name = REPORT if len(folders) == 1 else f"compare-{len(folders)}-runs.html"
-    output = Path(given["output"]) if "output" in given else folders[0] / name
+    name = REPORT if len(asked) == 1 else f"compare-{len(folders)}-runs.html"
+    output = Path(given["output"]) if "output" in given else asked[0] / name
     write_file(output, render(records, given.get("title")))
     print(output)
     return EXIT_OK

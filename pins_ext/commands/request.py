@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,7 +36,7 @@ class RunOptions:
     """The run as a whole."""
 
     model: str | None = _flag(None, "sequence classifier to start from, or any encoder: hub name or folder", "NAME|DIR")
-    output_dir: str = _flag("pins-run", "folder of the result; it appears when the run is complete", "DIR")
+    output_dir: str = _flag("", "folder of the result; it appears when complete [runs/TASK, or runs/demo]", "DIR")
     optimizer: str = _flag("adamw", "adamw, fused with pruning, or one of the Trainer's --optim, with hooks", "NAME")
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
     label: str | None = _flag(None, "the run's name in tables and reports")
@@ -88,7 +88,7 @@ COMMON_TRAINING = {
     "eval_steps": "steps, or share of training, between evaluations [0.1]",
     "save_steps": "steps, or share of training, between checkpoints [0.1]",
     "load_best_model_at_end": "keep the best model; only one at the target sparsity can be it",
-    "metric_for_best_model": "what best means [loss]",
+    "metric_for_best_model": "what best means [the task's main metric]",
     "seed": "of everything random, stochastic rounding included [42]",
 }
 
@@ -149,9 +149,7 @@ class Request:
     @property
     def compares(self) -> bool:
         """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for."""
-        if self.run.compare is not None:
-            return self.run.compare
-        return not self.given & {"model", "task", "train_file", "data_dir"} and self.pruning is not None
+        return _compares(self.run, self.given) and self.pruning is not None
 
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
         """The Trainer's arguments, writing to this folder.
@@ -162,6 +160,8 @@ class Request:
         import torch
         from transformers import TrainingArguments
 
+        if self.training.get("deepspeed"):
+            raise UsageError("DeepSpeed steps inside backward, where pruning can't follow: train without --deepspeed")
         optim = {} if self.run.optimizer == "adamw" else {"optim": self.run.optimizer}
         # Without a GPU torch warns of every loader that pins its memory.
         fixed = {"output_dir": str(output_dir), "disable_tqdm": True}
@@ -176,19 +176,23 @@ def parser(prog: str, about: str, examples: str) -> options.Parser:
     """The parser of our own flags; the Trainer's are parsed after them."""
     made = options.Parser(prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
     made.add_fields("run", RunOptions)
-    control = made.add_argument_group("control")
-    control.add_argument("--config", action="append", metavar="FILE", help="YAML or JSON of flags; typed flags win")
-    text = "go on with an unfinished run, from its newest whole checkpoint or from this one"
-    control.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
-    control.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
-    control.add_argument("--overwrite", action="store_true", help="replace what is in the output folder, when done")
-    control.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    control.add_argument("-h", "--help", action="store_true", help="show this text")
-    control.add_argument("--help-all", action="store_true", help="show every flag of the Trainer too")
+    _add_control(made.add_argument_group("control"))
     made.add_fields("task", TaskArguments)
     made.add_fields("pruning", PruneConfig, skip=("seed",), parse=_PARSERS)
     made.add_fields("self-regularization", RegularizerOptions, parse={"teacher_weight": options.word_or_number})
     return made
+
+
+def _add_control(parser: Any) -> None:
+    """Flags about this call of the command; a run doesn't remember them."""
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML or JSON of flags; typed flags win")
+    text = "go on with an unfinished run, from its newest whole checkpoint or from this one"
+    parser.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
+    parser.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder, when done")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("--help-all", action="store_true", help="show every flag of the Trainer too")
 
 
 def help_text(made: options.Parser, everything: bool) -> str:
@@ -211,14 +215,19 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     Raises:
         UsageError: an unknown flag or a bad value; the message names it.
     """
-    tokens = options.normalised(argv)
-    files = vars(made.parse_known_args(tokens)[0]).get("config", [])
-    from_files = [token for file in files for token in options.file_tokens(Path(file))]
-    ours, others = made.parse_known_args([*from_files, *tokens])
+    controls = options.Parser(prog=made.prog)
+    _add_control(controls)
+    control, typed_tokens = controls.parse_known_args(options.normalised(argv))
+    files = vars(control).get("config", [])
+    tokens = [token for file in files for token in options.file_tokens(Path(file))] + typed_tokens
+    ours, others = made.parse_known_args(tokens)
     given = vars(ours)
     typed = _training_flags(others, made)
     task = _build(TaskArguments, given)
     run = _build(RunOptions, given)
+    if not run.output_dir:
+        place = Path("runs", "demo" if _compares(run, given) else _task_name(task).removeprefix("glue/"))
+        run = dataclasses.replace(run, output_dir=str(place))
     recommended = _recommended(run, task, own_length=bool({"max_steps", "num_train_epochs"} & set(typed)))
     training = TRAINING_DEFAULTS | recommended | typed
     pruning = _build(PruneConfig, training | given)
@@ -229,11 +238,24 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
         regularizer=_build(RegularizerOptions, given),
         pruning=pruning if pruning.sparsity > 0 else None,
         training={name: value for name, value in training.items() if name not in names},
-        overwrite=given.get("overwrite", False),
-        resume=given.get("resume"),
+        overwrite="overwrite" in control,
+        resume=getattr(control, "resume", None),
         given=frozenset(given) | frozenset(typed),
-        tokens=(*from_files, *tokens),
+        tokens=tuple(tokens),
     )
+
+
+def _compares(run: RunOptions, given: Collection[str]) -> bool:
+    if run.compare is not None:
+        return run.compare
+    return not {"model", "task", "train_file", "data_dir"} & set(given)
+
+
+def _task_name(task: TaskArguments) -> str:
+    """As RECIPES has it; "files" for files of the user's own."""
+    if task.train_file is not None:
+        return "files"
+    return EMBEDDED if task.task in (None, EMBEDDED) else f"glue/{task.task.removeprefix('glue/')}"
 
 
 def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict[str, Any]:
@@ -245,10 +267,9 @@ def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict
     Raises:
         UsageError: a recipe was asked for and there is none.
     """
-    embedded = task.task in (None, EMBEDDED) and task.train_file is None
-    name = EMBEDDED if embedded else f"glue/{(task.task or '').removeprefix('glue/')}"
+    name = _task_name(task)
     recipe = RECIPES.get(name)
-    if not embedded and not run.recipe:
+    if name != EMBEDDED and not run.recipe:
         return {}
     if recipe is None:
         raise UsageError(f"--recipe: there is none for this task; there are {', '.join(RECIPES)}")

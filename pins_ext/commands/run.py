@@ -10,7 +10,7 @@ from typing import Any, cast
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pins_ext.commands.errors import CommandError, StoppedError, one_line
+from pins_ext.commands.errors import CommandError, StoppedError, UsageError, one_line
 from pins_ext.commands.folder import RunFolder
 from pins_ext.commands.interrupt import StopOnSignal
 from pins_ext.commands.prepare import Prepared, prepare
@@ -33,7 +33,7 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
         The run's record and its task.
 
     Raises:
-        UsageError: the request can't be done. CommandError: training or saving failed.
+        UsageError: the request can't be done; nothing was trained. CommandError: training or saving failed.
         StoppedError: by a signal; the message says how to go on.
     """
     folder = RunFolder(Path(request.run.output_dir).absolute(), request.overwrite)
@@ -48,6 +48,11 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
             raise StoppedError(f"{error}; {_whereabouts(folder)}", error.signal) from error
         except SaveError as error:
             raise CommandError(f"{error}; {_whereabouts(folder)}") from error
+        except ValueError as error:
+            # What is refused before the first step is the request: patterns, schedule, densities, a checkpoint.
+            if stop.training:
+                raise
+            raise UsageError(" ".join(str(error).split())) from error
         finally:
             watch.close()
     return record, prepared.task

@@ -45,15 +45,15 @@ def main(argv: Sequence[str]) -> int:
     from pins_ext.commands.summary import print_summary
 
     console = Console(highlight=False)
-    if request.resume is not None and not request.compares:
-        remembered = RunFolder(Path(request.run.output_dir).absolute()).remembered()
+    remembered = RunFolder(Path(request.run.output_dir).absolute()).remembered()
+    if request.resume is not None and remembered:
         request = requests.parse(parser, [*remembered, *argv])
-    if request.compares:
-        compare(request, console)
-        return EXIT_OK
     record = finished(request)
     if record is not None:
         console.print("this run is complete; there is nothing to resume")
+    elif request.compares:
+        compare(request, console)
+        return EXIT_OK
     else:
         _announce(request, console)
         record, _ = run(request, console)

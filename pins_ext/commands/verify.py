@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pins_ext.commands.errors import EXIT_FAILED, EXIT_OK, UsageError
+from pins_ext.commands.folder import results_in
 from pins_ext.commands.options import Parser
 from pins_ext.report import RecordError, percent, read_record
 
@@ -24,19 +25,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a folder that train wrote")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
-    folder = Path(parser.parse_args(argv).run)
-    try:
-        record = read_record(folder)
-    except RecordError as error:
-        raise UsageError(str(error)) from error
-    problems = check(folder, record)
-    final = record["final"]
-    if problems:
-        print("\n".join(f"WRONG  {problem}" for problem in problems))
-        return EXIT_FAILED
-    share = percent(final["zeros"] / final["weights"], 4) if final["weights"] else "none"
-    print(f"holds: {final['zeros']:,} of {final['weights']:,} prunable weights are zero ({share}), no NaN, {folder}")
-    return EXIT_OK
+    exit_code = EXIT_OK
+    for folder in results_in(Path(parser.parse_args(argv).run)):
+        try:
+            record = read_record(folder)
+        except RecordError as error:
+            raise UsageError(str(error)) from error
+        problems, final = check(folder, record), record["final"]
+        share = percent(final["zeros"] / final["weights"], 4) if final["weights"] else "dense"
+        if problems:
+            exit_code = EXIT_FAILED
+            print("\n".join(f"WRONG  {folder}: {problem}" for problem in problems))
+        else:
+            print(f"holds  {folder}: {final['zeros']:,} of {final['weights']:,} prunable weights are zero ({share})")
+    return exit_code
 
 
 def check(folder: Path, record: Mapping[str, Any]) -> list[str]:

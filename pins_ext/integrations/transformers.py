@@ -97,6 +97,9 @@ class PinsCallback(TrainerCallback):
         if self.self_regularizer is not None:
             self.self_regularizer.set_total_steps(state.max_steps)
             self.self_regularizer.attach(model)
+            if self.pruner is not None and self.self_regularizer.score_gradient == "task":
+                self.self_regularizer.track_task_gradients(self.pruner.names)
+                self.pruner.score_gradients = self.self_regularizer.take_task_gradients
         if state.global_step > 0:
             self._restore(args, state)
         else:
