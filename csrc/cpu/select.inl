@@ -26,11 +26,25 @@ void keys(const Scores& scores, uint32_t* target) {
   }
 }
 
+// Keys inside the bracket wait here: counted in bursts, their cache misses overlap.
+constexpr int64_t kPending = 1024;
+
+struct Pending {
+  uint32_t keys[kPending];
+  int64_t size = 0;
+
+  void flush(const Bracket& bracket, int64_t* bins) {
+    for (int64_t i = 0; i < size; ++i) ++bins[(keys[i] - bracket.lo) >> bracket.shift];
+    size = 0;
+  }
+};
+
 // Only the few keys inside the bracket reach the histogram: the rest costs two comparisons.
 template <Score score>
 void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
   Buffer a_buffer, b_buffer;
   Bits block;
+  Pending pending;
   const bool one_key = bracket.lo == bracket.hi;
   for (int64_t at = 0; at < scores.run.count; at += kBlock) {
     const int64_t n = block_size(scores.run, at);
@@ -45,11 +59,11 @@ void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
         tally.bins[0] += __builtin_popcountll(inside);
         continue;
       }
-      for (; inside; inside &= inside - 1) {
-        ++tally.bins[(word_keys[__builtin_ctzll(inside)] - bracket.lo) >> bracket.shift];
-      }
+      for (; inside; inside &= inside - 1) pending.keys[pending.size++] = word_keys[__builtin_ctzll(inside)];
+      if (pending.size > kPending - kWord) pending.flush(bracket, tally.bins);
     }
   }
+  pending.flush(bracket, tally.bins);
 }
 
 // Bit = keep. Pruned: key below the threshold's, or equal to it and before the tie index.
