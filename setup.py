@@ -46,17 +46,28 @@ def cuda_home() -> Path | None:
         raise SystemExit(f"PINS_EXT_CUDA must be auto, 1 or 0, got {wish!r}")
     if wish == "0":
         return None
-    in_path = shutil.which("nvcc")
-    candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    candidates.append(Path("/usr/local/cuda"))
-    if in_path:
-        candidates.append(Path(in_path).resolve().parent.parent)
+    if os.environ.get("CUDA_HOME"):
+        candidates = [Path(os.environ["CUDA_HOME"])]
+    else:
+        # The nvcc in PATH may be a wrapper script far from its toolkit: it comes last.
+        in_path = shutil.which("nvcc")
+        candidates = [Path("/usr/local/cuda"), *([Path(in_path).resolve().parents[1]] if in_path else [])]
     for home in candidates:
         if (home / "bin" / "nvcc").exists() and list(home.glob("lib*/libcudart_static.a")):
             return home
     if wish == "1":
         raise SystemExit(f"PINS_EXT_CUDA=1, but there is no CUDA toolkit in {', '.join(map(str, candidates))}")
     return None
+
+
+def architectures() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST. Given here, torch adds none of its own."""
+    flags = []
+    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if name.endswith("+PTX") else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
 
 
 def extension() -> cpp_extension.CppExtension:
@@ -68,7 +79,6 @@ def extension() -> cpp_extension.CppExtension:
         sources += kernels
         # CPU torch sets its CUDA_HOME to None. libtorch stays needed for the one symbol that only a CUDA torch has.
         cpp_extension.CUDA_HOME = str(home)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         cudart = next(home.glob("lib*/libcudart_static.a"))
         link += [str(cudart), "-Wl,--no-as-needed", "-ltorch", "-ldl", "-lrt", "-lpthread"]
     return cpp_extension.CppExtension(
@@ -77,7 +87,7 @@ def extension() -> cpp_extension.CppExtension:
         depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh")],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, TORCH_TARGET, f"-ffile-prefix-map={ROOT}/="],
-            "nvcc": [*NVCC_FLAGS, TORCH_TARGET, "-Xcompiler", f"-ffile-prefix-map={ROOT}/="],
+            "nvcc": [*NVCC_FLAGS, *architectures(), TORCH_TARGET, "-Xcompiler", f"-ffile-prefix-map={ROOT}/="],
         },
         extra_link_args=link,
         py_limited_api=True,
