@@ -97,7 +97,8 @@ def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
         axes.axvline(bandwidth, color=_ACCENT, linewidth=1.3, linestyle=style)
         axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=_ACCENT, fontsize=8, va="bottom", ha=side)
     axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
-    axes.set_xlabel(f"GB/s of counted bytes · {records[0].weights / 1e6:,.0f} M weights, {records[0].dtype}", loc="right")
+    first = records[0]
+    axes.set_xlabel(f"GB/s of counted bytes · {first.weights / 1e6:,.0f} M weights, {first.dtype}", loc="right")
 
 
 def _text(record: Record) -> str:
