@@ -147,6 +147,8 @@ class FusedOptimizer(Optimizer):
             [self._factors(p, g) for p, g in zip(parameters, owners, strict=True)], parameters[0].device
         )
         self._kernel(parameters, grads, hyper, pruning, {"grad_scale": grad_scale, "found_inf": found_inf})
+        # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
+        torch.autograd.graph.increment_version(parameters)
 
     def _initialise(self, p: Tensor) -> None:
         """State of a parameter at its first step."""

@@ -257,6 +257,7 @@ class Pruner:
         layout, masks = self._layout_of(indices), [self.masks[i] for i in indices]
         parameters = [self.parameters[i] for i in indices]
         torch.ops.pins_ext.apply_mask_(parameters, masks, layout.rows, layout.chunks)
+        torch.autograd.graph.increment_version(parameters)
         if self.config.mask_optimizer_state:
             for i, p in zip(indices, parameters, strict=True):
                 states = [v for v in slot.optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape]

@@ -528,3 +528,15 @@ def test_nan_scores_are_kept_and_counted() -> None:
     stats = pruner.stats()
     assert stats["nan"] == 4
     assert bool(pruner.mask(pruner.names[0])[0, :4].all())
+
+
+def test_autograd_notices_that_weights_were_stepped_and_masked() -> None:
+    for optimizer_class in (PinsAdamW, torch.optim.AdamW):
+        model, optimizer, pruner = start(optimizer_class=optimizer_class)
+        train(model, optimizer, 25)
+        x, _ = next(batches(1))
+        for change in (optimizer.step, pruner.finalize):
+            loss = model(x).sum()
+            change()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
