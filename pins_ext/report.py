@@ -113,7 +113,9 @@ def _tiles(record: dict[str, Any]) -> str:
 
 
 def _results(records: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for r in records for name in r["final"].get("metrics", {}) if _shown(name)))
+    mains = [r["final"].get("metric") for r in records]
+    found = dict.fromkeys(name for r in records for name in r["final"].get("metrics", {}) if _shown(name))
+    names = sorted(found, key=lambda name: name not in mains)
     head = ["run", *(name.removeprefix("eval_") for name in names), "sparsity", "zeros", "ms per step", "pruning"]
     rows = []
     for record in records:
@@ -136,7 +138,7 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(metric: str) -> bool:
-    return not metric.endswith(("runtime", "per_second", "epoch", "preparation_time"))
+    return not metric.endswith(("runtime", "per_second", "epoch", "preparation_time", "sparsity"))
 
 
 def _details(record: dict[str, Any]) -> str:
