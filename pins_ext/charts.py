@@ -103,8 +103,8 @@ def _draw_sparsity(axes: Axes, record: dict[str, Any], color: str) -> bool:
     steps, achieved = _series(record, "masks", "sparsity")
     if not steps:
         return False
-    axes.plot(*_series(record, "schedule", "target_sparsity"), color=color, linestyle=(0, (1, 1.5)), linewidth=1.4)
-    axes.plot(steps, achieved, color=color, label=record["label"], marker="o", markersize=3.5, linewidth=1.4)
+    axes.plot(steps, achieved, color=color, label=record["label"], marker="o", markersize=4, linewidth=1.6, alpha=0.75)
+    axes.plot(*_series(record, "schedule", "target_sparsity"), color=_INK, linestyle=(0, (1, 2)), linewidth=1)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_ylim(0, 1)
     return True
@@ -120,7 +120,7 @@ def _draw_loss(axes: Axes, record: dict[str, Any], color: str) -> bool:
 def _draw_evaluation(axes: Axes, record: dict[str, Any], color: str) -> bool:
     metric = record.get("final", {}).get("metric")
     points = [entry for entry in record.get("evaluations", ()) if entry.get(metric) is not None]
-    if not points:
+    if len(points) < 2:
         return False
     axes.plot(
         [p["step"] for p in points], [p[metric] for p in points], color=color, linewidth=1.2, label=record["label"]
