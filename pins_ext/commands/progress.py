@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
             return
         self._seen.update(logs)
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], seen=describe(self._seen))
+            self._progress.update(self._progress.task_ids[0], seen=describe(self._seen, brief=True))
         else:
             step = f"{state.global_step:>5}/{state.max_steps}"
             self.console.print(f"{self.label}  step {step}  {describe(logs)}", soft_wrap=True)
@@ -78,8 +78,8 @@ class Watch(TrainerCallback):
             self._progress = None
 
 
-def describe(logs: dict[str, Any]) -> str:
-    """One line of what was logged: loss, sparsity of the last mask, threshold, evaluation."""
+def describe(logs: dict[str, Any], brief: bool = False) -> str:
+    """One line of what was logged: loss, sparsity of the last mask, threshold, evaluation (in brief: its score)."""
     parts = []
     if "loss" in logs:
         parts.append(f"loss {float(logs['loss']):.3f}")
@@ -87,11 +87,14 @@ def describe(logs: dict[str, Any]) -> str:
         parts.append(f"sparsity {percent(logs.get('mask_sparsity', logs['sparsity']))}")
     if logs.get("threshold") is not None:
         parts.append(f"threshold {logs['threshold']:.2e}")
-    parts += [
+    scores = [
         f"{name.replace('_', ' ')} {value:.3f}"
         for name, value in logs.items()
         if name.startswith(("eval_", "test_")) and not name.endswith(_NOT_SHOWN)
     ]
+    if brief:
+        return "  ".join(parts + [score.removeprefix("eval ") for score in scores if "loss" not in score][:1])
+    parts += scores
     if "eval_sparsity" in logs and "sparsity" not in logs:
         parts.append(f"at sparsity {percent(logs['eval_sparsity'])}")
     return "  ".join(parts)
