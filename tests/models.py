@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pins_ext.config import PruneConfig
+from pins_ext.optim import PinsAdamW, PinsSGD
+from pins_ext.pruner import Pruner
+
+STEPS = 60
+CONFIG = PruneConfig(sparsity=0.8, delta_t=5, warmup=5, cooldown=20)
 
 
 class Block(nn.Module):
@@ -78,6 +87,39 @@ def train(
             after()
 
 
-def zeros(pruner) -> int:  # type: ignore[no-untyped-def]
+def start(
+    config: PruneConfig = CONFIG, optimizer_class: Any = PinsAdamW, **options: Any
+) -> tuple[Network, Any, Pruner]:
+    """A network of whole vectors, its optimizer and its pruner for a run of STEPS steps."""
+    model = Network(16, classes=16)
+    optimizer = optimizer_class(model.parameters(), **({"lr": 3e-3} | options))
+    return model, optimizer, Pruner(model, optimizer, config, STEPS)
+
+
+def exact(pruner: Pruner) -> int:
+    """How many zeros there must be in the end."""
+    return pruner.n_weights - round((1 - pruner.config.sparsity) * pruner.n_weights)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models are equal to the last bit."""
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def zeros(pruner: Pruner) -> int:
     """Zeros in the pruned parameters."""
     return sum(int((p == 0).sum()) for p in pruner.parameters)
+
+
+# torch's unfused AdamW takes its square root from a library that is not correctly rounded; its fused one is.
+FUSED_AND_HOOKED = [
+    (PinsAdamW, partial(torch.optim.AdamW, fused=True), {"weight_decay": 0.01}),
+    (
+        PinsSGD,
+        partial(torch.optim.SGD, foreach=False),
+        {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    ),
+    (PinsSGD, partial(torch.optim.SGD, foreach=False), {"lr": 0.05, "momentum": 0.8, "dampening": 0.1}),
+    (PinsSGD, partial(torch.optim.SGD, foreach=False), {"lr": 0.05}),
+]
+WITHOUT_MOMENTS = {"lr": 0.05}
