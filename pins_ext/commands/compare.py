@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pins_ext.commands.errors import UsageError
-from pins_ext.commands.folder import is_result
+from pins_ext.commands.folder import RunFolder, is_result
 from pins_ext.commands.request import Request
 from pins_ext.commands.run import finished, run
 from pins_ext.commands.summary import print_summary
@@ -28,6 +28,8 @@ def compare(request: Request, console: Console) -> None:
     root = Path(request.run.output_dir)
     requests = three(request)
     _check_place(root, requests, request.overwrite)
+    for each in requests.values():
+        RunFolder(Path(each.run.output_dir).absolute(), each.overwrite).check(resume=each.resume is not None)
     console.print(f"{len(requests)} runs with the same budget: {', '.join(each.label for each in requests.values())}")
     records: list[dict[str, Any]] = []
     task: Task | None = None

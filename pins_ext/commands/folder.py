@@ -52,25 +52,39 @@ class RunFolder:
         """Whether a complete result of this software is in place."""
         return is_result(self.result)
 
-    @contextmanager
-    def opened(self, resume: bool = False) -> Iterator[None]:
-        """Claim the folders for one process, after checking that nothing of value would be lost.
-
-        Args:
-            resume: go on with an unfinished run; otherwise one that has checkpoints is refused without `overwrite`.
+    def check(self, resume: bool = False) -> None:
+        """Refuse to run where something of value would be lost.
 
         Raises:
-            UsageError: the place is taken by other files, by an unfinished run, or by a process that is still running.
+            UsageError: the place is taken by other files, or by an unfinished run that is not to be resumed.
         """
-        recover(self.result)
         if self.result.exists() and not self.result.is_dir():
             raise UsageError(f"{self.result} is a file: choose another --output-dir")
-        taken = self.result.is_dir() and any(self.result.iterdir()) and not self.finished
-        if taken and not self.overwrite:
+        if self.overwrite:
+            return
+        if self.result.is_dir() and any(self.result.iterdir()) and not self.finished:
             raise UsageError(
                 f"{self.result} holds files that are not the result of a run: choose another --output-dir, "
                 f"or replace them with --overwrite"
             )
+        found = checkpoints(self.work)
+        if found and not resume:
+            raise UsageError(
+                f"{self.work} holds an unfinished run (step {found[0][0]}): go on with --resume, "
+                f"or start anew with --overwrite"
+            )
+
+    @contextmanager
+    def opened(self, resume: bool = False) -> Iterator[None]:
+        """Claim the folders for one process, and tidy up after one that was killed.
+
+        Args:
+            resume: go on with an unfinished run; otherwise its checkpoints go, if `overwrite` allows it.
+
+        Raises:
+            UsageError: see `check`; or a process is still running there.
+        """
+        self.check(resume)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -82,24 +96,15 @@ class RunFolder:
             os.close(lock)
             raise UsageError(f"another process runs in {self.work}: wait, or choose another --output-dir") from error
         try:
-            self._clear(resume)
+            recover(self.result)
+            clear_leftovers(self.work)
+            for _, checkpoint in [] if resume else checkpoints(self.work):
+                shutil.rmtree(checkpoint)
             yield
         finally:
             if not checkpoints(self.work):
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(lock)
-
-    def _clear(self, resume: bool) -> None:
-        clear_leftovers(self.work)
-        found = checkpoints(self.work)
-        if found and not resume:
-            if not self.overwrite:
-                raise UsageError(
-                    f"{self.work} holds an unfinished run (step {found[0][0]}): go on with --resume, "
-                    f"or start anew with --overwrite"
-                )
-            for _, folder in found:
-                shutil.rmtree(folder)
 
     def remember(self, request: Request) -> None:
         """Note what the unfinished run was asked for; one that is resumed must have been asked for the same.

@@ -1,0 +1,15 @@
+"""Pruning inside other people's trainers: `transformers` has the callback, `trainer` a Trainer that resumes exactly."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = ("random_state", "saving", "timing", "trainer", "transformers")
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: transformers takes seconds."""
+    if name in _MODULES:
+        return import_module(f"pins_ext.integrations.{name}")
+    raise AttributeError(f"module 'pins_ext.integrations' has no attribute {name!r}")

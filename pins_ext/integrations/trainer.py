@@ -40,7 +40,7 @@ class PinsTrainer(Trainer):
         others: what Trainer takes, by keyword.
 
     Raises:
-        ValueError: several processes; one is supported so far.
+        ValueError: several processes or GPUs; one is supported so far.
     """
 
     def __init__(self, pins: PinsCallback, callbacks: list[Any] | None = None, **kwargs: Any) -> None:
@@ -52,6 +52,8 @@ class PinsTrainer(Trainer):
         super().__init__(callbacks=[pins, *(callbacks or [])], **kwargs)
         if self.args.world_size > 1:
             raise ValueError(f"PinsTrainer runs in one process so far, not in {self.args.world_size}")
+        if self.args.n_gpu > 1:
+            raise ValueError(f"{self.args.n_gpu} GPUs are visible, one is supported so far: set CUDA_VISIBLE_DEVICES=0")
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
