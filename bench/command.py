@@ -18,10 +18,11 @@ from pins_ext.commands.options import Formatter
 
 from . import bench_importance, bench_pack, bench_select, bench_step, bench_update, machine
 from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
+from .neighbours import QUIET
 from .protocol import Limits
 from .records import Run
 from .roofline import draw
-from .show import Screen, key_of, targets_table
+from .show import DISTURBED, Screen, key_of, targets_table
 from .suite import Group, run
 from .targets import lines
 
@@ -75,18 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.describe(device)
     console.print(
         f"[bold]{about['name']}[/bold] · {about['threads']} threads · {about['cpu_capability']} · "
-        f"torch {about['torch']} · load {about['load']}"
+        f"torch {about['torch']}"
     )
     begin = time.perf_counter()
     before = {key_of(r): r for r in baseline.records} if baseline else None
     budget = options.budget or (_QUICK_BUDGET if options.quick else None)
     with Screen(console, len(groups), before) as screen:
-        outcome = run(groups, limits_of(options, device), budget, screen)
-    about["load_after"] = machine.load()
+        outcome = run(groups, limits_of(options, device), budget, screen, wait=options.wait)
     done = Run(
         about,
         datetime.date.today().isoformat(),
-        {k: v for k, v in vars(options).items() if k not in ("json", "baseline")},
+        {k: v for k, v in vars(options).items() if k not in ("json", "baseline", "wait")},
         round(time.perf_counter() - begin, 1),
         outcome.records,
         outcome.skipped,
@@ -95,11 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if outcome.skipped:
         why = "interrupted" if outcome.interrupted else f"the budget of {budget:.0f} s is spent"
         console.print(f"[yellow]{why}; not reached:[/yellow] " + "; ".join(outcome.skipped))
-    disturbed = device.type == "cpu" and max(about["load"], about["load_after"]) > about["threads"] + 0.5
-    if disturbed:
-        console.print(
-            f"[yellow]other jobs ran (load {about['load']} to {about['load_after']}): times are disturbed[/yellow]"
-        )
+    if done.others > QUIET:
+        console.print(f"[yellow]other processes used up to {done.others:.0%} of the CPU: {DISTURBED}[/yellow]")
     path = options.json or results / file_name(done)
     done.save(path)
     picture = path.with_suffix(".svg")
@@ -142,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"score distributions of the stem `scores`, at every ratio: {', '.join(SCORES)}",
     )
     add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`")
+    add(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait up to this long in all until other processes rest",
+    )
     add("--no-peers", action="store_true", help="our operators only")
     add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
     add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")

@@ -29,13 +29,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "pins_ext": pins_ext.__version__,
         "python": platform.python_version(),
-        "load": load(),
     }
-
-
-def load() -> float:
-    """Average number of runnable processes over the last minute; more than the threads in use means disturbed times."""
-    return round(os.getloadavg()[0], 2)
 
 
 def cpu_model() -> str:

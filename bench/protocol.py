@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import memory
+from .neighbours import Neighbours
+
+_BLOCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,17 @@ class _Count(TorchDispatchMode):
 
 
 def measure(
-    cases: Sequence[Case], device: torch.device, limits: Limits, tick: Callable[[str], None] = lambda name: None
+    cases: Sequence[Case],
+    device: torch.device,
+    limits: Limits,
+    tick: Callable[[str], None] = lambda name: None,
+    neighbours: Neighbours | None = None,
 ) -> dict[str, Timing]:
     """Time the cases, interleaved.
 
     Args:
-        tick: called before each call of a case, with its name.
+        tick: called before each call of a case, with its name. neighbours: watches what other processes do meanwhile;
+            samples that they disturbed are taken again while its waiting time lasts.
 
     Returns:
         By name of the case.
@@ -118,28 +126,44 @@ def measure(
         tick(case.name)
         _first_call(case, found[case.name], device, limits)
     spent = {name: limits.patience + 1 if timing.seconds else 0.0 for name, timing in found.items()}
+    neighbours = neighbours or Neighbours(device)
     for turn in range(limits.rounds):
-        pending = []
-        for case in cases:
-            seen = found[case.name]
-            if seen.error or _enough(case, seen, spent[case.name], limits):
+        queue = [c for c in cases if not _enough(c, found[c.name], spent[c.name], limits)]
+        while queue:
+            neighbours.wait_for_quiet()
+            neighbours.begin()
+            block = _block(queue, found, turn + limits.warmups, device, tick)
+            if not neighbours.keep():
+                queue = [case for case, _ in block] + queue
                 continue
-            tick(case.name)
-            try:
-                pending.append((case, _timed(case, turn + limits.warmups, device)))
-            except Exception as error:  # a peer may fail at any call; that is a result
-                seen.error = reason(error)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        for case, elapsed in pending:
-            seconds = elapsed()
-            spent[case.name] += seconds
-            found[case.name].seconds.append(seconds / case.steps)
+            for case, seconds in block:
+                spent[case.name] += seconds
+                found[case.name].seconds.append(seconds / case.steps)
     return found
+
+
+def _block(
+    queue: list[Case], found: Mapping[str, Timing], turn: int, device: torch.device, tick: Callable[[str], None]
+) -> list[tuple[Case, float]]:
+    """Time cases from the queue: on CUDA all without a break, on the CPU some, so that a disturbance costs few."""
+    begin = time.perf_counter()
+    pending = []
+    while queue and (device.type == "cuda" or time.perf_counter() - begin < _BLOCK_SECONDS):
+        case = queue.pop(0)
+        tick(case.name)
+        try:
+            pending.append((case, _timed(case, turn, device)))
+        except Exception as error:  # a peer may fail at any call; that is a result
+            found[case.name].error = reason(error)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return [(case, elapsed()) for case, elapsed in pending]
 
 
 def _enough(case: Case, seen: Timing, spent: float, limits: Limits) -> bool:
     samples = len(seen.seconds)
+    if seen.error:
+        return True
     if time.perf_counter() > limits.deadline:
         return samples > 0
     return spent > limits.patience and samples >= (1 if case.kind == "peer" else limits.least)

@@ -26,6 +26,8 @@ class Record:
             states once. times_ours: of a peer, its median over that of the case it is compared with (`against`).
         extra_bytes: peak memory beside the operands. calls: kernel launches (CUDA) or operator calls (CPU).
         repeatable: whether two runs wrote the same bits. slow: whether it contains kthvalue, a sort or a quantile.
+        others: share of the machine's CPU time that other processes used between the samples; above neighbours.QUIET
+            the times are disturbed.
         error: why there is no time.
     """
 
@@ -56,6 +58,7 @@ class Record:
     extra_bytes: int | None = None
     calls: int | None = None
     repeatable: bool | None = None
+    others: float | None = None
     error: str | None = None
 
 
@@ -68,6 +71,7 @@ def record_of(
     *,
     all_seen: Mapping[str, Timing] | None = None,
     repeatable: bool | None = None,
+    others: float | None = None,
     error: str | None = None,
 ) -> Record:
     """A case and what was seen of it, with everything that follows from it."""
@@ -107,6 +111,7 @@ def record_of(
         extra_bytes=timing.extra_bytes,
         calls=timing.calls,
         repeatable=repeatable,
+        others=others,
         error=timing.error,
     )
 
@@ -148,6 +153,11 @@ class Run:
         aside = path.with_name(path.name + ".part")
         aside.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
         os.replace(aside, path)
+
+    @property
+    def others(self) -> float:
+        """The largest share of the CPU that other processes used while something was measured on it."""
+        return max((record.others or 0.0 for record in self.records), default=0.0)
 
     @staticmethod
     def load(path: Path) -> Run:

@@ -9,12 +9,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .neighbours import QUIET
 from .records import Record
 from .suite import Group
 from .targets import DASH, TIMES, Line, shown
 
 _COLUMNS = ("B/weight", "ms", f"p5 {DASH} p95", "GB/s", "of copy", f"{TIMES} ours", "extra", "calls", "bits")
 _NARROW, _WIDE = 6, 130
+DISTURBED = "times are disturbed, those of torch's operators, which join their threads once per tensor, most"
 _STYLES = {"stretch": "bold green", "pass": "green", "missed": "bold red", "not measured": "dim"}
 
 
@@ -59,6 +61,9 @@ class Screen:
         if self._progress.console.is_terminal:
             self._progress.stop()
         self.console.print(table(group.title, records, self.baseline, wide=self.console.width >= _WIDE))
+        others = next((r.others for r in records if r.others is not None), 0.0)
+        if others > QUIET:
+            self.console.print(f"  [yellow]other processes used {others:.0%} of the CPU: {DISTURBED}[/yellow]")
         for record in records:
             if record.error:
                 self.console.print(f"  {record.case}: [red]{escape(record.error)}[/red]", soft_wrap=True)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .neighbours import QUIET
 from .records import Run
-from .show import place
+from .show import DISTURBED, place
 from .targets import Line, lines, shown
 
 BEGIN, END = "<!-- status:begin -->", "<!-- status:end -->"
@@ -96,9 +97,8 @@ def _section(path: Path, run: Run, relative_to: Path) -> str:
     head = (
         f"**{'GPU' if about['device'] == 'cuda' else 'CPU'}**: {device}, torch {about['torch']}, {run.date} ({links})"
     )
-    disturbed = max(about["load"], about.get("load_after", 0))
-    if about["device"] == "cpu" and disturbed > about["threads"] + 0.5:
-        head += f"; other jobs ran at the same time (load up to {disturbed}), so times are disturbed"
+    if run.others > QUIET:
+        head += f"; other processes used up to {run.others:.0%} of the CPU meanwhile: {DISTURBED}"
     measured = lines(run.records, about["device"], all_targets=not run.options["stems"])
     rows = ["| metric | pass | stretch | measured | | on |", "|---|---|---|---|---|---|"]
     return "\n".join([head, "", *rows, *map(_row, measured)])

@@ -13,6 +13,7 @@ import torch
 
 from . import memory
 from .data import Problem
+from .neighbours import Neighbours
 from .protocol import Case, Limits, bandwidth_cases, measure, reason, repeatable
 from .records import Record, record_of
 
@@ -82,9 +83,18 @@ class Watcher(Protocol):
 
 
 def run(
-    groups: Sequence[Group], limits: Limits, budget: float | None, watcher: Watcher, bandwidth_bytes: int = 1 << 26
+    groups: Sequence[Group],
+    limits: Limits,
+    budget: float | None,
+    watcher: Watcher,
+    bandwidth_bytes: int = 1 << 26,
+    wait: float = 0.0,
 ) -> Outcome:
-    """Measure the groups in order, most valuable first, until the budget in seconds is spent."""
+    """Measure the groups in order, most valuable first, until the budget in seconds is spent.
+
+    Args:
+        wait: seconds that may be spent waiting for other processes to rest.
+    """
     outcome = Outcome()
     begin = time.perf_counter()
     if budget is not None:
@@ -96,7 +106,9 @@ def run(
             outcome.skipped += [g.name for g in groups[i:]]
             break
         try:
-            records = _measure_group(group, limits, watcher, bandwidth_bytes)
+            neighbours = Neighbours(group.problem.device, wait)
+            records = _measure_group(group, limits, watcher, bandwidth_bytes, neighbours)
+            wait = neighbours.left
         except KeyboardInterrupt:
             outcome.skipped += [g.name for g in groups[i:]]
             outcome.interrupted = True
@@ -110,7 +122,9 @@ def run(
     return outcome
 
 
-def _measure_group(group: Group, limits: Limits, watcher: Watcher, bandwidth_bytes: int) -> list[Record]:
+def _measure_group(
+    group: Group, limits: Limits, watcher: Watcher, bandwidth_bytes: int, neighbours: Neighbours
+) -> list[Record]:
     problem, device = group.problem, group.problem.device
     watcher.group(group, 0)
     needed, free = int(group.operand_bytes * problem.weights), memory.available(device)
@@ -123,13 +137,20 @@ def _measure_group(group: Group, limits: Limits, watcher: Watcher, bandwidth_byt
         watcher.tick("drawing data")
         cases = [*bandwidth_cases(device, bandwidth_bytes), *group.build(problem, group.peers)]
         watcher.group(group, len(cases) * (limits.rounds + 1))
-        seen = measure(cases, device, limits, watcher.tick)
+        seen = measure(cases, device, limits, watcher.tick, neighbours)
     except (MemoryError, torch.OutOfMemoryError, RuntimeError, ValueError) as error:
         text = f"out of memory: {error}" if isinstance(error, MemoryError) and str(error) else reason(error)
         return [record_of(group.stem, group.label, problem, Case("(whole group)", lambda turn: None), error=text)]
     return [
         record_of(
-            group.stem, group.label, problem, case, seen[case.name], all_seen=seen, repeatable=same.get(case.name)
+            group.stem,
+            group.label,
+            problem,
+            case,
+            seen[case.name],
+            all_seen=seen,
+            repeatable=same.get(case.name),
+            others=neighbours.share,
         )
         for case in cases
     ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pins_ext.bench as bench
 from pins_ext import ops
-from pins_ext.bench import bench_step, command, data, machine, memory, peers, suite
+from pins_ext.bench import bench_step, command, data, machine, memory, neighbours, peers, suite
 from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
 
 CPU = torch.device("cpu")
@@ -127,6 +127,28 @@ def test_past_the_deadline_no_peer_begins() -> None:
     found = measure(cases, CPU, dataclasses.replace(FEW, deadline=time.perf_counter()))
     assert len(found["ours"].seconds) == 1
     assert found["theirs"].error == "not run: the budget is spent"
+
+
+def test_disturbed_samples_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"wall": 0.0, "busy": 0.0, "theirs": [0.9, 0.0] * 50}
+
+    def now() -> tuple[float, float, float]:
+        clock["wall"] += 1.0
+        clock["busy"] += clock["theirs"].pop(0)
+        return clock["wall"], clock["busy"], 0.0
+
+    monkeypatch.setattr(neighbours, "_now", now)
+    monkeypatch.setattr(neighbours.time, "sleep", lambda seconds: None)
+    patient, hurried = neighbours.Neighbours(CPU, wait=100.0), neighbours.Neighbours(CPU)
+    calls: list[int] = []
+    cases = [Case("x", calls.append)]
+    limits = Limits(rounds=4, warmups=1, patience=5.0)
+    assert len(measure(cases, CPU, limits, neighbours=patient)["x"].seconds) == 4
+    assert patient.share is not None
+    assert patient.share < neighbours.QUIET
+    assert patient.left < 100.0
+    measure(cases, CPU, limits, neighbours=hurried)
+    assert hurried.share is not None
 
 
 def test_peak_memory_of_a_call_is_seen() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_bench import CPU, MAKERS, Nobody, problem
 
-from pins_ext.bench import command, machine, memory, records, roofline, status, suite, targets
+from pins_ext.bench import command, machine, memory, neighbours, records, roofline, status, suite, targets
 from pins_ext.bench.protocol import Limits
 
 
@@ -22,7 +22,7 @@ def run() -> records.Run:
         patch.setattr(memory, "last_level_cache", lambda device: 1)
         outcome = suite.run(groups, limits, None, Nobody(), bandwidth_bytes=1 << 20)
     options = {"stems": [], "shapes": ["bert-base"], "params": None, "dtype": "fp32", "quick": False}
-    about = machine.describe(CPU) | {"load": 0.1, "load_after": 0.2}
+    about = machine.describe(CPU)
     return records.Run(about, "2026-01-02", options, 1.0, outcome.records, [])
 
 
@@ -111,7 +111,7 @@ def test_status_is_rendered_checked_and_written(
     assert "2026-01-01" not in text
     assert "quick" not in text
     assert "never run on a GPU" in text
-    assert "disturbed" not in text
+    assert ("disturbed" in text) == (run.others > neighbours.QUIET)
     shown = [line for line in targets.lines(run.records, "cpu") if line.verdict == "missed"]
     assert text.count("**missed**") == len(shown)
     readme.write_text("no markers")
