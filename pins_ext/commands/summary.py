@@ -22,7 +22,9 @@ def print_summary(records: Sequence[dict[str, Any]], folders: Sequence[Path], co
     tested = any(test in record["final"]["metrics"] for record in records)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("run")
-    for column in (name, *(["on test"] if tested else []), "sparsity", "zeros", "ms per step", "of it pruning"):
+    total = max(record["final"]["weights"] for record in records)
+    zeros = f"zeros of {total:,}" if total else "zeros"
+    for column in (name, *(["on test"] if tested else []), "sparsity", zeros, "ms per step", "of it pruning"):
         table.add_column(column, justify="right")
     for record in records:
         final, timings = record["final"], record["timings"]
@@ -42,7 +44,7 @@ def print_summary(records: Sequence[dict[str, Any]], folders: Sequence[Path], co
     console.print(table)
     console.print()
     if len(records) > 1:
-        console.print(verdict(records, metric), soft_wrap=True)
+        console.print(f"{verdict(records, metric)}\n{budget(records)}\n", soft_wrap=True)
     for record, folder in zip(records, folders, strict=True):
         console.print(f"{record['label']:<14} {folder}", soft_wrap=True)
     if len(records) == 1:
@@ -58,6 +60,15 @@ def verdict(records: Sequence[dict[str, Any]], metric: str) -> str:
     lost = 100 * (full - score)
     against = f"{abs(lost):.1f} points {'below' if lost >= 0 else 'above'} dense"
     return f"{method['label']} {word} {magnitude['label']} ({gap:+.1f} points) and is {against}."
+
+
+def budget(records: Sequence[dict[str, Any]]) -> str:
+    """What the runs had in common, and what one of them had more, in one sentence."""
+    training = records[0]["config"]["training"]
+    steps = f"{records[0]['total_steps']:,} steps of {training['per_device_train_batch_size']}"
+    regularized = [(r["label"], r["config"]["self_regularization"]) for r in records]
+    teachers = [f"{label} has self-regularization (teacher {s['teacher']})" for label, s in regularized if s]
+    return "; ".join([f"Each: {steps}, learning rate {training.get('learning_rate', 5e-5):g}", *teachers]) + "."
 
 
 def _score(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ _EXAMPLES = """examples:
   pins-ext train --task glue/rte --compare                    any task, against dense and magnitude"""
 
 
+_LOG_WIDTH = 120
+"""Columns of a log file, which has no terminal to ask."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = requests.parser("pins-ext train", _ABOUT, _EXAMPLES)
@@ -44,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from pins_ext.commands.run import finished, run
     from pins_ext.commands.summary import print_summary
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
     remembered = RunFolder(Path(request.run.output_dir).absolute()).remembered()
     if request.resume is not None and remembered:
         request = requests.parse(parser, [*remembered, *argv])

@@ -130,13 +130,16 @@ class PinsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the pruner's statistics to what the Trainer logs and keeps in its history."""
-        if self.pruner is None or logs is None or "train_runtime" in logs:
+        if self.pruner is None or logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
         stats = self.stats()
-        evaluating = any(name.startswith("eval_") for name in logs)
-        shown = {"eval_sparsity": stats["sparsity"]} if evaluating else {name: stats[name] for name in _LOGGED}
-        masks = [entry for entry in state.log_history if MASK_ENTRY in entry]
-        logs.update(shown | ({MASK_ENTRY: masks[-1][MASK_ENTRY]} if masks and not evaluating else {}))
+        if "loss" in logs:
+            shown = {name: stats[name] for name in _LOGGED}
+            masks = [entry for entry in state.log_history if MASK_ENTRY in entry]
+            logs.update({MASK_ENTRY: masks[-1][MASK_ENTRY]} if masks else {})
+        else:
+            shown = {"eval_sparsity": stats["sparsity"]}
+        logs.update(shown)
         state.log_history[-1].update(shown)
 
     def on_evaluate(
