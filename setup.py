@@ -106,7 +106,7 @@ setup(
     packages=[*find_packages(include=["pins_ext", "pins_ext.*"]), "pins_ext.triton_kernels", "pins_ext.bench"],
     # A top-level `triton_kernels` would shadow Triton's own package of that name.
     package_dir={"pins_ext.triton_kernels": "triton_kernels", "pins_ext.bench": "bench"},
-    package_data={"pins_ext": ["py.typed", "**/*.html", "**/*.css", "**/*.js"]},
+    package_data={"pins_ext": ["py.typed", "**/*.html", "**/*.css", "**/*.js", "**/*.yaml"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -83,22 +83,39 @@ def file_tokens(file: Path) -> list[str]:
     Raises:
         UsageError: unreadable, or not a mapping of flags to values.
     """
+    return tokens(read_mapping(file, f"--config {file}", "flags to values, as in  sparsity: 0.8"))
+
+
+def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
+    """A YAML or JSON file that holds one mapping.
+
+    Args:
+        name: what to call the file in errors. content: what it must map.
+
+    Raises:
+        UsageError: unreadable, or something else than a mapping.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
-            flags = json.loads(text)
+            mapping = json.loads(text)
         else:
             import yaml
 
-            flags = yaml.safe_load(text)
+            mapping = yaml.safe_load(text)
     except OSError as error:
-        raise UsageError(f"--config {file}: {error.strerror}") from error
+        raise UsageError(f"{name}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"--config {file} is not JSON: {error}") from error
+        raise UsageError(f"{name} is not JSON: {error}") from error
     except Exception as error:
-        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(flags, dict):
-        raise UsageError(f"--config {file} must map flags to values, as in  sparsity: 0.8")
+        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{name} must map {content}")
+    return mapping
+
+
+def tokens(flags: Mapping[str, Any]) -> list[str]:
+    """Flags and their values as they would be typed."""
     return [token for name, value in flags.items() for token in _typed(str(name), value)]
 
 

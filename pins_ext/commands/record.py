@@ -56,6 +56,7 @@ def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: fl
             },
             "total_steps": trainer.state.global_step,
             "planned_steps": prepared.total_steps,
+            "flags": list(request.tokens),
             "config": _settings(prepared),
             "schedule": _schedule(prepared),
             "history": [_chosen(entry, _HISTORY) for entry in log if "loss" in entry],
