@@ -18,7 +18,7 @@ _INK = "#1f2937"
 _FAINT = "#9aa3af"
 _GRID = "#e8ebef"
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -215,7 +215,7 @@ def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str) 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         if not paint(figure):
