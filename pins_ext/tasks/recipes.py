@@ -50,5 +50,5 @@ RECIPES: Mapping[str, Recipe] = {
     "glue/mrpc": _platon(0.10, 1e-4, 8, 10, 300, (1, 3), 0.95),
     "glue/cola": _platon(0.10, 1e-4, 32, 15, 500, (1, 3), 0.95),
     "glue/rte": Recipe("PINS", 0.80, 3e-5, 16, 20, None, 200, 200, 1200, 0.99, length=128),
-    "stdlib": Recipe("pins_ext", 0.80, 1e-4, 16, None, 200, 20, 20, 60, 0.95, length=48),
+    "stdlib": Recipe("pins_ext", 0.80, 1.5e-4, 16, None, 160, 16, 16, 48, 0.95, length=48),
 }
