@@ -195,14 +195,16 @@ def _select(
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=layout.device)
     position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
-    passes = 3
+    keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
+    drawn = bracket_of(keys, position, total)
     if bracket is None or counts is None:
-        counts = torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
-        keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
-        bracket = bracket_of(keys, position, total)
+        bracket, counts = drawn, torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
     else:
-        bracket, passes = narrow(bracket, counts, position), 2
-    for _ in range(passes):
+        # Where the threshold has left the counted bracket, the sample is closer than everything beside the bracket.
+        found = narrow(bracket, counts, position)
+        bracket = torch.where((found[0] >= bracket[0]) & (found[1] <= bracket[1]), found, drawn)
+    # A pass over a bracket that is one key already returns at once.
+    for _ in range(3):
         ops.count_(counts, a, b, layout, chunks, score, bracket, pointers=pointers)
         bracket = narrow(bracket, counts, position)
     key, rank = bracket[0], bracket[3]
