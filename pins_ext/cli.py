@@ -22,6 +22,7 @@ from pins_ext.commands.errors import (
 COMMANDS = {
     "train": ("pins_ext.commands.train", "fine-tune and prune a classifier, evaluate, save, report"),
     "plan": ("pins_ext.commands.plan", "what train would do: tensors, memory, schedule, conflicts"),
+    "ablate": ("pins_ext.commands.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
     "report": ("pins_ext.commands.report", "the HTML report of a run, or of several side by side"),
     "verify": ("pins_ext.commands.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.commands.doctor", "what this installation can do, and what falls back to what"),

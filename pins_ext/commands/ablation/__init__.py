@@ -1,0 +1,1 @@
+"""A grid of training runs and what it shows: the grid, its cells, running them, tables, overlap of masks, pictures."""

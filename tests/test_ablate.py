@@ -1,0 +1,270 @@
+"""A grid of tiny runs: what is run, what stays, what a failing or interrupted cell leaves, and what the tables say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import IO
+
+import pytest
+from classifier import flags, make_tiny, weights
+
+from pins_ext.cli import main
+from pins_ext.commands.ablation import launch
+
+GRID = """
+about: a tiny grid
+base: {max-steps: 12, learning-rate: 1.0e-3, eval-strategy: "no", save-strategy: "no", delta-t: 2}
+methods:
+  dense: {sparsity: 0}
+  pins: {teacher: none}
+  magnitude: {criterion: magnitude, teacher: none}
+vary: {sparsity: [0.5, 0.75]}
+seeds: [1, 2]
+reference: pins
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, labelled files and a grid."""
+    tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
+    (tiny / "grid.yaml").write_text(GRID)
+    return tiny
+
+
+def ablate(tiny: Path, output: Path, *more: str) -> list[str]:
+    """The command on the tiny grid."""
+    files = ["--train-file", f"{tiny}/train.csv", "--validation-file", f"{tiny}/dev.csv"]
+    own = ["--model", f"{tiny}/model", *files, "--use-cpu", "--per-device-train-batch-size", "8"]
+    return ["ablate", str(tiny / "grid.yaml"), *own, "--output-dir", str(output), *more]
+
+
+class InThisProcess:
+    """Runs cells without a process of their own, which saves the imports; remembers their commands."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def __call__(self, arguments: Sequence[str], log: IO[str], show: Callable[[str], None]) -> int:
+        self.commands.append(list(arguments))
+        with redirect_stdout(log), redirect_stderr(log):
+            return main(arguments)
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> InThisProcess:
+    runner = InThisProcess()
+    monkeypatch.setattr(launch, "in_process_of_its_own", runner)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole grid, run once."""
+    output = tmp_path_factory.mktemp("done") / "grid"
+    with pytest.MonkeyPatch.context() as patch:
+        runner = InThisProcess()
+        patch.setattr(launch, "in_process_of_its_own", runner)
+        assert main(ablate(tiny, output)) == 0
+    # Dense is one run per seed, whatever the sparsity of the others.
+    assert len(runner.commands) == 2 + 4 + 4
+    return output
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def test_the_tables_hold_what_the_runs_recorded(done: Path) -> None:
+    runs = {row["cell"]: row for row in rows(done / "cells.csv")}
+    assert len(runs) == 10
+    records = {name: json.loads((done / name / "metrics.json").read_text()) for name in runs}
+    for name, row in runs.items():
+        assert float(row["eval_accuracy"]) == records[name]["final"]["metrics"]["eval_accuracy"]
+        assert float(row["peak_memory_mb"]) == records[name]["timings"]["peak_memory_mb"] > 0
+        assert row["steps"] == "12"
+    assert {row["non_zeros"] for name, row in runs.items() if "0.75" in name} == {"1024"}
+    dense = weights(done / "dense" / "seed=1")
+    tensors = records["pins/sparsity=0.5/seed=1"]["final"]["tensors"]
+    assert int(runs["dense/seed=1"]["non_zeros"]) == sum(int(dense[name].count_nonzero()) for name in tensors)
+
+    table = {(r["method"], r["sparsity"], r["quantity"]): r for r in rows(done / "ablation.csv")}
+    by_seed = [
+        [float(runs[f"{m}/sparsity=0.5/seed={s}"]["eval_accuracy"]) for s in (1, 2)] for m in ("magnitude", "pins")
+    ]
+    row = table["magnitude", "0.5", "eval_accuracy"]
+    assert float(row["mean"]) == pytest.approx(sum(by_seed[0]) / 2)
+    gap = [a - b for a, b in zip(*by_seed, strict=True)]
+    assert float(row["difference"]) == pytest.approx(sum(gap) / 2)
+    # With two seeds the t quantile is 12.706, and the standard error half of the gaps' distance.
+    half = 12.706 * abs(gap[0] - gap[1]) / 2
+    assert float(row["difference_high"]) == pytest.approx(sum(gap) / 2 + half, rel=1e-3, abs=1e-9)
+    assert table["pins", "0.5", "eval_accuracy"]["difference"] == ""
+    # Both sparsities are held against the same dense runs.
+    assert table["dense", "0.5", "eval_accuracy"]["mean"] == table["dense", "0.75", "eval_accuracy"]["mean"]
+
+
+def test_overlap_is_counted_in_the_saved_models(done: Path) -> None:
+    found = {(row["sparsity"], row["seed"]): row for row in rows(done / "overlap.csv")}
+    assert len(found) == 4
+    first, second = (weights(done / method / "sparsity=0.75" / "seed=2") for method in ("pins", "magnitude"))
+    record = json.loads((done / "pins" / "sparsity=0.75" / "seed=2" / "metrics.json").read_text())
+    kept = [(first[name] != 0, second[name] != 0) for name in record["final"]["tensors"]]
+    common, either = (
+        sum(int(part.sum()) for part in parts) for parts in zip(*((a & b, a | b) for a, b in kept), strict=True)
+    )
+    row = found["0.75", "2"]
+    assert int(row["kept_by_both"]) == common
+    assert float(row["jaccard"]) == pytest.approx(common / either)
+    assert float(row["in_common"]) == pytest.approx(common / 1024)
+    assert float(row["in_common_at_random"]) == pytest.approx(0.25)
+    expected = sum(int(a.sum()) * int(b.sum()) / a.numel() for a, b in kept)
+    assert float(row["in_common_at_random_per_tensor"]) == pytest.approx(expected / 1024)
+
+
+def test_the_document_has_everything(done: Path) -> None:
+    text = (done / "ablation.md").read_text()
+    for part in ("## Results", "## Cost", "## Overlap of the final masks", "## How", "majority class on files"):
+        assert part in text
+    assert "| 0.75 | magnitude |" in text
+    assert "without a result" not in text
+    assert (done / "ablation.svg").read_text().count("<svg") == 1
+
+
+def test_finished_cells_stay_and_lost_ones_are_run_again(
+    tiny: Path, done: Path, cells: InThisProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (done / "ablation.csv").read_text()
+    lost = done / "magnitude" / "sparsity=0.5" / "seed=2"
+    kept = weights(lost)
+    for file in lost.iterdir():
+        file.unlink()
+    assert main(ablate(tiny, done, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert said.count("finished ") == 9
+    assert "to run    magnitude/sparsity=0.5/seed=2" in said
+    assert main(ablate(tiny, done)) == 0
+    assert "9 of 10 cells are finished already" in capsys.readouterr().out
+    assert len(cells.commands) == 1
+    assert weights(lost).keys() == kept.keys()
+    quality = [line for line in before.splitlines() if "accuracy" in line]
+    assert quality == [line for line in (done / "ablation.csv").read_text().splitlines() if "accuracy" in line]
+
+
+def test_another_setting_is_not_taken_for_the_same(
+    tiny: Path, done: Path, cells: InThisProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ablate(tiny, done, "--max-steps", "10")) == 2
+    said = capsys.readouterr().err
+    assert "max_steps 12 -> 10" in said
+    assert "--overwrite" in said
+    assert cells.commands == []
+
+
+def test_a_failing_cell_is_reported_and_stops_no_other(
+    tiny: Path, tmp_path: Path, cells: InThisProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        GRID.replace("magnitude: {", "magnitude: {include: [nowhere], ").replace("[0.5, 0.75]", "[0.5]")
+    )
+    command = ablate(tiny, tmp_path / "out", "--seeds", "3")
+    command[1] = str(tmp_path / "grid.yaml")
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "FAILED" in said
+    assert len(cells.commands) == 3
+    document = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| magnitude/sparsity=0.5/seed=3 |" in document.partition("without a result")[2]
+    assert "nowhere" in document
+    assert {row["method"] for row in rows(tmp_path / "out" / "cells.csv")} == {"dense", "pins"}
+    assert main([*command, "--report-only"]) == 0
+    assert (tmp_path / "out" / "ablation.md").read_text() == document
+
+
+def test_an_interrupted_cell_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path, cells: InThisProcess) -> None:
+    command = ablate(tiny, tmp_path / "out", "--only", "pins/sparsity=0.5/seed=1")
+    broken = [*command, "--save-strategy", "steps", "--save-steps", "4"]
+    assert main([*broken, "--report-only"]) == 1
+    # As a kill after the checkpoint of step 8 leaves it: the folder of the result is not there yet.
+    from pins_ext.integrations.saving import checkpoints
+
+    folder = tmp_path / "out" / "pins" / "sparsity=0.5" / "seed=1"
+
+    def killed(arguments: Sequence[str], log: IO[str], show: Callable[[str], None]) -> int:
+        from pins_ext.commands import run
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "make_record", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+            return cells(arguments, log, show)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "in_process_of_its_own", killed)
+        assert main(broken) == 1
+    assert checkpoints(folder.with_name("seed=1.unfinished"))
+    assert main(broken) == 0
+    assert "--resume" in cells.commands[-1]
+    assert "resuming from checkpoint-" in folder.with_name("seed=1.log").read_text()
+
+
+def test_a_cell_runs_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("methods: {pins: {teacher: none}}\nseeds: [5]\nbase: {max-steps: 4}\n")
+    command = ["ablate", str(tmp_path / "one.yaml"), *flags(tiny, tmp_path / "out")]
+    command[command.index("--max-steps") + 1] = "6"
+    assert main(command) == 0
+    assert "step     6/6" in (tmp_path / "out" / "pins" / "seed=5.log").read_text()
+    assert json.loads((tmp_path / "out" / "pins" / "seed=5" / "metrics.json").read_text())["total_steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("methods: {}", "at least one method"),
+        ("methods: {a: {}}\nseed: [1]", "unknown entry 'seed'"),
+        ("methods: {a: {}}\nseeds: [1, 1]", "different whole numbers"),
+        ("methods: {a: {}}\nseeds: 1", "different whole numbers"),
+        ("methods: {a: {}}\nvary: {sparsity: 0.5}", "vary sparsity must be a list"),
+        ("methods: {a: {}}\nreference: b", "reference 'b' is none of the methods a"),
+        ("methods: {a/b: {}}", "names a folder"),
+        ("methods: {a: {seed: 3}}", "seed can't be set here"),
+        ("methods: {a: [1]}", "must map flags to values"),
+        ("methods: [a]", "methods must be a mapping"),
+        ("- a", "must map base, methods"),
+        ("methods: {a: {nonsense: 1}}", "a/seed=42: unknown flag --nonsense"),
+        ("methods: {a: {eval-strategy: no}}", "a/seed=42: "),
+    ],
+)
+def test_a_bad_grid_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    assert main(["ablate", str(tmp_path / "bad.yaml"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_bad_flags_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, reason in (
+        (["--only", "nothing*"], "--only nothing* fits no cell"),
+        (["--teacher-every", "x"], "invalid int value"),
+        (["--seed", "3"], "seed can't be set here"),
+        (["--seeds", "1", "1"], "--seeds must be different"),
+        (["--report-only"], "no finished cell"),
+    ):
+        assert main(ablate(tiny, tmp_path / "out", *more)) in (1, 2)
+        assert reason in capsys.readouterr().err
+    assert main(["ablate"]) == 2
+    assert "which grid?" in capsys.readouterr().err
+    assert main(["ablate", "absent"]) == 2
+    assert "neither a file, nor one of" in capsys.readouterr().err
+
+
+def test_a_flag_that_every_method_sets_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "g.yaml").write_text("methods: {a: {teacher: none}, b: {teacher: ema}}")
+    assert main(["ablate", str(tmp_path / "g.yaml"), "--teacher", "latest", "--dry-run"]) == 2
+    assert "every method of g sets it itself" in capsys.readouterr().err
