@@ -44,6 +44,9 @@ class Pruner:
         score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place
             of the parameters' own (a missing one is zero; None: the parameters' own). For SelfRegularizer's
             score_gradient="task": `pruner.score_gradients = regularizer.take_task_gradients`.
+        before_mask: called in every step that zeroes weights, when they are stepped and not yet zeroed and `mask` is
+            already the one to come; it must leave the weights as they are. While it is set, masks go on after the
+            optimizer's pass, to the same bits.
 
     Raises:
         ValueError: a schedule longer than training, patterns that match nothing, infeasible densities, parameters that
@@ -68,6 +71,7 @@ class Pruner:
         self.masked = False
         self.seconds = 0.0
         self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
+        self.before_mask: Callable[[], None] | None = None
         self._given: Mapping[str, Tensor] | None = None
         self._selected_for: tuple[Any, ...] | None = None
         self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.rows.device)
@@ -156,6 +160,8 @@ class Pruner:
                 if due and self.schedule.selects_once(self.step):
                     self.freeze()
             self.masked = self._masks_wanted
+            if self.masked and self.before_mask is not None:
+                self.before_mask()
             for slot in self._slots:
                 if not slot.fused:
                     for i in slot.indices if self.importance.shadow else ():
@@ -170,10 +176,10 @@ class Pruner:
         return slot.fused and self._given is None and not callable(self.config.criterion)
 
     def _masks_late(self, slot: Slot) -> bool:
-        """Whether masks go on after the optimizer's pass: it takes none, or the score needs its unmasked weights."""
+        """Whether masks go on after the optimizer's pass: it takes none, or its unmasked weights are needed."""
         selected_after = self.schedule.mask_due(self.step) and not self.importance.scored_before_step
         scored_after = self.config.criterion == "pins-update" and not self._in_optimizer_pass(slot)
-        return not slot.fused or selected_after or scored_after
+        return not slot.fused or selected_after or scored_after or self.before_mask is not None
 
     @property
     def _masks_wanted(self) -> bool:
