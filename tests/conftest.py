@@ -1,8 +1,10 @@
-"""Which tests can run here: interpreter tests in a process of their own, GPU tests with a GPU."""
+"""Which tests can run here: interpreter tests in a process of their own, GPU tests with a GPU; and where they run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is chosen per process: TRITON_INTERPRET=1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpret, id="interpreter"),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the tensors live. On the CPU: the Triton kernels, interpreted, are its kernels during the test."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    from triton.runtime import interpreter
+
+    from pins_ext import triton_kernels
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        # Triton 3.6 lets numpy make an int of an array of one element, which numpy 2.4 refuses (triton issue 9171).
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+    library = torch.library.Library("pins_ext", "IMPL")
+    triton_kernels.register(library, "CPU")
+    yield "cpu"
+    library._destroy()

@@ -73,7 +73,7 @@ def test_stages_are_complete_and_fit(tmp_path: Path) -> None:
     assert names[0] == "build"
     assert stages[0].environment["PINS_EXT_CUDA"] == "1"
     assert "tests: test_cuda_gpu" in names
-    assert "tests: test_triton_ops" in names
+    assert "tests: test_triton_select" in names
     assert names.index("compute-sanitizer") < names.index("bench: fp32-1.1g")
     assert gpu_check.TOTAL_SECONDS < 540
 
