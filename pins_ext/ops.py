@@ -8,7 +8,7 @@ stochastic rounding; so results depend neither on sharding nor on launch order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +176,18 @@ def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
     return torch.where(resolved == 1, bracket, _bracket(new_lo, new_hi, new_rank, hit & (new_lo == new_hi)))
 
 
+def _follow(bracket: Tensor, counts: Tensor, position: Tensor, drawn: Callable[[], Tensor]) -> Tensor:
+    """The bracket after a counting pass that rode on the fold; where the threshold has left it, that of a sample.
+
+    On the CPU the host looks at a result for nothing, and leaves out what it makes needless; on a GPU it would wait.
+    """
+    found = narrow(bracket, counts, position)
+    hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
+    if hit.is_cpu:
+        return found if hit else drawn()
+    return torch.where(hit, found, drawn())
+
+
 def _select(
     a: list[Tensor],
     b: list[Tensor],
@@ -195,16 +207,19 @@ def _select(
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=layout.device)
     position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
-    keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
-    drawn = bracket_of(keys, position, total)
+
+    def drawn() -> Tensor:
+        keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
+        return bracket_of(keys, position, total)
+
     if bracket is None or counts is None:
-        bracket, counts = drawn, torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
+        bracket, counts = drawn(), torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
     else:
-        # Where the threshold has left the counted bracket, the sample is closer than everything beside the bracket.
-        found = narrow(bracket, counts, position)
-        bracket = torch.where((found[0] >= bracket[0]) & (found[1] <= bracket[1]), found, drawn)
-    # A pass over a bracket that is one key already returns at once.
+        bracket = _follow(bracket, counts, position, drawn)
     for _ in range(3):
+        if bracket.is_cpu and bracket[4]:
+            break
+        # A pass over a bracket that is one key already returns at once.
         ops.count_(counts, a, b, layout, chunks, score, bracket, pointers=pointers)
         bracket = narrow(bracket, counts, position)
     key, rank = bracket[0], bracket[3]
