@@ -126,7 +126,7 @@ def _beside(peer: str, ours: str, inverse: bool = False) -> Callable[[Sequence[R
 def _kthvalue(records: Sequence[Record]) -> Measured:
     """The ratio that contains kthvalue never stands without the one that does not."""
     other = next(iter(_beside("eager score + cat + topk(sorted=False)", "select")(records)), None)
-    beside = f"with topk(sorted=False) in its place {shown(other[2], 'x')}" if other else ""
+    beside = f"{shown(other[2], 'x')} with topk(sorted=False)" if other else ""
     for _, record, value in _beside("eager score + cat + kthvalue", "select")(records):
         yield beside, record, value
 
