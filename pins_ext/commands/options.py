@@ -141,11 +141,11 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, parse: Callable[[
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if choices:
         options["choices"] = choices
+    elif bool in kinds:
+        options |= {"type": parse or truth, "nargs": "?", "const": True, "metavar": options["metavar"] or "BOOL"}
     elif parse is not None:
         options["type"] = parse
         options["metavar"] = options["metavar"] or "VALUE"
-    elif bool in kinds:
-        options |= {"type": truth, "nargs": "?", "const": True, "metavar": "BOOL"}
     elif any(get_origin(kind) in (list, tuple) for kind in (hint, *kinds)):
         options |= {"nargs": "+", "metavar": options["metavar"] or "NAME"}
     else:

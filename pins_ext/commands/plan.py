@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +11,22 @@ from typing import cast
 
 from pins_ext.commands import request as requests
 from pins_ext.commands.errors import EXIT_OK, UsageError
+from pins_ext.config import PruneConfig
+from pins_ext.tasks.load import task_name
+from pins_ext.tasks.recipes import RECIPES, TRAINING_EXAMPLES, recipe_for
 
 _ABOUT = """Says what train would do with the same flags: data, prunable tensors, memory, the schedule, conflicts.
-Loads data and model, trains nothing, writes nothing."""
+Loads data and model, trains nothing, writes nothing.
+
+With --recipe and neither --model nor data, it shows the recipe and draws its schedule, and loads nothing: the number of
+steps then comes from the published size of the training set."""
 
 _EXAMPLES = """examples:
   pins-ext plan --task glue/rte --model bert-base-uncased --recipe
+  pins-ext plan --recipe platon-mnli
   pins-ext plan --train-file mine.csv --sparsity 0.9 --exclude '*.layer.0.*'"""
+
+_DRAWN_POINTS, _DRAWN_WIDTH = 16, 50
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +39,15 @@ def main(argv: Sequence[str]) -> int:
     request = requests.parse(parser, argv)
     if request.pruning is None:
         raise UsageError("nothing to plan: the sparsity is 0")
+    if request.run.recipe and not {"model", "data_dir", "train_file"} & request.given:
+        print(_recipe_page(request, request.pruning))
+    else:
+        _plan(request, request.pruning)
+    return EXIT_OK
 
+
+def _plan(request: requests.Request, pruning: PruneConfig) -> None:
+    """Load data and model, and print what would be done with them."""
     from torch import nn
 
     from pins_ext.commands.prepare import as_usage_errors, prepare
@@ -39,9 +57,7 @@ def main(argv: Sequence[str]) -> int:
         prepared = prepare(replace(request, resume=None), Path(folder))
         trainer = prepared.trainer
         with as_usage_errors():
-            pruner = Pruner(
-                cast(nn.Module, trainer.model), trainer.create_optimizer(), request.pruning, prepared.total_steps
-            )
+            pruner = Pruner(cast(nn.Module, trainer.model), trainer.create_optimizer(), pruning, prepared.total_steps)
     print(prepared.task.describe())
     print(f"\nmodel     {prepared.model_name}")
     batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
@@ -54,4 +70,78 @@ def main(argv: Sequence[str]) -> int:
         prepared.pins.self_regularizer.set_total_steps(prepared.total_steps)
         described = ", ".join(f"{name} {value}" for name, value in prepared.pins.self_regularizer.plan().items())
         print(f"self-regularization: {described}")
-    return EXIT_OK
+
+
+def _recipe_page(request: requests.Request, pruning: PruneConfig) -> str:
+    """The recipe's values, which of them were typed over, and the schedule over the published number of steps."""
+    from pins_ext.schedule import Schedule
+
+    task = task_name(request.task)
+    name = request.run.recipe if isinstance(request.run.recipe, str) else cast(str, recipe_for(task))
+    recipe = RECIPES[name]
+    total, counted = _steps(request, task)
+    try:
+        schedule = Schedule.of(pruning, total)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    asked = {
+        **vars(request.task),
+        **vars(request.run),
+        **vars(request.regularizer),
+        **vars(pruning),
+        **request.training,
+    }
+    own_length = bool({"max_steps", "num_train_epochs"} & request.given)
+    values = [
+        f"  {flag.replace('_', '-'):<28} {_value(asked[flag])}"
+        + (f"  (typed; the recipe has {_value(value)})" if flag in request.given else "")
+        for flag, value in recipe.flags(own_length).items()
+    ]
+    return "\n".join(
+        [
+            f"recipe    {name}: {recipe.source} on {recipe.task}, for {_model(recipe.source)}",
+            f"training  {total:,} steps ({counted})",
+            *values,
+            "",
+            f"schedule  {schedule.kind}: dense to step {schedule.initial_warmup:,}, "
+            f"at the end from step {schedule.final_start:,}, a mask every {schedule.delta_t} steps between",
+            *drawn([(t, 1 - schedule.remaining_ratio(t)) for t in _points(total)]),
+        ]
+    )
+
+
+def _steps(request: requests.Request, task: str) -> tuple[int, str]:
+    """How many steps training would have, and how that was counted."""
+    training = request.training
+    if (asked := int(training.get("max_steps", 0))) > 0:
+        return asked, "as --max-steps says" if "max_steps" in request.given else "as the recipe says"
+    examples = TRAINING_EXAMPLES.get(task)
+    if examples is None:
+        raise UsageError(
+            f"the size of {task}'s training set is not published here: give --max-steps, or data and model"
+        )
+    examples = min(examples, request.task.max_train_samples or examples)
+    batches = math.ceil(examples / training["per_device_train_batch_size"])
+    per_epoch = math.ceil(batches / training.get("gradient_accumulation_steps", 1))
+    epochs = training["num_train_epochs"]
+    counted = f"{epochs:g} epochs of {per_epoch:,}; {examples:,} training examples, the published size"
+    return math.ceil(epochs * per_epoch), counted
+
+
+def _points(total: int) -> list[int]:
+    """Steps to draw, the first and the last among them."""
+    return sorted({round(i * (total - 1) / _DRAWN_POINTS) for i in range(_DRAWN_POINTS + 1)})
+
+
+def drawn(points: Sequence[tuple[int, float]]) -> list[str]:
+    """A bar per point of the schedule: step, sparsity as a number and as a length."""
+    width = max(len(f"{step:,}") for step, _ in points)
+    return [f"  {t:>{width},}  {s:7.2%}  {'█' * round(s * _DRAWN_WIDTH)}".rstrip() for t, s in points]
+
+
+def _model(source: str) -> str:
+    return "the embedded MiniLM" if source == "pins_ext" else "BERT-base"
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

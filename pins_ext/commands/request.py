@@ -14,7 +14,7 @@ from pins_ext.commands import options
 from pins_ext.commands.errors import UsageError
 from pins_ext.config import PruneConfig
 from pins_ext.tasks.arguments import TaskArguments
-from pins_ext.tasks.recipes import RECIPES
+from pins_ext.tasks.recipes import RECIPES, recipe_for
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -43,7 +43,11 @@ class RunOptions:
     compare: bool | None = _flag(
         None, "also train dense and by magnitude, with the same budget; on where no model and no data are named"
     )
-    recipe: bool = _flag(False, "published settings of a GLUE task (for BERT-base) where no flag says otherwise")
+    recipe: bool | str = _flag(
+        False,
+        f"published settings where no flag says otherwise: the task's own, or one of {', '.join(RECIPES)}",
+        "NAME",
+    )
     early_stopping: int | None = _flag(None, "stop after N evaluations at the target without a better one", "N")
 
 
@@ -91,6 +95,17 @@ COMMON_TRAINING = {
     "metric_for_best_model": "what best means [the task's main metric]",
     "seed": "of everything random, stochastic rounding included [42]",
 }
+
+
+def _recipe(text: str) -> bool | str:
+    """A recipe's name, or whether to use the task's own."""
+    if text in RECIPES:
+        return text
+    try:
+        return options.truth(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"there is no recipe {text!r}; there are {', '.join(RECIPES)}") from error
+
 
 _PARSERS = {
     "warmup": options.steps_or_share,
@@ -175,7 +190,7 @@ class Request:
 def parser(prog: str, about: str, examples: str) -> options.Parser:
     """The parser of our own flags; the Trainer's are parsed after them."""
     made = options.Parser(prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
-    made.add_fields("run", RunOptions)
+    made.add_fields("run", RunOptions, parse={"recipe": _recipe})
     _add_control(made.add_argument_group("control"))
     made.add_fields("task", TaskArguments)
     made.add_fields("pruning", PruneConfig, skip=("seed",), parse=_PARSERS)
@@ -223,19 +238,22 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     ours, others = made.parse_known_args(tokens)
     given = vars(ours)
     typed = _training_flags(others, made)
-    task = _build(TaskArguments, given)
     run = _build(RunOptions, given)
+    if isinstance(run.recipe, str) and not {"task", "train_file"} & set(given):
+        given["task"] = RECIPES[run.recipe].task
+    task = _build(TaskArguments, given)
     if not run.output_dir:
         place = Path("runs", "demo" if _compares(run, given) else _task_name(task).removeprefix("glue/"))
         run = dataclasses.replace(run, output_dir=str(place))
     recommended = _recommended(run, task, own_length=bool({"max_steps", "num_train_epochs"} & set(typed)))
     training = TRAINING_DEFAULTS | recommended | typed
     pruning = _build(PruneConfig, training | given)
-    names = {f.name for f in dataclasses.fields(PruneConfig)} - {"seed"}
+    parts = (TaskArguments, PruneConfig, RegularizerOptions)
+    names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}  # type: ignore[arg-type]
     return Request(
         run=run,
-        task=task,
-        regularizer=_build(RegularizerOptions, given),
+        task=_build(TaskArguments, recommended | given),
+        regularizer=_build(RegularizerOptions, recommended | given),
         pruning=pruning if pruning.sparsity > 0 else None,
         training={name: value for name, value in training.items() if name not in names},
         overwrite="overwrite" in control,
@@ -259,33 +277,21 @@ def _task_name(task: TaskArguments) -> str:
 
 
 def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict[str, Any]:
-    """Settings of the task's recipe: on request, and for the embedded task always.
+    """Settings of a recipe: the one that is named, the task's own on request, and for the embedded task always.
 
     Args:
         own_length: the user says how long to train, so the recipe's numbers of steps don't apply.
 
     Raises:
-        UsageError: a recipe was asked for and there is none.
+        UsageError: the task's own recipe was asked for and there is none.
     """
-    name = _task_name(task)
-    recipe = RECIPES.get(name)
-    if name != EMBEDDED and not run.recipe:
+    task_name = _task_name(task)
+    name = run.recipe if isinstance(run.recipe, str) else recipe_for(task_name)
+    if task_name != EMBEDDED and not run.recipe:
         return {}
-    if recipe is None:
-        raise UsageError(f"--recipe: there is none for this task; there are {', '.join(RECIPES)}")
-    settings: dict[str, Any] = {
-        "sparsity": recipe.sparsity,
-        "beta2": recipe.beta2,
-        "learning_rate": recipe.learning_rate,
-        "per_device_train_batch_size": recipe.batch_size,
-    }
-    if own_length:
-        settings["warmup_steps"] = 0.1
-    else:
-        length = {"max_steps": recipe.steps} if recipe.steps else {"num_train_epochs": recipe.epochs}
-        steps = {"warmup": recipe.warmup, "cooldown": recipe.cooldown, "warmup_steps": recipe.warmup_steps}
-        settings |= length | steps
-    return settings
+    if name is None:
+        raise UsageError(f"--recipe: there is none for this task; by name there are {', '.join(RECIPES)}")
+    return RECIPES[name].flags(own_length)
 
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:
