@@ -9,84 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.utils import logging
+from bert import CONFIG, STEPS, arguments, assert_same, collate, data, model, quiet, weights  # noqa: F401
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from pins_ext.config import PruneConfig
 from pins_ext.integrations import random_state
 from pins_ext.integrations.saving import IncompleteError, SaveError, newest_complete
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds
 from pins_ext.integrations.trainer import PinsTrainer
-from pins_ext.integrations.transformers import MASK_ENTRY, PRUNER_FILE, PinsCallback, refuse_unsupported
+from pins_ext.integrations.transformers import MASK_ENTRY, PinsCallback
 from pins_ext.optim import PinsAdamW
 from pins_ext.teacher import SelfRegularizer
-
-STEPS = 14
-CONFIG = PruneConfig(sparsity=0.75, delta_t=2, warmup=2, cooldown=4)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def model(seed: int = 0) -> BertForSequenceClassification:
-    """A tiny BERT, dropout included."""
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            num_labels=3,
-        )
-    )
-
-
-def data(n: int = 44) -> list[dict[str, Tensor]]:
-    """Sentences of several lengths whose first token tells their class."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for i in range(n):
-        ids = torch.randint(3, 40, (4 + i % 3,), generator=generator)
-        ids[0] = i % 3
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(i % 3)})
-    return made
-
-
-def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad to the longest."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    padded = {k: pad([row[k] for row in batch], batch_first=True) for k in ("input_ids", "attention_mask")}
-    return padded | {"labels": torch.stack([row["labels"] for row in batch])}
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_grad_norm": 0.5,
-        "learning_rate": 5e-3,
-        "weight_decay": 0.01,
-        "logging_steps": 3,
-        "save_steps": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-    return TrainingArguments(str(folder), **(settings | changes))
 
 
 def trainer(
@@ -110,17 +43,6 @@ def trainer(
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
         optimizer_cls_and_kwargs=(PinsAdamW, {"lr": args.learning_rate}) if fused else None,
     )
-
-
-def weights(run: Trainer) -> dict[str, Tensor]:
-    assert run.model is not None
-    return {name: t.clone() for name, t in run.model.state_dict().items()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -162,7 +84,7 @@ def test_the_final_model_has_its_sparsity_to_the_last_weight(tmp_path: Path) -> 
     assert run.pins.final is not None
     assert run.pins.final["zeros"] == pruner.n_weights - round(0.25 * pruner.n_weights)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert all({"sparsity", "target_sparsity", "threshold"} <= entry.keys() for entry in logged)
+    assert all({"sparsity", "target_sparsity", "pruning_ms"} <= entry.keys() for entry in logged)
     masks = [entry for entry in run.state.log_history if MASK_ENTRY in entry]
     assert [entry["step"] for entry in masks] == [5, 7, 9, 11, 12, 13]
     assert all(entry[MASK_ENTRY] == pytest.approx(entry["target_sparsity"], abs=1e-3) for entry in masks)
@@ -249,71 +171,6 @@ def test_early_stopping_waits_for_the_target(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert again.state.global_step == 16
     assert_same(weights(again), expected)
-
-
-def test_a_stock_trainer_prunes_and_resumes(tmp_path: Path) -> None:
-    def stock(folder: Path, callback: PinsCallback, **changes: Any) -> Trainer:
-        return Trainer(
-            model=model(),
-            args=arguments(folder, **changes),
-            train_dataset=data(),
-            eval_dataset=data(9),
-            data_collator=collate,
-            callbacks=[callback],
-        )
-
-    whole = stock(tmp_path / "a", PinsCallback(CONFIG))
-    whole.train()
-    assert (tmp_path / "a" / "checkpoint-8" / PRUNER_FILE).is_file()
-    resumed = stock(tmp_path / "a", PinsCallback(CONFIG))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
-    assert_same(weights(resumed), weights(whole))
-
-    elsewhere = tmp_path / "a" / "checkpoint-8"
-    moved = stock(tmp_path / "b", PinsCallback(CONFIG, resume_from=elsewhere))
-    moved.train(resume_from_checkpoint=str(elsewhere))
-    assert_same(weights(moved), weights(whole))
-    with pytest.raises(ValueError, match="does not hold that step of this run"):
-        stock(tmp_path / "c", PinsCallback(CONFIG)).train(resume_from_checkpoint=str(elsewhere))
-
-    # Another run's checkpoint of the same step lies where the callback looks.
-    stock(tmp_path / "d", PinsCallback(CONFIG)).train()
-    with pytest.raises(ValueError, match="does not hold that step of this run"):
-        stock(tmp_path / "d", PinsCallback(CONFIG)).train(resume_from_checkpoint=str(elsewhere))
-
-
-def test_a_stock_trainer_s_best_model_is_sparse_too(tmp_path: Path) -> None:
-    callback = PinsCallback(CONFIG)
-    run = Trainer(
-        model=model(),
-        args=arguments(tmp_path, **(BEST | {"metric_for_best_model": "loss", "greater_is_better": False})),
-        train_dataset=data(),
-        eval_dataset=data(9),
-        data_collator=collate,
-        callbacks=[callback, Rising()],
-    )
-    run.train()
-    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
-    assert callback.final is not None
-    assert callback.final["zeros"] == round(0.75 * callback.final["weights"])
-
-
-class Rising(TrainerCallback):
-    """Pretends that the loss only grows."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        metrics["eval_loss"] = float(state.global_step)
-
-
-def test_ways_of_training_that_would_go_wrong_are_refused(tmp_path: Path) -> None:
-    args = arguments(tmp_path)
-    args.deepspeed = {"zero_optimization": {}}
-    with pytest.raises(ValueError, match="DeepSpeed"):
-        refuse_unsupported(args)
-    args = arguments(tmp_path)
-    args.fsdp = True  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="FSDP"):
-        refuse_unsupported(args)
 
 
 def test_a_failing_disk_ends_training_and_leaves_the_last_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("random_state", "saving", "timing", "trainer", "transformers")
+_MODULES = ("loss", "peft", "random_state", "saving", "timing", "trainer", "transformers")
 
 
 def __getattr__(name: str) -> Any:

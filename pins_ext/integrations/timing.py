@@ -21,7 +21,7 @@ _REPEATS = 5
 class StepTimer(TrainerCallback):
     """Wall time of training steps and, in them, of `optimizer.step()`, pruning included; evaluation and saving apart.
 
-    A GPU is waited for at the end of each step only, never within it.
+    Host time: on a GPU a step may still be running when its time is taken.
 
     Attributes:
         steps: how many were timed. seconds, optimizer_seconds: their sums.
@@ -64,12 +64,13 @@ def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> fl
     this is its cost. Larger models are sampled and scaled.
 
     Returns:
-        Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself.
+        Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself, and on a GPU, whose
+        steps are not timed to their end.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, FusedOptimizer):
-        return None
     everything = [p for p in model.parameters() if p.requires_grad]
+    if not isinstance(optimizer, FusedOptimizer) or any(p.is_cuda for p in everything):
+        return None
     sample: list[nn.Parameter] = []
     for p in everything:
         if sum(q.numel() for q in sample) < _SAMPLE_WEIGHTS:
@@ -84,3 +85,13 @@ def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> fl
         seconds.append(time.perf_counter() - begin)
     scale = sum(p.numel() for p in everything) / sum(p.numel() for p in sample)
     return statistics.median(seconds[1:]) * scale
+
+
+def pruning_seconds(outside: float, optimizer: float, plain: float | None) -> float:
+    """What pruning costs per step.
+
+    Args:
+        outside: seconds in pruning that are measured by themselves. optimizer: seconds of `optimizer.step()`.
+        plain: what that would cost without pruning, see `plain_step_seconds`; None where nothing is hidden in it.
+    """
+    return outside if plain is None else max(outside, optimizer - plain)
