@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("pins_ext.commands.train", "fine-tune and prune a classifier, evaluate, save, report"),
     "plan": ("pins_ext.commands.plan", "what train would do: tensors, memory, schedule, conflicts"),
     "ablate": ("pins_ext.commands.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
+    "diagnose": ("pins_ext.commands.diagnose", "how well first order predicts what pruning does to the loss"),
     "report": ("pins_ext.commands.report", "the HTML report of a run, or of several side by side"),
     "verify": ("pins_ext.commands.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.commands.doctor", "what this installation can do, and what falls back to what"),
