@@ -74,6 +74,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         regularizer, notes = _regularizer(request, task, model)
         new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         notes = [*task.notes, *([f"initialised at random: {', '.join(new)}"] if new else []), *notes]
+        notes += _decided_on_validation(args, request)
         pins, timer = PinsCallback(request.pruning, regularizer), StepTimer()
         fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
@@ -135,6 +136,17 @@ def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegulari
         teacher_init=asked.teacher_init,
     )
     return regularizer, notes
+
+
+def _decided_on_validation(args: transformers.TrainingArguments, request: Request) -> list[str]:
+    """What a reader of the validation scores should know: the decisions of training that were taken by them."""
+    decisions = {
+        "when to stop (early stopping)": request.run.early_stopping,
+        "which of its models is the final one (load_best_model_at_end)": args.load_best_model_at_end,
+        "the learning rate (reduce_lr_on_plateau)": args.lr_scheduler_type == "reduce_lr_on_plateau",
+    }
+    known = "decided on the validation set, which training therefore has seen"
+    return [f"{known}: {what}" for what, on in decisions.items() if on]
 
 
 def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:

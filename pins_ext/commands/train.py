@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pins_ext.commands import request as requests
-from pins_ext.commands.errors import EXIT_OK
+from pins_ext.commands.errors import EXIT_OK, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
+    _refuse_several_processes()
     request = requests.parse(parser, argv)
 
     from rich.console import Console
@@ -64,6 +66,15 @@ def main(argv: Sequence[str]) -> int:
         record, _ = run(request, console)
     print_summary([record], [Path(request.run.output_dir)], console)
     return EXIT_OK
+
+
+def _refuse_several_processes() -> None:
+    """Ranks that a launcher has started would all write the same result folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "pins-ext train runs in one process: start it without accelerate launch and torchrun. A Trainer script of "
+            "your own prunes under both with PinsCallback"
+        )
 
 
 def _announce(request: requests.Request, console: Console) -> None:

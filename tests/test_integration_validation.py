@@ -1,0 +1,42 @@
+"""What training decides on the validation set stands in metrics.json and in the report; by default it decides nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from classifier import flags, make_tiny
+
+from pins_ext.cli import main
+
+KNOWN = "the validation set, which training therefore has seen"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((), ()),
+        (("--teacher", "best"), ("the teacher was chosen on",)),
+        (("--load-best-model-at-end",), ("load_best_model_at_end",)),
+        (("--early-stopping", "2"), ("early stopping", "load_best_model_at_end")),
+        (("--lr-scheduler-type", "reduce_lr_on_plateau"), ("reduce_lr_on_plateau",)),
+    ],
+)
+def test_decisions_taken_on_it_are_reported(
+    tiny: Path, tmp_path: Path, asked: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    output = tmp_path / "run"
+    assert main(["train", *flags(tiny, output), *asked]) == 0
+    notes = [note for note in json.loads((output / "metrics.json").read_text())["notes"] if KNOWN in note]
+    report = (output / "report.html").read_text()
+    assert len(notes) == len(said)
+    for words in said:
+        (note,) = (note for note in notes if words in note)
+        assert note in report
+    assert (KNOWN in report) == bool(said)
