@@ -61,6 +61,8 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
             "pins_ext.cli",
             "pins_ext.commands",
             "pins_ext.commands.*",
+            "pins_ext.examples",
+            "pins_ext.examples.*",
             "pins_ext.__main__",
         ),
     ),
