@@ -85,7 +85,8 @@ def changes(ratio: float, small: float) -> list[Change]:
         for kind in ("criterion", "random"):
             for extent in ("new", "whole", "step"):
                 fractions = parts if kind == "criterion" else None
-                made.append(Change(step, kind, extent, 9, ratio * measured, measured, fractions=fractions))
+                sgd = 3.0 if extent == "step" else None
+                made.append(Change(step, kind, extent, 9, ratio * measured, measured, sgd, fractions))
     return made
 
 
@@ -107,6 +108,7 @@ def test_the_sentences_follow_the_numbers() -> None:
     bent = " ".join(reading(changes(-0.2, 1.02), []))
     assert "rightly at 0 of 4 masks" in bent
     assert "curvature and interaction" in bent
+    assert "predicts -5.00e-02 on average (+3.00e+00 if the step were one of SGD), and +2.50e-01 is measured" in bent
     assert "even a small part" in " ".join(reading(changes(0.2, 0.3), []))
     groups = (Exchange(-2e-3, -1e-3), Exchange(1e-3, 2e-3), Exchange(0.0, -1e-9))
     tried = Exchanges(7, 1e-8, 0.5, 2.0, (Stratum("near", 64, groups, 1e-3, -1e-3),))

@@ -117,7 +117,15 @@ def _about_prediction(changes: Sequence[Change]) -> list[str]:
         if parts and own.ratio is not None:
             smallest = min(parts)
             sentences.append(_about_parts(smallest, parts[smallest], own.ratio))
-    return sentences
+    return [*sentences, _about_step(changes, by_name["criterion", "step"])]
+
+
+def _about_step(changes: Sequence[Change], own: Agreement) -> str:
+    sgd = statistics.fmean(c.predicted_sgd for c in changes if c.kind == "criterion" and c.predicted_sgd is not None)
+    return (
+        f"With the optimizer's step before the zeros, first order predicts {own.predicted:+.2e} on average "
+        f"({sgd:+.2e} if the step were one of SGD), and {own.measured:+.2e} is measured."
+    )
 
 
 def _about_parts(part: float, small: float, full: float) -> str:

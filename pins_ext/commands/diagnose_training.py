@@ -44,7 +44,8 @@ class DiagnoseCallback(TrainerCallback):
 
         def loss(batch: dict[str, Any]) -> Tensor:
             # compute_loss may take the labels out of the batch.
-            value: Tensor = trainer.compute_loss(pruner.model, dict(batch))
+            value = trainer.compute_loss(pruner.model, dict(batch))
+            assert isinstance(value, Tensor)
             return value
 
         self.diagnosis = Diagnosis(
