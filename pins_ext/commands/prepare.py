@@ -75,12 +75,12 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
         notes = [*task.notes, *([f"initialised at random: {', '.join(new)}"] if new else []), *notes]
         notes += _decided_on_validation(args, request)
-        pins, timer = PinsCallback(request.pruning, regularizer), StepTimer()
+        pins = PinsCallback(request.pruning, regularizer)
         fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
         trainer = PinsTrainer(
             pins=pins,
-            callbacks=[timer, *early, *callbacks],
+            callbacks=[*early, *callbacks],
             model=model,
             args=args,
             train_dataset=task.train,
@@ -92,7 +92,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         )
         trainer.remove_callback(PrinterCallback)
         *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
-    return Prepared(request, trainer, task, pins, timer, name, total_steps, notes)
+    return Prepared(request, trainer, task, pins, pins.timer, name, total_steps, notes)
 
 
 @contextmanager
