@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +16,7 @@ from classifier import flags, make_tiny, weights
 
 from pins_ext.cli import main
 from pins_ext.commands.ablation import launch
+from pins_ext.commands.ablation.grid import read_grid, shipped
 
 GRID = """
 about: a tiny grid
@@ -186,38 +189,41 @@ def test_a_failing_cell_is_reported_and_stops_no_other(
     assert (tmp_path / "out" / "ablation.md").read_text() == document
 
 
-def test_an_interrupted_cell_resumes_from_its_checkpoint(tiny: Path, tmp_path: Path, cells: InThisProcess) -> None:
-    command = ablate(tiny, tmp_path / "out", "--only", "pins/sparsity=0.5/seed=1")
-    broken = [*command, "--save-strategy", "steps", "--save-steps", "4"]
-    assert main([*broken, "--report-only"]) == 1
-    # As a kill after the checkpoint of step 8 leaves it: the folder of the result is not there yet.
-    from pins_ext.integrations.saving import checkpoints
+def test_a_cell_in_a_process_of_its_own_stops_on_a_signal_and_resumes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.yaml").write_text("methods: {pins: {teacher: none}}\nseeds: [5]")
+    length = ["--max-steps", "400", "--eval-strategy", "no", "--save-strategy", "no"]
+    command = ["ablate", str(tmp_path / "one.yaml"), *flags(tiny, tmp_path / "out"), *length]
+    cell = tmp_path / "out" / "pins" / "seed=5"
 
-    folder = tmp_path / "out" / "pins" / "sparsity=0.5" / "seed=1"
+    def interrupt(line: str) -> None:
+        if "  step " in line:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGINT)
 
-    def killed(arguments: Sequence[str], log: IO[str], show: Callable[[str], None]) -> int:
-        from pins_ext.commands import run
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "make_record", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
-            return cells(arguments, log, show)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "in_process_of_its_own", killed)
-        assert main(broken) == 1
-    assert checkpoints(folder.with_name("seed=1.unfinished"))
-    assert main(broken) == 0
-    assert "--resume" in cells.commands[-1]
-    assert "resuming from checkpoint-" in folder.with_name("seed=1.log").read_text()
-
-
-def test_a_cell_runs_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text("methods: {pins: {teacher: none}}\nseeds: [5]\nbase: {max-steps: 4}\n")
-    command = ["ablate", str(tmp_path / "one.yaml"), *flags(tiny, tmp_path / "out")]
-    command[command.index("--max-steps") + 1] = "6"
+    monkeypatch.setattr(launch, "_live", lambda *_: interrupt)
+    assert main(command) == 130
+    assert "0 of 1 cells done: the same command goes on from there" in capsys.readouterr().err
+    (checkpoint,) = cell.with_name("seed=5.unfinished").glob("checkpoint-*")
     assert main(command) == 0
-    assert "step     6/6" in (tmp_path / "out" / "pins" / "seed=5.log").read_text()
-    assert json.loads((tmp_path / "out" / "pins" / "seed=5" / "metrics.json").read_text())["total_steps"] == 6
+    log = cell.with_name("seed=5.log").read_text()
+    assert f"resuming from {checkpoint.name}" in log
+    assert "step   400/400" in log
+    assert json.loads((cell / "metrics.json").read_text())["total_steps"] == 400
+
+
+def test_shipped_grids_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--list"]) == 0
+    listed = capsys.readouterr().out
+    for name in shipped():
+        assert f"{name} " in listed
+        assert main(["ablate", name, "--seeds", "1", "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        grid = read_grid(name)
+        assert grid.about
+        assert len(grid.seeds) >= 3
+        assert said.count("to run ") >= len(grid.methods)
 
 
 @pytest.mark.parametrize(

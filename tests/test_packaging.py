@@ -67,7 +67,12 @@ def test_the_wheel_holds_one_module_and_no_foreign_package(wheel: zipfile.ZipFil
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pins_ext"}
     assert [name for name in names if name.endswith(".so")] == ["pins_ext/_C.abi3.so"]
-    for name in ("pins_ext/ops.py", "pins_ext/triton_kernels/criterion.py", "pins_ext/bench/__init__.py"):
+    for name in (
+        "pins_ext/ops.py",
+        "pins_ext/triton_kernels/criterion.py",
+        "pins_ext/bench/__init__.py",
+        "pins_ext/grids/rte-80.yaml",
+    ):
         assert name in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))]
 

@@ -167,6 +167,6 @@ def _report(grid: Grid, root: Path, rows: Sequence[Row], cells: Sequence[Cell], 
     console.print()
     console.print(table)
     console.print()
-    for name, why in why_not.items():
-        console.print(f"no result: {name}: {why}", soft_wrap=True, markup=False)
+    if why_not:
+        console.print(f"{len(why_not)} of {len(cells)} cells have no result; {DOCUMENT} says why", soft_wrap=True)
     console.print(f"report  {root / DOCUMENT}", soft_wrap=True)

@@ -170,8 +170,8 @@ def _reading(lines: Sequence[Line], grid: Grid) -> str:
     return (
         f"Mean ± standard deviation over seeds ({seeds}), on the evaluation set. Against {grid.reference}: mean of the "
         f"differences seed by seed, with the {CONFIDENCE:.0%} confidence interval of a paired t-test; an interval that "
-        f"holds 0 shows no difference. Non-zeros are those of the prunable weights. "
-        f"Without a model: {'; '.join(baselines)}."
+        f"holds 0 shows no difference. Non-zeros are those of the prunable weights."
+        + (f" Without a model: {'; '.join(baselines)}." if baselines else "")
     )
 
 

@@ -24,18 +24,14 @@ from rich.status import Status
 from pins_ext.commands.ablation.cells import Cell
 from pins_ext.commands.errors import EXIT_OK, StoppedError
 
-Launch = Callable[[Sequence[str], IO[str], Callable[[str], None]], int]
-"""Runs `pins-ext` with these arguments, writes what it prints to a file and shows each line; returns the exit code."""
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run_cells(cells: Sequence[Cell], console: Console, overwrite: bool, launch: Launch | None = None) -> list[Cell]:
+def run_cells(cells: Sequence[Cell], console: Console, overwrite: bool) -> list[Cell]:
     """Run every cell that has no result yet; one that fails does not stop the others.
 
     Args:
         overwrite: run those that have a result too.
-        launch: how to run one; by default in a process of its own.
 
     Returns:
         The cells that failed; their logs say why.
@@ -43,7 +39,6 @@ def run_cells(cells: Sequence[Cell], console: Console, overwrite: bool, launch: 
     Raises:
         StoppedError: by a signal. The cell under way has saved a checkpoint, if it had begun to train.
     """
-    launch = launch or in_process_of_its_own
     todo = [cell for cell in cells if overwrite or cell.record() is None]
     if len(todo) < len(cells):
         console.print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished already")
@@ -54,10 +49,11 @@ def run_cells(cells: Sequence[Cell], console: Console, overwrite: bool, launch: 
         console.print(where, soft_wrap=True, markup=False)
         began = time.perf_counter()
         try:
-            succeeded = _run(cell, console, overwrite, launch, where)
+            succeeded = _run(cell, console, overwrite, where)
         except StoppedError as stop:
-            done = f"{i} of {len(todo)} cells done"
-            raise StoppedError(f"{stop}; {done}: the same command goes on from there", stop.signal) from stop
+            again = "without --overwrite the same command" if overwrite else "the same command"
+            done = f"{i} of {len(todo)} cells done: {again} goes on from there"
+            raise StoppedError(f"{stop}; {done}", stop.signal) from stop
         if not succeeded:
             failed.append(cell)
         elapsed = time.perf_counter() - begin
@@ -82,14 +78,14 @@ def failure(cell: Cell) -> str:
     return said[-1].removeprefix("pins-ext train: ")
 
 
-def _run(cell: Cell, console: Console, overwrite: bool, launch: Launch, where: str) -> bool:
+def _run(cell: Cell, console: Console, overwrite: bool, where: str) -> bool:
     """Run one cell; returns whether its result is there."""
     how = ["--resume"] if cell.interrupted and not overwrite else ["--overwrite"] if overwrite else []
     arguments = ["train", *cell.flags, "--output-dir", str(cell.folder), *how]
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     shown = console.status(escape(where)) if console.is_terminal else nullcontext()
     with shown as status, cell.log.open("w", encoding="utf-8") as log:
-        code = launch(arguments, log, _live(status, where))
+        code = in_process_of_its_own(arguments, log, _live(status, where))
         if code < 0:
             print(f"ended by {signal.Signals(-code).name}", file=log)
     return code == EXIT_OK and cell.record() is not None
@@ -105,6 +101,12 @@ def _live(status: Status | None, where: str) -> Callable[[str], None]:
 
 def in_process_of_its_own(arguments: Sequence[str], log: IO[str], show: Callable[[str], None]) -> int:
     """Run `pins-ext` with these arguments in a new process.
+
+    Args:
+        log: where to write what it prints. show: called with each line.
+
+    Returns:
+        Its exit code; that of a process ended by a signal is negative.
 
     Raises:
         StoppedError: by a signal, which the process was handed and has dealt with.

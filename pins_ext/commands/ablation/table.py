@@ -66,7 +66,7 @@ def metric_names(records: Sequence[dict[str, Any]]) -> list[str]:
     """Metrics of the task, on the evaluation and, where it was evaluated, the test set; the main one first."""
     names: dict[str, None] = dict.fromkeys(record["final"]["metric"] for record in records)
     for record in records:
-        for name in record["data"]["baseline"]:
+        for name in (record["final"]["metric"], *record["data"]["baseline"]):
             both = (name, f"test_{name.removeprefix('eval_')}")
             names |= dict.fromkeys(each for each in both if each in record["final"]["metrics"])
     return list(names)
