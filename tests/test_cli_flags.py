@@ -15,6 +15,7 @@ from pins_ext.commands import options
 from pins_ext.commands import request as requests
 from pins_ext.commands.errors import UsageError
 from pins_ext.config import PruneConfig
+from pins_ext.tasks.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_recipes_give_way_to_flags() -> None:
     demo = parsed()
     assert demo.compares
     assert demo.run.output_dir == str(Path("runs", "demo"))
-    assert demo.training["max_steps"] == 200
+    assert demo.training["max_steps"] == RECIPES["stdlib"].steps
     short = parsed("--max-steps", "30")
     assert short.compares
     assert short.pruning is not None
