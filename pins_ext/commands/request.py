@@ -249,7 +249,7 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     training = TRAINING_DEFAULTS | recommended | typed
     pruning = _build(PruneConfig, training | given)
     parts = (TaskArguments, PruneConfig, RegularizerOptions)
-    names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}  # type: ignore[arg-type]
+    names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
     return Request(
         run=run,
         task=_build(TaskArguments, recommended | given),
