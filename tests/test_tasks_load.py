@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, HfArgumentParser, PreTrainedTokenizerFast
 
-from pins_ext.tasks import Task, TaskArguments, TaskError, load, load_task, task_name
+from pins_ext.tasks import Task, TaskArguments, TaskError, load_task, sequence_data, task_name
 from pins_ext.tasks.metrics import evaluate
 from pins_ext.tasks.rows import Rows, draw_evenly
 
@@ -289,9 +289,9 @@ def test_the_description_tells_what_a_reader_must_know(files: Files) -> None:
 
 def test_the_embedded_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """With passages made up here: reading the library's own takes seconds, and test_tasks_areas does it."""
-    names = load.area_names()
+    names = sequence_data.area_names()
     rows = Rows("made up", [f"text {i}" for i in range(14)], None, list(names) * 2, list(range(14)))
-    monkeypatch.setattr(load, "read_areas", lambda: (rows, rows.take(range(7))))
+    monkeypatch.setattr(sequence_data, "read_areas", lambda: (rows, rows.take(range(7))))
     task: Task = load_task(TaskArguments())
     assert (task.name, task.max_length, task.label_names) == ("stdlib", 48, names)
     assert task.train["labels"][:7] == list(range(7))

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, set_seed
 
 from pins_ext.commands.errors import UsageError
 from pins_ext.commands.request import Request
@@ -59,21 +54,18 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
     """
     _quiet()
     with as_usage_errors():
-        source = request.run.model or str(minilm_folder())
-        name = request.run.model or "all-MiniLM-L6-v2 (embedded)"
         if task is None:
-            task = load_task(request.task, _from_pretrained(AutoTokenizer, source, name))
-        request = with_metric(request, task)
+            task = load_task(request.task)
+        source, name = _model_source(request, task)
+        if task.tokenizer is None:
+            task = task.tokenized(_from_pretrained(AutoTokenizer, source, name, **task.tokenizer_kwargs))
+        request = fitted_to(request, task)
         args = request.training_arguments(folder)
         set_seed(args.seed)
-        dtype = getattr(torch, request.run.dtype)
-        model, loading = _from_pretrained(
-            AutoModelForSequenceClassification, source, name,
-            dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs(),
-        )  # fmt: skip
+        model, new = _load_model(request, task, source, name)
+        task.check_model(model)
         regularizer, notes = _regularizer(request, task, model)
-        new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
-        notes = [*task.notes, *([f"initialised at random: {', '.join(new)}"] if new else []), *notes]
+        notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
         notes += _decided_on_validation(args, request)
         pins = PinsCallback(request.pruning, regularizer)
         fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -87,7 +79,8 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             eval_dataset=task.validation,
             processing_class=task.tokenizer,
             data_collator=task.collator,
-            compute_metrics=task.compute_metrics,
+            compute_metrics=partial(task.compute_metrics, split="validation", model=model),
+            preprocess_logits_for_metrics=task.reduce_logits,
             optimizer_cls_and_kwargs=(PinsAdamW, fused) if request.run.optimizer == "adamw" else None,
         )
         trainer.remove_callback(PrinterCallback)
@@ -104,16 +97,45 @@ def as_usage_errors() -> Iterator[None]:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def with_metric(request: Request, task: Task) -> Request:
-    """The best model is the one with the best main metric, unless something else was asked for."""
-    from dataclasses import replace
+def fitted_to(request: Request, task: Task) -> Request:
+    """What the task's family prefers, where nothing else was asked for; the best model is best in the main metric."""
+    training = {
+        **request.training,
+        **{name: value for name, value in task.training_defaults.items() if name not in request.given},
+    }
+    if training.get("load_best_model_at_end") or request.run.early_stopping:
+        metric = training.get("metric_for_best_model", task.main_metric)
+        if "metric_for_best_model" not in training:
+            training["restore_callback_states_from_checkpoint"] = bool(request.run.early_stopping)
+            training |= {"load_best_model_at_end": True, "metric_for_best_model": metric}
+        if metric.removeprefix("eval_") == task.main_metric:
+            training.setdefault("greater_is_better", task.greater_is_better)
+    return replace(request, training=training)
 
-    wanted = request.training.get("load_best_model_at_end") or request.run.early_stopping
-    if not wanted or "metric_for_best_model" in request.training:
-        return request
-    best = {"load_best_model_at_end": True, "metric_for_best_model": task.main_metric, "greater_is_better": True}
-    stateful = {"restore_callback_states_from_checkpoint": bool(request.run.early_stopping)}
-    return replace(request, training={**request.training, **stateful, **best})
+
+def _model_source(request: Request, task: Task) -> tuple[str, str]:
+    """Where the model is, and what it is called."""
+    if request.run.model:
+        return request.run.model, request.run.model
+    if not task.embedded_model:
+        raise UsageError(
+            f"{task.name} needs a causal language model, which the embedded MiniLM is not: name one with --model "
+            "(gpt2, or a folder; with --random-init config.json and a tokenizer are enough)"
+        )
+    return str(minilm_folder()), "all-MiniLM-L6-v2 (embedded)"
+
+
+def _load_model(request: Request, task: Task, source: str, name: str) -> tuple[Any, str]:
+    """The model with the task's head, and which of its weights are new."""
+    kind, dtype = getattr(transformers, task.auto_class), getattr(torch, request.run.dtype)
+    if request.run.random_init:
+        config = _from_pretrained(AutoConfig, source, name, **task.model_kwargs())
+        return kind.from_config(config, dtype=dtype), "every weight (--random-init)"
+    model, loading = _from_pretrained(
+        kind, source, name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs()
+    )
+    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    return model, ", ".join(new)
 
 
 def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegularizer | None, list[str]]:
@@ -121,7 +143,7 @@ def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegulari
     if asked.teacher == "none" or (request.pruning is None and "teacher" not in request.given):
         return None, []
     weight, notes = asked.teacher_weight, []
-    if task.is_regression and weight == "adaptive" and "teacher_weight" not in request.given:
+    if not task.has_classes and weight == "adaptive" and "teacher_weight" not in request.given:
         weight, notes = 1.0, ["a regression has no entropy to adapt to: the distance to the teacher has weight 1"]
     if asked.teacher == "best":
         notes.append("the teacher was chosen on the validation set, which training therefore has seen")

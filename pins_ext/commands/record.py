@@ -44,15 +44,20 @@ def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: fl
             "version": 1,
             "label": request.label,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "model": {"name": prepared.model_name, "class": type(trainer.model).__name__, "dtype": request.run.dtype},
+            "model": {
+                "name": prepared.model_name,
+                "class": type(trainer.model).__name__,
+                "auto_class": task.auto_class,
+                "dtype": request.run.dtype,
+            },
             "data": {
                 "task": task.name,
                 "source": task.source,
                 "licence": task.licence,
-                "examples": {name: len(split) for name, split in task.splits().items()},
+                "examples": task.sizes(),
                 "labels": list(task.label_names),
                 "baseline": {f"eval_{name}": value for name, value in baseline.items()},
-                "baseline_name": "training mean" if task.is_regression else "majority class",
+                "baseline_name": task.baseline_name,
             },
             "total_steps": trainer.state.global_step,
             "planned_steps": prepared.total_steps,
@@ -66,7 +71,13 @@ def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: fl
                 for entry in log
                 if "eval_loss" in entry
             ],
-            "final": {"metric": f"eval_{task.main_metric}", "metrics": metrics, **_sparsity(prepared)},
+            "final": {
+                "metric": f"eval_{task.main_metric}",
+                "greater_is_better": task.greater_is_better,
+                "points": task.points,
+                "metrics": metrics,
+                **_sparsity(prepared),
+            },
             "timings": _timings(prepared, train_seconds),
             "versions": {
                 "pins_ext": __version__,

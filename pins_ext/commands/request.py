@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pins_ext.commands import options
 from pins_ext.commands.errors import UsageError
 from pins_ext.config import PruneConfig
-from pins_ext.tasks.arguments import TaskArguments
+from pins_ext.tasks.arguments import TaskArguments, TaskError
+from pins_ext.tasks.load import EMBEDDED, task_name
 from pins_ext.tasks.recipes import RECIPES, recipe_for
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 T = TypeVar("T")
-
-EMBEDDED = "stdlib"
 
 NEWEST = "newest"
 """`--resume` without a checkpoint: the newest whole one."""
@@ -35,7 +34,10 @@ def _flag(default: Any, help: str, metavar: str | None = None, choices: tuple[st
 class RunOptions:
     """The run as a whole."""
 
-    model: str | None = _flag(None, "sequence classifier to start from, or any encoder: hub name or folder", "NAME|DIR")
+    model: str | None = _flag(
+        None, "model to start from; its head is made if the task needs another: hub name or folder", "NAME|DIR"
+    )
+    random_init: bool = _flag(False, "random weights of the model's architecture: config.json and tokenizer are enough")
     output_dir: str = _flag("", "folder of the result; it appears when complete [runs/TASK, or runs/demo]", "DIR")
     optimizer: str = _flag("adamw", "adamw, fused with pruning, or one of the Trainer's --optim, with hooks", "NAME")
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
@@ -271,9 +273,10 @@ def _compares(run: RunOptions, given: Collection[str]) -> bool:
 
 def _task_name(task: TaskArguments) -> str:
     """As RECIPES has it; "files" for files of the user's own."""
-    if task.train_file is not None:
-        return "files"
-    return EMBEDDED if task.task in (None, EMBEDDED) else f"glue/{task.task.removeprefix('glue/')}"
+    try:
+        return task_name(task)
+    except TaskError as error:
+        raise UsageError(str(error)) from error
 
 
 def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict[str, Any]:

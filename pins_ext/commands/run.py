@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ def finished(request: Request) -> dict[str, Any] | None:
 
 
 def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str, Any]:
-    trainer, resume = prepared.trainer, prepared.request.resume
+    trainer, task, resume = prepared.trainer, prepared.task, prepared.request.resume
     checkpoint: str | bool | None = resume
     if resume == NEWEST:
         newest, passed = newest_complete(folder.work)
@@ -79,12 +80,14 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str,
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begin
     metrics = trainer.evaluate()
-    if prepared.task.test is not None:
-        metrics |= trainer.evaluate(prepared.task.test, metric_key_prefix="test")
+    if task.test is not None:
+        model = cast(PreTrainedModel, trainer.model)
+        trainer.compute_metrics = partial(task.compute_metrics, split="test", model=model)
+        metrics |= trainer.evaluate(task.test, metric_key_prefix="test")
     record = make_record(prepared, metrics, seconds)
     with folder.publishing() as result:
         cast(PreTrainedModel, trainer.model).save_pretrained(result)
-        cast(PreTrainedTokenizerBase, prepared.task.tokenizer).save_pretrained(result)
+        cast(PreTrainedTokenizerBase, task.tokenizer).save_pretrained(result)
         if prepared.pins.pruner is not None:
             prepared.pins.pruner.save(result / PRUNER_FILE)
         (result / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")

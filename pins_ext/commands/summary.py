@@ -18,6 +18,8 @@ def print_summary(records: Sequence[dict[str, Any]], folders: Sequence[Path], co
     """One row per run and one for the baseline; then folders, and the verdict where methods were compared."""
     metric = records[0]["final"]["metric"]
     name = metric.removeprefix("eval_").replace("_", " ")
+    if not records[0]["final"].get("greater_is_better", True):
+        name += " (lower is better)"
     test = f"test_{metric.removeprefix('eval_')}"
     tested = any(test in record["final"]["metrics"] for record in records)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -55,11 +57,12 @@ def verdict(records: Sequence[dict[str, Any]], metric: str) -> str:
     """Whether the method beat magnitude pruning, and what it lost against dense, in one sentence."""
     dense, method, magnitude = records
     score, other, full = (float(record["final"]["metrics"][metric]) for record in (method, magnitude, dense))
-    gap = 100 * (score - other)
-    word = "beats" if gap > 0 else "does not beat"
-    lost = 100 * (full - score)
+    points, greater = method["final"].get("points", 100.0), method["final"].get("greater_is_better", True)
+    gap, lost = points * (score - other), points * (full - score)
+    word = "beats" if (gap > 0 if greater else gap < 0) else "does not beat"
     against = f"{abs(lost):.1f} points {'below' if lost >= 0 else 'above'} dense"
-    return f"{method['label']} {word} {magnitude['label']} ({gap:+.1f} points) and is {against}."
+    direction = "" if greater else "; lower is better"
+    return f"{method['label']} {word} {magnitude['label']} ({gap:+.1f} points{direction}) and is {against}."
 
 
 def budget(records: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""`pins-ext train`: fine-tune and prune a classifier, evaluate, save, report; without arguments, the demo."""
+"""`pins-ext train`: fine-tune and prune a language model, evaluate, save, report; without arguments, the demo."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pins_ext.commands.errors import EXIT_OK, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ABOUT = """Fine-tunes a sequence classifier with the Hugging Face Trainer and prunes it on the way. The result is an
-ordinary checkpoint whose zeros are exact, with metrics.json, the pruner's state and report.html beside it.
+_ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
+regression, entities, question answering, language modelling or data-to-text. The result is an ordinary checkpoint
+whose zeros are exact, with metrics.json, the pruner's state and report.html beside it.
 
 Without a model and data it runs the demo: the embedded MiniLM on English prose from Python's own documentation, trained
 dense, pruned by PINS and pruned by magnitude with the same budget, and compared in a table."""
@@ -25,6 +26,9 @@ _EXAMPLES = """examples:
   pins-ext train --max-steps 30                               the demo, shortened
   pins-ext train --task glue/rte --model bert-base-uncased --recipe --output-dir runs/rte
   pins-ext train --train-file mine.csv --sparsity 0.9 --num-train-epochs 5 --output-dir runs/mine
+  pins-ext train --task wnut17 --data-dir wnut17 --output-dir runs/wnut17      train.conll, dev.conll, test.conll
+  pins-ext train --task squad --model bert-base-uncased --doc-stride 128 --output-dir runs/squad
+  pins-ext train --task wikitext2 --model gpt2 --max-length 512 --output-dir runs/wikitext2
   pins-ext train --config rte.yaml --learning-rate 1e-4       flags from a file, and one typed
   pins-ext train --output-dir runs/rte --resume               go on after Ctrl-C or a crash, to the same last bit
   pins-ext train --task glue/rte --compare                    any task, against dense and magnitude"""

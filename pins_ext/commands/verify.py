@@ -44,16 +44,15 @@ def main(argv: Sequence[str]) -> int:
 def check(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """Everything about a result that differs from its record."""
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         dtype = getattr(torch, record["model"].get("dtype", "float32"))
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        kind = getattr(transformers, record["model"].get("auto_class", "AutoModelForSequenceClassification"))
+        model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:
         return [f"transformers can't load it: {' '.join(str(error).split())}"]
     problems = [f"{kind.replace('_', ' ')}: {sorted(names)[0]}" for kind, names in report.items() if names]

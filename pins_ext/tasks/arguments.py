@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+_AT_LEAST_ONE = (
+    "max_train_samples",
+    "max_eval_samples",
+    "doc_stride",
+    "n_best_size",
+    "max_answer_length",
+    "num_beams",
+    "max_new_tokens",
+)
+
 
 class TaskError(ValueError):
     """Data or arguments that no task can be made of; the message says what to do."""
@@ -21,17 +31,21 @@ class TaskArguments:
     task: str | None = field(
         default=None,
         metadata={
-            "help": "stdlib (the default: which area of Python's library does a passage come from; no download) or "
-            "glue/cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli. Leave it out with --train-file."
+            "help": "stdlib (the default: which area of Python's library does a passage come from; no download), "
+            "glue/cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, wnut17, conll2003, squad, squad_v2, wikitext2 or "
+            "e2e. Leave it out with --train-file."
         },
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with the files of a GLUE task (train.tsv, dev.tsv, ...), read instead of the hub."},
+        metadata={"help": "Folder with the task's files (train.tsv, train.conll, ...), read instead of the hub."},
     )
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Training data of your own: .csv, .tsv (no quoting), .json or .jsonl, each also as .gz."},
+        metadata={
+            "help": "Training data of your own, also as .gz: a table (.csv, .tsv without quoting, .json, .jsonl), "
+            "tagged tokens (.conll), questions in SQuAD's layout (.json) or plain text (.txt)."
+        },
     )
     validation_file: str | None = field(
         default=None,
@@ -56,14 +70,36 @@ class TaskArguments:
         metadata={"help": "Share of the training data held out for validation when there is no validation file."},
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on at most so many examples, drawn evenly from the classes."}
+        default=None, metadata={"help": "Train on at most so many examples (wikitext2: blocks), classes drawn evenly."}
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Validate and test on at most so many examples each, drawn evenly."}
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest input in tokens; longer ones are cut. Default: 48 for stdlib, 128 otherwise."},
+        metadata={
+            "help": "Longest input in tokens. Default: 48 for stdlib, 384 for questions, 512 for text, else 128."
+        },
+    )
+    doc_stride: int | None = field(
+        default=None,
+        metadata={"help": "Questions: tokens that neighbouring windows of a long context share. Default: 128."},
+    )
+    n_best_size: int | None = field(
+        default=None, metadata={"help": "Questions: starts and ends considered per window. Default: 20."}
+    )
+    max_answer_length: int | None = field(
+        default=None, metadata={"help": "Questions: longest answer in tokens. Default: 30."}
+    )
+    null_score_threshold: float | None = field(
+        default=None,
+        metadata={"help": "squad_v2: no answer, where its score is above the best span's by more. Default: 0."},
+    )
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Data-to-text: beams of the search; 1 is greedy. Default: 1."}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Data-to-text: longest generated text in tokens. Default: 80."}
     )
     split_seed: int = field(
         default=0, metadata={"help": "Seed of what --eval-fraction and --max-*-samples draw; training has its own."}
@@ -84,7 +120,7 @@ class TaskArguments:
             raise TaskError(f"--text-columns takes one or two columns, got {len(self.text_columns)}")
         if not 0.0 < self.eval_fraction < 1.0:
             raise TaskError(f"--eval-fraction must lie between 0 and 1, got {self.eval_fraction}")
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TaskError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

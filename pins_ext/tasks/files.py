@@ -11,9 +11,10 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.rows import RawLabel, Rows
@@ -64,23 +65,14 @@ def read_table(path: str | Path, header: Sequence[str] | None = None, skip_incom
         TaskError: if the file is missing, empty, of another kind or malformed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise TaskError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}")
-    name = path.name.lower().removesuffix(".gz")
-    kind = name.rpartition(".")[2]
-    if kind not in ("csv", "tsv", "json", "jsonl", "ndjson"):
+    kind = kind_of(path)
+    if path.is_file() and kind not in ("csv", "tsv", "json", "jsonl", "ndjson"):
         raise TaskError(f"{path}: the name must end in .csv, .tsv, .json or .jsonl (or one of these and .gz)")
-    try:
-        # newline="\n": a lone carriage return inside a text does not end its row.
-        with _open(path) as file:
-            if kind in ("csv", "tsv"):
-                records = _csv_records(file, path) if kind == "csv" else _tsv_records(file)
-                return _delimited_table(path, records, header, skip_incomplete)
-            return _json_table(path, file.read(), lines_only=kind != "json")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (EOFError, OSError, zlib.error) as error:
-        raise TaskError(f"{path} cannot be read: {error}") from error
+    with opened(path) as file:
+        if kind in ("csv", "tsv"):
+            records = _csv_records(file, path) if kind == "csv" else _tsv_records(file)
+            return _delimited_table(path, records, header, skip_incomplete)
+        return _json_table(path, file.read(), lines_only=kind != "json")
 
 
 def read_rows(
@@ -114,10 +106,29 @@ def read_rows(
     )
 
 
-def _open(path: Path) -> TextIO:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+def kind_of(path: str | Path) -> str:
+    """Returns what follows the last dot of a file's name, in small letters and without .gz."""
+    return Path(path).name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[TextIO]:
+    """Opens a UTF-8 text file, also with .gz at the end; a lone carriage return does not end a line.
+
+    Raises:
+        TaskError: if the file is missing, damaged or not text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"{path} is {'a folder, not a file' if path.is_dir() else 'missing'}")
+    try:
+        zipped = path.name.lower().endswith(".gz")
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield cast(TextIO, file)
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise TaskError(f"{path} cannot be read: {error}") from error
 
 
 def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.files import read_rows, read_table
+from pins_ext.tasks.hub import HubSet, read_hub
 from pins_ext.tasks.labels import Labels
 from pins_ext.tasks.rows import Rows
+from pins_ext.tasks.splits import find_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,17 +106,9 @@ def read_glue_folder(name: str, folder: str | Path) -> list[Rows]:
     Raises:
         TaskError: if a file or column is missing; a missing test file is not an error.
     """
-    task, folder = GLUE[name], Path(folder)
-    if not folder.is_dir():
-        raise TaskError(f"--data-dir {folder} is not a folder")
-    splits = []
-    for i, stems in enumerate(task.files):
-        path = _find_file(folder, stems)
-        if path is not None:
-            splits.append(_read_glue_file(task, path))
-        elif i < 2:
-            raise TaskError(f"{folder} has no {stems[0]}.tsv (or csv, json) for glue/{name}; it has {_listing(folder)}")
-    return splits
+    task = GLUE[name]
+    files = find_files(folder, f"glue/{name}", task.files, _SUFFIXES)
+    return [_read_glue_file(task, path) for path in files if path is not None]
 
 
 def _read_glue_file(task: GlueTask, path: Path) -> Rows:
@@ -133,30 +126,10 @@ def read_glue_hub(name: str) -> list[Rows]:
     Raises:
         TaskError: if there is neither network nor a cached copy.
     """
-    import datasets
-
     task = GLUE[name]
-    try:
-        data = dict(datasets.load_dataset(HUB_NAME, name, revision=HUB_REVISION))
-    except (ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise TaskError(
-            f"glue/{name} is not cached here and cannot be fetched ({error}). With the files at hand, use "
-            f"--data-dir FOLDER, which holds {' and '.join(stems[0] + '.tsv' for stems in task.files[:2])}"
-        ) from error
-    except OSError as error:
-        # A cache that cannot be locked for writing can still be read.
-        data = _cached_splits(name)
-        if not data:
-            raise TaskError(f"glue/{name}: the datasets cache cannot be used: {error}") from error
+    needed = " and ".join(stems[0] + ".tsv" for stems in task.files[:2])
+    data = read_hub(f"glue/{name}", HubSet(HUB_NAME, HUB_REVISION, name), task.hub_splits, needed)
     return [_hub_rows(f"glue/{name} {split}", task, data[split]) for split in task.hub_splits]
-
-
-def _cached_splits(name: str) -> dict[str, Dataset]:
-    import datasets
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / HUB_NAME.replace("/", "___") / name / "0.0.0" / HUB_REVISION
-    files = {path.stem.removeprefix("glue-"): str(path) for path in folder.glob("glue-*.arrow")}
-    return {split: datasets.Dataset.from_file(path) for split, path in files.items()}
 
 
 def _hub_rows(origin: str, task: GlueTask, data: Dataset) -> Rows:
@@ -168,13 +141,3 @@ def _hub_rows(origin: str, task: GlueTask, data: Dataset) -> Rows:
         labels=list(data[task.label]),
         lines=list(range(1, len(data) + 1)),
     )
-
-
-def _find_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    candidates = (folder / (stem + suffix) for stem in stems for suffix in _SUFFIXES)
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "no files"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.rows import RawLabel, Rows
@@ -29,6 +29,11 @@ class Labels:
     @property
     def is_regression(self) -> bool:
         return not self.names
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Returns the classes as the config of a transformers model keeps them."""
+        ids = dict(enumerate(self.names))
+        return {"num_labels": len(ids), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
 
     def encode(self, rows: Rows) -> list[int] | list[float]:
         """Returns class ids or finite values, one per example.

@@ -1,29 +1,61 @@
-"""From arguments to a task: reads the splits, numbers the labels, draws what is held out or left out."""
+"""From arguments to a task: which family it is of, and who reads its data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from pins_ext.tasks.areas import area_names, read_areas
 from pins_ext.tasks.arguments import TaskArguments, TaskError
-from pins_ext.tasks.files import read_rows, read_table
-from pins_ext.tasks.glue import GLUE, LICENCE, glue_labels, read_glue_folder, read_glue_hub
-from pins_ext.tasks.labels import Labels, infer_labels
-from pins_ext.tasks.recipes import RECIPES
-from pins_ext.tasks.rows import Rows, draw_evenly
+from pins_ext.tasks.conll import ENTITY_SETS, load_conll_files, load_entities
+from pins_ext.tasks.e2e import load_e2e
+from pins_ext.tasks.files import kind_of
+from pins_ext.tasks.glue import GLUE
+from pins_ext.tasks.running_text import load_text_files, load_wikitext
+from pins_ext.tasks.sequence_data import load_glue, load_stdlib, load_table
+from pins_ext.tasks.squad import QUESTION_SETS, is_squad, load_question_files, load_questions
 from pins_ext.tasks.task import Task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "stdlib"
-_DEFAULT_LENGTH = 128
+OWN_FILES = "files"
+
+Loader = Callable[[TaskArguments, str], Task]
+
+_LOADERS: Mapping[str, Loader] = {
+    EMBEDDED: load_stdlib,
+    **{f"glue/{name}": load_glue for name in GLUE},
+    **dict.fromkeys(ENTITY_SETS, load_entities),
+    **dict.fromkeys(QUESTION_SETS, load_questions),
+    "wikitext2": load_wikitext,
+    "e2e": load_e2e,
+}
+"""Task name -> the function that reads its data."""
+
+_OWN_LOADERS: Mapping[str, Loader] = {
+    "conll": load_conll_files,
+    "bio": load_conll_files,
+    "iob": load_conll_files,
+    "txt": load_text_files,
+}
+"""End of a file's name -> the function that reads files of one's own; tables and SQuAD's layout have the others."""
+
+_QUESTION_FLAGS = ("doc_stride", "n_best_size", "max_answer_length", "null_score_threshold")
+
+_FLAGS: Mapping[Loader, tuple[str, ...]] = {
+    load_table: ("text_columns", "label_column", "label_type"),
+    load_questions: _QUESTION_FLAGS,
+    load_question_files: _QUESTION_FLAGS,
+    load_e2e: ("num_beams", "max_new_tokens"),
+}
+"""Arguments that only some families take."""
 
 
 def task_names() -> tuple[str, ...]:
     """Returns what --task takes."""
-    return (EMBEDDED, *(f"glue/{name}" for name in GLUE))
+    return tuple(_LOADERS)
 
 
 def task_name(arguments: TaskArguments) -> str:
@@ -33,14 +65,12 @@ def task_name(arguments: TaskArguments) -> str:
         TaskError: if there is no such task.
     """
     if arguments.train_file is not None:
-        return "files"
-    if arguments.task is None or arguments.task.lower() == EMBEDDED:
-        return EMBEDDED
-    # SST-2 and STS-B are the same names as sst2 and stsb.
-    name = arguments.task.lower().removeprefix("glue/").replace("-", "")
-    if name not in GLUE:
-        raise TaskError(f"unknown task {arguments.task}; known are {', '.join(task_names())}, or use --train-file")
-    return f"glue/{name}"
+        return OWN_FILES
+    asked = arguments.task or EMBEDDED
+    names = {_plain(name): name for name in _LOADERS}
+    if _plain(asked) not in names:
+        raise TaskError(f"unknown task {asked}; known are {', '.join(task_names())}, or use --train-file")
+    return names[_plain(asked)]
 
 
 def load_task(arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> Task:
@@ -50,134 +80,27 @@ def load_task(arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase | Non
         TaskError: for every fault of the arguments, the files or the installation, with what to do about it.
     """
     name = task_name(arguments)
-    if arguments.train_file is not None:
-        task = _load_files(arguments, arguments.train_file)
-    elif name == EMBEDDED:
-        task = _load_stdlib(arguments)
-    else:
-        task = _load_glue(arguments, name.removeprefix("glue/"))
+    load = _LOADERS[name] if arguments.train_file is None else _own_loader(arguments.train_file)
+    _refuse_foreign_flags(arguments, load, arguments.train_file or name)
+    task = load(arguments, name)
     return task if tokenizer is None else task.tokenized(tokenizer)
 
 
-def _load_stdlib(arguments: TaskArguments) -> Task:
-    if arguments.data_dir is not None:
-        raise TaskError("--data-dir holds the files of a GLUE task; the stdlib task makes its own data")
-    return _assemble(
-        EMBEDDED,
-        arguments,
-        list(read_areas()),
-        Labels(area_names()),
-        metrics=("accuracy", "macro_f1"),
-        source="prose of pydoc_data.topics and of the standard library's docstrings in this Python installation",
-        licence="PSF-2.0",
-        notes=("training and validation share no module and no topic",),
-    )
+def _own_loader(train_file: str) -> Loader:
+    kind = kind_of(train_file)
+    if kind == "json" and is_squad(train_file):
+        return load_question_files
+    return _OWN_LOADERS.get(kind, load_table)
 
 
-def _load_glue(arguments: TaskArguments, name: str) -> Task:
-    local = arguments.data_dir
-    splits = read_glue_hub(name) if local is None else read_glue_folder(name, local)
-    return _assemble(
-        f"glue/{name}",
-        arguments,
-        splits,
-        glue_labels(name),
-        metrics=GLUE[name].metrics,
-        source=f"GLUE {name}, " + ("from the hub" if local is None else f"files in {local}"),
-        licence=LICENCE,
-        notes=("test is the mismatched validation set",) if name == "mnli" and len(splits) > 2 else (),
-    )
+def _refuse_foreign_flags(arguments: TaskArguments, load: Loader, what: str) -> None:
+    special = {name for names in _FLAGS.values() for name in names} - set(_FLAGS.get(load, ()))
+    given = [f.name for f in fields(arguments) if f.name in special and getattr(arguments, f.name) != f.default]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise TaskError(f"{flags} has no meaning for {what}: leave it out")
 
 
-def _load_files(arguments: TaskArguments, train_file: str) -> Task:
-    files = [train_file, arguments.validation_file, arguments.test_file]
-    train, validation, test = (
-        None if path is None else read_rows(read_table(path), arguments.text_columns, arguments.label_column)
-        for path in files
-    )
-    assert train is not None
-    labels = infer_labels(train, arguments.label_type)
-    notes: tuple[str, ...] = ()
-    if validation is None:
-        train, validation = _hold_out(train, labels, arguments)
-        share, seed = arguments.eval_fraction, arguments.split_seed
-        notes = (f"validation is {share:g} of the training file, drawn with seed {seed}",)
-    return _assemble(
-        "files",
-        arguments,
-        [train, validation] if test is None else [train, validation, test],
-        labels,
-        metrics=("pearson_spearman", "pearson", "spearman") if labels.is_regression else ("accuracy", "macro_f1"),
-        source=", ".join(path for path in files if path is not None),
-        licence="that of your files",
-        notes=notes,
-    )
-
-
-def _hold_out(rows: Rows, labels: Labels, arguments: TaskArguments) -> tuple[Rows, Rows]:
-    if len(rows) < 2:
-        raise TaskError(f"{rows.origin}: one example cannot be both trained and validated on; use --validation-file")
-    size = min(max(1, round(len(rows) * arguments.eval_fraction)), len(rows) - 1)
-    held = draw_evenly(labels.encode(rows), size, arguments.split_seed)
-    rest = sorted(set(range(len(rows))) - set(held))
-    return rows.take(rest), rows.take(held)
-
-
-def _assemble(
-    name: str,
-    arguments: TaskArguments,
-    splits: list[Rows],
-    labels: Labels,
-    metrics: tuple[str, ...],
-    source: str,
-    licence: str,
-    notes: tuple[str, ...],
-) -> Task:
-    """Numbers the labels, draws at most the samples asked for, and notes what a reader should know of the data."""
-    limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_eval_samples)
-    drawn, parts = [], []
-    for rows, limit in zip(splits, limits, strict=False):
-        values = labels.encode(rows)
-        if limit is not None and limit < len(rows):
-            indices = draw_evenly(values, limit, arguments.split_seed)
-            rows, values = rows.take(indices), [values[i] for i in indices]
-        drawn.append(rows)
-        parts.append(_dataset(rows, values))
-    seen = set(parts[0]["labels"][:])
-    unseen = [name for i, name in enumerate(labels.names) if i not in seen]
-    if unseen and len(unseen) >= len(labels.names) - 1:
-        raise TaskError(f"{drawn[0].origin}: only one class among {len(drawn[0])} training examples")
-    recipe = RECIPES.get(name)
-    length = (recipe.length if recipe is not None else None) or _DEFAULT_LENGTH
-    return Task(
-        name=name,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2] if len(parts) > 2 else None,
-        labels=labels,
-        metrics=metrics,
-        source=source,
-        licence=licence,
-        max_length=arguments.max_length or length,
-        notes=(*notes, *_observations(drawn), *(f"no training example is {name}" for name in unseen)),
-        recipe=recipe,
-    )
-
-
-def _dataset(rows: Rows, values: list[int] | list[float]) -> Dataset:
-    from datasets import Dataset
-
-    columns: dict[str, list[str] | list[int] | list[float]] = {"text": rows.text}
-    if rows.pair is not None:
-        columns["text_pair"] = rows.pair
-    return Dataset.from_dict(columns | {"labels": values})
-
-
-def _observations(splits: list[Rows]) -> list[str]:
-    notes = [f"{rows.skipped} incomplete rows left out of {rows.origin}" for rows in splits if rows.skipped]
-    trained = splits[0].examples()
-    for rows in splits[1:]:
-        shared = sum(example in trained for example in zip(rows.text, rows.pair or [""] * len(rows), strict=True))
-        if shared:
-            notes.append(f"{shared} of {len(rows)} inputs of {rows.origin} also occur in training")
-    return notes
+def _plain(name: str) -> str:
+    """SST-2 and STS-B are the same names as sst2 and stsb."""
+    return name.lower().removeprefix("glue/").replace("-", "").replace("_", "")

@@ -1,43 +1,46 @@
-"""A task: its examples, labels and metrics, ready for a Trainer."""
+"""What every task is to the commands, whatever its family: splits, a kind of model, inputs, batches and scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from pins_ext.tasks.arguments import TaskError
-from pins_ext.tasks.labels import Labels, class_shares
-from pins_ext.tasks.metrics import evaluate
 from pins_ext.tasks.recipes import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
-class Task:
-    """A sequence classification or regression task.
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A task of one family; each family is a subclass.
 
     Attributes:
         name: as in --task, or "files".
-        train, validation, test: columns text, (text_pair) and labels; after `tokenized` the model's inputs and labels.
-            labels are class ids, or floats for a regression.
-        labels: the classes.
+        train, validation, test: examples as read; after `tokenized` the model's inputs and labels.
         metrics: names, the main one first.
-        source, licence: where the text comes from, and its terms.
+        source, licence: where the data comes from, and its terms.
         max_length: longest input in tokens.
         notes: what a reader of the results should know.
         recipe: published or tried settings, if there are any.
+        tokenizer: that of the inputs, once there is one.
+        examples: the splits as read, once the others are tokenised; a score needs them where inputs are cut up.
     """
 
     name: str
     train: Dataset
     validation: Dataset
-    test: Dataset | None
-    labels: Labels
+    test: Dataset | None = None
     metrics: tuple[str, ...]
     source: str
     licence: str
@@ -45,138 +48,174 @@ class Task:
     notes: tuple[str, ...] = ()
     recipe: Recipe | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    examples: Mapping[str, Dataset] = field(default_factory=dict)
+
+    auto_class: ClassVar[str]
+    """The class of transformers that loads the model with its head."""
+
+    greater_is_better: ClassVar[bool] = True
+    """The direction of the main metric."""
+
+    points: ClassVar[float] = 100.0
+    """What one unit of the main metric is in points: a share counts from 0 to 1, and is spoken of in percent."""
+
+    embedded_model: ClassVar[bool] = True
+    """Whether the embedded encoder can learn this task."""
+
+    tokenizer_kwargs: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What `from_pretrained` of the tokenizer needs."""
+
+    training_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Trainer arguments that fit this family better than the command's own defaults."""
+
+    # ---- what a family says of itself --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
+        """Returns the model's inputs and labels, cut at `max_length`, not yet padded, held in memory."""
 
     @property
-    def is_regression(self) -> bool:
-        return self.labels.is_regression
+    @abstractmethod
+    def collator(self) -> Any:
+        """Makes a batch of inputs, padded to the longest."""
+
+    @abstractmethod
+    def compute_metrics(
+        self, prediction: EvalPrediction, split: str = "validation", model: PreTrainedModel | None = None
+    ) -> dict[str, float]:
+        """Computes all metrics from a Trainer's predictions for a split.
+
+        Args:
+            model: the one that predicted, in evaluation mode; a family that generates needs it.
+        """
+
+    @abstractmethod
+    def baseline(self, split: str = "validation") -> dict[str, float]:
+        """Returns the metrics of a prediction that needs no model, made from the training split alone."""
+
+    @property
+    @abstractmethod
+    def baseline_name(self) -> str:
+        """What the baseline does, in two or three words."""
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """Returns what `from_pretrained` of the model needs, so that its config knows the task."""
+        return {}
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuses a model that cannot do this task.
+
+        Raises:
+            TaskError: with what to do about it.
+        """
+        return
+
+    def reduce_logits(self, logits: Any, labels: Tensor) -> Any:
+        """Returns what `compute_metrics` needs of a batch's outputs; only that is kept of an evaluation."""
+        return logits
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the model's outputs are distributions, whose entropy self-regularization can adapt to."""
+        return True
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Class names by id; empty for a regression."""
-        return self.labels.names
+        """Class names by id, if there are any."""
+        return ()
 
-    @property
-    def num_labels(self) -> int:
-        """Outputs of the model: one per class, or one for a regression."""
-        return max(1, len(self.labels.names))
+    def description(self) -> list[str]:
+        """Returns lines about the family's own side of the data."""
+        return []
+
+    # ---- what is the same for all ------------------------------------------------------------------------------------
 
     @property
     def main_metric(self) -> str:
-        """The metric that the field reports; larger is better."""
+        """The metric that the field reports."""
         return self.metrics[0]
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """Returns what `from_pretrained` of a sequence classifier needs, so that its config keeps the label names."""
-        kwargs: dict[str, Any] = {
-            "num_labels": self.num_labels,
-            "problem_type": "regression" if self.is_regression else "single_label_classification",
-        }
-        if not self.is_regression:
-            kwargs["id2label"] = dict(enumerate(self.label_names))
-            kwargs["label2id"] = {name: i for i, name in enumerate(self.label_names)}
-        return kwargs
-
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Computes all metrics from a Trainer's predictions: logits, or a tuple that begins with them."""
-        outputs = prediction.predictions
-        outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
-        return evaluate(self.metrics, outputs, np.asarray(prediction.label_ids), self.is_regression)
-
-    def baseline(self, split: str = "validation") -> dict[str, float]:
-        """Returns the metrics of always answering with training's most frequent class, or its mean.
-
-        Args:
-            split: train, validation or test.
-        """
-        splits = self.splits()
-        if split not in splits:
-            raise TaskError(f"task {self.name} has no {split} split; it has {', '.join(splits)}")
-        train, labels = np.asarray(self.train["labels"][:]), np.asarray(splits[split]["labels"][:])
-        if self.is_regression:
-            outputs = np.full(len(labels), train.mean())
-        else:
-            outputs = np.zeros((len(labels), self.num_labels))
-            outputs[:, np.bincount(train, minlength=self.num_labels).argmax()] = 1.0
-        return evaluate(self.metrics, outputs, labels, self.is_regression)
-
-    def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> Task:
-        """Returns the task with token ids in place of texts, cut at `max_length`, not yet padded.
-
-        The result is held in memory: nothing is written to the `datasets` cache, which may be read-only.
-
-        Raises:
-            TaskError: if the tokenizer cannot pad, or the task is tokenised already.
-        """
-        if self.tokenizer is not None:
-            raise TaskError(f"task {self.name} is tokenised already")
-        if tokenizer.pad_token is None:
-            raise TaskError(
-                f"the tokenizer {tokenizer.name_or_path} has no padding token; set tokenizer.pad_token (often the "
-                "end-of-text token) and the model's config.pad_token_id, and save both beside the model"
-            )
-        length = min(self.max_length, tokenizer.model_max_length)
-
-        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=length))
-
-        def encode_split(split: Dataset, name: str) -> Dataset:
-            texts = [column for column in split.column_names if column != "labels"]
-            return split.map(
-                encode, batched=True, remove_columns=texts, keep_in_memory=True, desc=f"tokenising {name} examples"
-            )
-
-        train = encode_split(self.train, "training")
-        cut = float(np.mean([len(ids) >= length for ids in train["input_ids"]]))
-        return replace(
-            self,
-            train=train,
-            validation=encode_split(self.validation, "validation"),
-            test=None if self.test is None else encode_split(self.test, "test"),
-            max_length=length,
-            notes=(*self.notes, f"{cut:.1%} of the training inputs reach the limit of {length} tokens"),
-            tokenizer=tokenizer,
-        )
-
-    @property
-    def collator(self) -> DataCollatorWithPadding:
-        """Pads each batch to its longest input."""
-        from transformers import DataCollatorWithPadding
-
-        if self.tokenizer is None:
-            raise TaskError(f"task {self.name} has texts, not tokens yet: use tokenized(tokenizer)")
-        return DataCollatorWithPadding(self.tokenizer)
 
     def splits(self) -> dict[str, Dataset]:
         """Returns the splits there are, by name."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
 
+    def as_read(self, split: str) -> Dataset:
+        """Returns the examples of a split before they were tokenised.
+
+        Raises:
+            TaskError: if there is no such split.
+        """
+        splits = self.examples or self.splits()
+        if split not in splits:
+            raise TaskError(f"task {self.name} has no {split} split; it has {', '.join(splits)}")
+        return splits[split]
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of examples of each split."""
+        return {name: len(self.as_read(name)) for name in self.splits()}
+
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> Task:
+        """Returns the task with the model's inputs in place of its examples.
+
+        The result is held in memory: nothing is written to the `datasets` cache, which may be read-only.
+
+        Raises:
+            TaskError: if the tokenizer does not fit, or the task is tokenised already.
+        """
+        if self.tokenizer is not None:
+            raise TaskError(f"task {self.name} is tokenised already")
+        self.check_tokenizer(tokenizer)
+        fitted = replace(self, max_length=min(self.max_length, tokenizer.model_max_length))
+        inputs = {name: fitted.encode(split, tokenizer, name) for name, split in self.splits().items()}
+        return replace(
+            fitted,
+            **inputs,
+            notes=(*self.notes, *fitted.length_notes(inputs["train"])),
+            tokenizer=tokenizer,
+            examples=self.splits(),
+        )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses a tokenizer that cannot be used.
+
+        Raises:
+            TaskError: with what to do about it.
+        """
+        if tokenizer.pad_token is None:
+            raise TaskError(
+                f"the tokenizer {tokenizer.name_or_path} has no padding token; set tokenizer.pad_token (often the "
+                "end-of-text token) and the model's config.pad_token_id, and save both beside the model"
+            )
+
+    def length_notes(self, train: Dataset) -> tuple[str, ...]:
+        """Returns what a reader should know of the training inputs' lengths."""
+        cut = float(np.mean([len(ids) >= self.max_length for ids in train["input_ids"]]))
+        return (f"{cut:.1%} of the training inputs reach the limit of {self.max_length} tokens",)
+
+    def fitted_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the tokenizer.
+
+        Raises:
+            TaskError: if the task is not tokenised yet.
+        """
+        if self.tokenizer is None:
+            raise TaskError(f"task {self.name} has texts, not tokens yet: use tokenized(tokenizer)")
+        return self.tokenizer
+
     def describe(self) -> str:
-        """Returns counts, class balance, baseline, source and licence as lines of text."""
-        counts = " · ".join(f"{name} {len(split):,}" for name, split in self.splits().items())
+        """Returns counts, baseline, source, licence and the family's own lines as text."""
+        counts = " · ".join(f"{name} {size:,}" for name, size in self.sizes().items())
         baseline = ", ".join(f"{name} {value:.3f}" for name, value in self.baseline().items())
-        constant = "the training mean" if self.is_regression else "the most frequent class"
         lines = [
             f"task      {self.name}",
             f"source    {self.source}",
             f"licence   {self.licence}",
             f"examples  {counts}",
-            *self._label_lines(),
-            f"baseline  {baseline} on validation, always answering {constant}",
+            *self.description(),
+            f"baseline  {baseline} on validation, {self.baseline_name}",
             f"metric    {self.main_metric}" + "".join(f", {name}" for name in self.metrics[1:]),
             f"length    at most {self.max_length} tokens",
             *(f"note      {note}" for note in self.notes),
         ]
         return "\n".join(lines)
-
-    def _label_lines(self) -> list[str]:
-        columns = {name: split["labels"][:] for name, split in self.splits().items()}
-        if self.is_regression:
-            ranges = " · ".join(f"{name} {min(values):g} to {max(values):g}" for name, values in columns.items())
-            return [f"values    {ranges}"]
-        shares = {name: class_shares(ids, self.num_labels) for name, ids in columns.items()}
-        width = max(len(name) for name in self.label_names)
-        return [
-            f"class {i:<3} {label:<{width}}  " + " · ".join(f"{name} {share[i]:.3f}" for name, share in shares.items())
-            for i, label in enumerate(self.label_names)
-        ]
