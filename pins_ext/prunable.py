@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from pins_ext.config import PruneConfig
+from pins_ext.snapshot import is_sharded
 
-# Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too.
-_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "norm")
+# Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
+# are small as well, and what they are merged into has zeros of its own.
+_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "norm", "lora_")
 _RELEASED = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
 
 
@@ -19,9 +21,15 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
     """The parameters to prune, by name, in the model's order; each piece of memory once.
 
     Raises:
-        ValueError: a pattern that matches nothing, nothing left to prune, a frozen parameter that was asked for,
-            parameters of several devices or dtypes, a non-contiguous parameter, or two that overlap in memory.
+        ValueError: a sharded model (FSDP, DTensor), a pattern that matches nothing, nothing left to prune, a frozen
+            parameter that was asked for, parameters of several devices or dtypes, a non-contiguous parameter, or two
+            that overlap in memory.
     """
+    if is_sharded(model):
+        raise ValueError(
+            "the model's parameters are sharded (FSDP or DTensor), which a Pruner does not follow yet: train on one "
+            "device or with DistributedDataParallel"
+        )
     parameters = dict(model.named_parameters())
     for pattern in (*config.include, *config.exclude):
         if not any(fnmatchcase(name, pattern) for name in parameters):

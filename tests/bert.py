@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -16,13 +15,6 @@ from pins_ext.integrations.transformers import PinsCallback
 
 STEPS = 14
 CONFIG = PruneConfig(sparsity=0.75, delta_t=2, warmup=2, cooldown=4)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Import it into a test file to keep the Trainer's bars out of the output."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def model(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
@@ -54,7 +46,9 @@ def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    """Fourteen steps of two batches of four, a checkpoint every fourth."""
+    """Fourteen steps of two batches of four, a checkpoint every fourth; the Trainer prints nothing."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,

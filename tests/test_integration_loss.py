@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bert import CONFIG, arguments, assert_same, model, quiet, stock, weights  # noqa: F401
+from bert import CONFIG, arguments, assert_same, model, stock, weights
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bert import CONFIG, arguments, assert_at_target, model, pins, quiet, stock, weights  # noqa: F401
+from bert import CONFIG, arguments, assert_at_target, model, pins, stock, weights
 
 from pins_ext.integrations.transformers import PinsCallback, optimizer
 from pins_ext.optim import PinsAdamW, PinsSGD

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from bert import CONFIG, STEPS, arguments, assert_same, collate, data, model, quiet, weights  # noqa: F401
-from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
+from bert import CONFIG, STEPS, arguments, assert_same, collate, data, model, weights
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 from pins_ext.config import PruneConfig
 from pins_ext.integrations import random_state

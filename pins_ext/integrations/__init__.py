@@ -1,4 +1,8 @@
-"""Pruning inside other people's trainers: `transformers` has the callback, `trainer` a Trainer that resumes exactly."""
+"""Pruning inside other people's trainers.
+
+transformers has the callback and the fused optimizers for any Trainer, loss a base for Trainers of one's own, peft the
+merge of adapters that keeps zeros, trainer a Trainer that resumes exactly.
+"""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ class SelfRegularizedLoss(Trainer):
         """The joint loss while training, the task's loss in evaluations.
 
         Args:
-            num_items_in_batch: rows that count in all batches of the optimizer step, on all ranks: the loss is then a sum
-                divided by it, so that accumulated gradients are those of one large batch.
+            num_items_in_batch: rows that count in all batches of the optimizer step, on all ranks: the loss is then a
+                sum divided by it, so that accumulated gradients are those of one large batch.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         for callback in self._regularizing() if model.training else ():

@@ -38,16 +38,16 @@ class Merged:
 def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merged:
     """Merge adapters into the pruned model below them and put its zeros back.
 
-    The product of two low-rank matrices is dense, so a plain `merge_and_unload` fills the zeros. Here every weight of an
-    adapted layer that was zero is zero again. What the adapter had learned there is lost (`Merged.dropped`): evaluate
-    the merged model.
+    The product of two low-rank matrices is dense, so a plain `merge_and_unload` fills the zeros. Here every weight of
+    an adapted layer that was zero is zero again. What the adapter had learned there is lost (`Merged.dropped`):
+    evaluate the merged model.
 
     Args:
         model: a PeftModel; it is used up, as by its own `merge_and_unload`. adapter_names: the active ones if None.
 
     Raises:
-        TypeError: no PeftModel. ValueError: no adapted layer, layers merged already, quantised weights, or adapters that
-            hold NaN.
+        TypeError: no PeftModel. ValueError: no adapted layer, layers merged already, quantised weights, or adapters
+            that hold NaN.
         RuntimeError: a zero is missing in the end, as where two layers share their weights.
     """
     try:

@@ -52,7 +52,8 @@ class PinsTrainer(Trainer):
         super().__init__(callbacks=[pins, *(callbacks or [])], **kwargs)
         if self.args.world_size > 1:
             raise ValueError(
-                f"PinsTrainer runs in one process so far, not in {self.args.world_size}: use a stock Trainer with PinsCallback"
+                f"PinsTrainer runs in one process so far, not in {self.args.world_size}: "
+                "use a stock Trainer with PinsCallback"
             )
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs are visible, one is supported so far: set CUDA_VISIBLE_DEVICES=0")

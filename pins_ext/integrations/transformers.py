@@ -49,11 +49,11 @@ _LOGGED_OF_A_MASK = ("threshold", "churn")
 class PinsCallback(TrainerCallback):
     """Prunes the model of a Trainer, and finalizes it when training ends.
 
-    Logs carry sparsity, target_sparsity and nan (scores that are NaN), from the first mask on threshold and churn (share
-    of mask bits that the last one flipped), and what pruning cost since the last log: pruning_ms, the mean per step, and
-    pruning_share of a step's time. The history gets an entry for every new mask. A model that is not at its target
-    sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets the
-    pruner's own file.
+    Logs carry sparsity, target_sparsity and nan (scores that are NaN), from the first mask on threshold and churn
+    (share of mask bits that the last one flipped), and what pruning cost since the last log: pruning_ms, the mean per
+    step, and pruning_share of the step's time. The history gets an entry for every new mask. A model that is not at
+    its target sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets
+    the pruner's own file.
 
     Works in one process and under DistributedDataParallel (`accelerate launch`, torchrun): every rank prunes, and the
     first writes. DeepSpeed and FSDP are refused.
@@ -344,8 +344,9 @@ def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, 
     stock, options = Trainer.get_optimizer_cls_and_kwargs(args)
     if stock not in fused:
         raise ValueError(
-            f"--optim {OptimizerNames(args.optim).value} has no pruning pass of its own (adamw_torch, adamw_torch_fused and sgd have): leave "
-            f"optimizer_cls_and_kwargs out, and PinsCallback follows that optimizer by its hooks"
+            f"--optim {OptimizerNames(args.optim).value} has no pruning pass of its own (adamw_torch, "
+            f"adamw_torch_fused and sgd have): leave optimizer_cls_and_kwargs out, "
+            "and PinsCallback follows that optimizer by its hooks"
         )
     return fused[stock], {name: value for name, value in options.items() if name != "fused"}
 
