@@ -15,13 +15,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pins_ext import integrations, ops, optim
     from pins_ext.config import PruneConfig
+    from pins_ext.integrations.peft import merge_lora
     from pins_ext.pruner import Pruner
     from pins_ext.teacher import SelfRegularizer
 
-_HOME = {"PruneConfig": "config", "Pruner": "pruner", "SelfRegularizer": "teacher"}
+_HOME = {
+    "PruneConfig": "config",
+    "Pruner": "pruner",
+    "SelfRegularizer": "teacher",
+    "merge_lora": "integrations.peft",
+}
 _MODULES = ("integrations", "ops", "optim")
 
-__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__", "integrations", "ops", "optim"]
+__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__", "integrations", "merge_lora", "ops", "optim"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ((), ()),
         (("--teacher", "best"), ("the teacher was chosen on",)),
-        (("--load-best-model-at-end",), ("load_best_model_at_end",)),
-        (("--early-stopping", "2"), ("early stopping", "load_best_model_at_end")),
+        (("--load-best-model-at-end", "--save-steps", "6"), ("load_best_model_at_end",)),
+        (("--early-stopping", "2", "--save-steps", "6"), ("early stopping", "load_best_model_at_end")),
         (("--lr-scheduler-type", "reduce_lr_on_plateau"), ("reduce_lr_on_plateau",)),
     ],
 )
