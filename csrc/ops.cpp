@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> ()");
   m.def(
+      "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, "
+      "Tensor bracket, *, Tensor? pointers=None) -> ()");
+  m.def(
       "tie_index(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> Tensor");
   m.def(

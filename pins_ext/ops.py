@@ -8,7 +8,7 @@ stochastic rounding; so results depend neither on sharding nor on launch order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,11 @@ SAMPLES = 16384
 
 65536 would halve that, but sorting them takes torch's parallel sort, whose many barriers cost 0.1 to 0.5 s wherever
 another process wants a core.
+"""
+
+CANDIDATES = 16384
+"""Weights that are ordered one by one at the end of a selection. The bin that holds the threshold has fewer, some ten of
+85 M weights and some thousand of 7 G, unless many are tied.
 """
 
 MAX_KEY = 0xFFFFFFFF
@@ -176,16 +181,71 @@ def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
     return torch.where(resolved == 1, bracket, _bracket(new_lo, new_hi, new_rank, hit & (new_lo == new_hi)))
 
 
-def _follow(bracket: Tensor, counts: Tensor, position: Tensor, drawn: Callable[[], Tensor]) -> Tensor:
-    """The bracket after a counting pass that rode on the fold; where the threshold has left it, that of a sample.
+@dataclass(frozen=True)
+class _Scored:
+    """The operands of a selection, and the operators that read them."""
 
-    On the CPU the host looks at a result for nothing, and leaves out what it makes needless; on a GPU it would wait.
+    a: list[Tensor]
+    b: list[Tensor]
+    layout: Tensor
+    chunks: Tensor
+    score: str
+    pointers: Tensor | None
+    position: Tensor
+    total: int
+
+    @property
+    def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
+        return self.a, self.b, self.layout, self.chunks, self.score
+
+    def drawn(self) -> Tensor:
+        """A bracket from a sample."""
+        size = min(SAMPLES, self.total)
+        keys = torch.ops.pins_ext.sample(*self._operands, size, pointers=self.pointers)
+        return bracket_of(keys, self.position, self.total)
+
+    def counted(self, bracket: Tensor, counts: Tensor) -> Tensor:
+        """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
+        if bracket.is_cpu and bracket[4]:
+            return bracket
+        torch.ops.pins_ext.count_(counts, *self._operands, bracket, pointers=self.pointers)
+        return narrow(bracket, counts, self.position)
+
+    def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
+        candidates = self.layout.new_full((2, CANDIDATES), MAX_INDEX)
+        found = self.layout.new_zeros(1)
+        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, pointers=self.pointers)
+        if found.is_cpu:
+            candidates = candidates[:, : max(1, int(found))]
+        keys, index = candidates[:, candidates[1].argsort()]
+        keys, order = keys.sort(stable=True)
+        rank = bracket[3].clamp(0, keys.numel() - 1)
+        key, tied = keys[rank], (rank > 0) & (keys[rank - 1] == keys[rank])
+        return key, torch.where(tied, index[order[rank]], 0), (found[0] > 0) & (found[0] <= CANDIDATES)
+
+    def tie_index(self, bracket: Tensor) -> Tensor:
+        """Of the weight at the bracket's rank among those of its one key."""
+        return torch.ops.pins_ext.tie_index(*self._operands, bracket, pointers=self.pointers).reshape(())
+
+
+def _bin_of(scored: _Scored, bracket: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A bracket of one bin around the threshold, and counts to go on with.
+
+    From the counts that rode on the fold; where the threshold has left their bracket, or without any, from a sample and
+    a pass. The host looks at results on the CPU only, where that is free, and leaves out what they make needless.
     """
-    found = narrow(bracket, counts, position)
+    if bracket is None or counts is None:
+        counts = torch.empty(1 + BINS, dtype=torch.int64, device=scored.layout.device)
+        return scored.counted(scored.drawn(), counts), counts
+    found = narrow(bracket, counts, scored.position)
     hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
-    if hit.is_cpu:
-        return found if hit else drawn()
-    return torch.where(hit, found, drawn())
+    if hit.is_cpu and hit:
+        return found, counts
+    drawn = scored.drawn()
+    # Marked as one key, a bracket costs no pass.
+    drawn[4] = hit
+    return torch.where(hit, found, scored.counted(drawn, counts)), counts
 
 
 def _select(
@@ -201,36 +261,31 @@ def _select(
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
 ) -> Tensor:
-    """`pins_ext::select` on every device: a bracket, at most three counting passes, ties by index. No host sync."""
-    ops = torch.ops.pins_ext
+    """`pins_ext::select` on every device, without a host sync on a GPU.
+
+    A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
+    sample misled, further counting passes follow, which else return at once: two resolve anything to one key.
+    """
     total = sum(tensor.numel() for tensor in a)
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=layout.device)
     position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
-
-    def drawn() -> Tensor:
-        keys = ops.sample(a, b, layout, chunks, score, min(SAMPLES, total), pointers=pointers)
-        return bracket_of(keys, position, total)
-
-    if bracket is None or counts is None:
-        bracket, counts = drawn(), torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
-    else:
-        bracket = _follow(bracket, counts, position, drawn)
-    for _ in range(3):
-        if bracket.is_cpu and bracket[4]:
-            break
-        # A pass over a bracket that is one key already returns at once.
-        ops.count_(counts, a, b, layout, chunks, score, bracket, pointers=pointers)
-        bracket = narrow(bracket, counts, position)
-    key, rank = bracket[0], bracket[3]
+    scored = _Scored(a, b, layout, chunks, score, pointers, position, total)
+    bracket, counts = _bin_of(scored, bracket, counts)
+    key, tie, few = scored.collected(bracket)
+    if not (few.is_cpu and few):
+        one = torch.stack([key, key, torch.zeros_like(key), torch.zeros_like(key), torch.ones_like(key)])
+        bracket = torch.where(few, one, bracket)
+        for _ in range(2):
+            bracket = scored.counted(bracket, counts)
+        key, tie = bracket[0], torch.where(few, tie, scored.tie_index(bracket))
     nothing = n_prune.reshape(()) <= 0
     if exact:
-        tie = ops.tie_index(a, b, layout, chunks, score, bracket, pointers=pointers).reshape(())
         everything = n_prune.reshape(()) >= total
         key = torch.where(everything, MAX_KEY, key)
         tie = torch.where(everything, MAX_INDEX, tie)
     else:
-        tie = torch.zeros_like(rank)
+        tie = torch.zeros_like(tie)
         nothing = nothing | (key == MAX_KEY)
     return torch.where(nothing, 0, torch.stack([key, tie]))
 
@@ -271,5 +326,5 @@ def _no_output(*args: object, **kwargs: object) -> None:
     return None
 
 
-for _name in ("accumulate_", "fold_", "count_", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_"):
+for _name in ("accumulate_", "fold_", "count_", "collect_", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_"):
     torch.library.register_fake(f"pins_ext::{_name}", _no_output)

@@ -49,6 +49,11 @@ def count() -> Arguments:
     return [counting()["counts"], *lists(2), *tables(), "product", counting()["bracket"]], {}
 
 
+def collect() -> Arguments:
+    found, candidates = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
+    return [found, candidates, *lists(2), *tables(), "product", counting()["bracket"]], {}
+
+
 def tie_index() -> Arguments:
     return [*lists(2), *tables(), "product", torch.tensor([5, 5, 0, 1, 1])], {}
 
@@ -85,6 +90,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "fold_": fold,
     "sample": sample,
     "count_": count,
+    "collect_": collect,
     "tie_index": tie_index,
     "select": select,
     "pack_": pack,

@@ -1,4 +1,4 @@
-"""sample, count_, tie_index, select and pack_ on the CPU against a stable sort, exactly."""
+"""sample, count_, collect_, tie_index, select and pack_ on the CPU against a stable sort, exactly."""
 
 from __future__ import annotations
 
@@ -156,6 +156,42 @@ def test_sample_brackets_the_threshold() -> None:
         lo, hi, *_ = ops.bracket_of(drawn, torch.tensor(position), keys.numel()).tolist()
         assert lo <= int(ordered[position]) <= hi
         assert int(((keys >= lo) & (keys <= hi)).sum()) < 0.25 * keys.numel()
+
+
+@pytest.mark.parametrize("sizes", LISTS)
+@pytest.mark.parametrize(("score", "dtype"), KINDS)
+def test_collect(score: str, dtype: torch.dtype, sizes: str) -> None:
+    for values in VALUES:
+        a, b = operands(score, dtype, LISTS[sizes], values)
+        layout, keys = ops.Layout.of(a, base=2**33), keys_of(score, a, b)
+        index = torch.cat([torch.zeros(0, dtype=torch.int64), *index_of(layout)])
+        middle = int(keys.sort().values[keys.numel() // 2]) if keys.numel() else 5
+        for lo, hi in ((middle, middle), (max(0, middle - 1000), middle + 1000), (0, ref.MASK32)):
+            inside = (keys >= lo) & (keys <= hi)
+            total = int(inside.sum())
+            for size in {0, total, max(0, total - 1), total + 7}:
+                found, candidates = torch.full((1,), -1), torch.full((2, size), -1)
+                shift = max(0, (hi - lo).bit_length() - 16)
+                pins.collect_(
+                    found, candidates, a, b, layout.rows, layout.chunks, score, torch.tensor([lo, hi, shift, 0, 0])
+                )
+                if total > size:
+                    assert int(found) > size
+                    continue
+                assert int(found) == total
+                rows = sorted(zip(*candidates[:, :total].tolist(), strict=True))
+                assert rows == sorted(zip(keys[inside].tolist(), index[inside].tolist(), strict=True))
+                assert bool((candidates[:, total:] == -1).all())
+
+
+def test_collect_leaves_a_resolved_bracket() -> None:
+    a, b = operands("product", torch.float32, [100])
+    layout = ops.Layout.of(a)
+    found, candidates = torch.full((1,), -1), torch.full((2, 200), -1)
+    bracket = torch.tensor([0, ref.MASK32, 16, 0, 1])
+    pins.collect_(found, candidates, a, b, layout.rows, layout.chunks, "product", bracket)
+    assert found.tolist() == [0]
+    assert bool((candidates == -1).all())
 
 
 @pytest.mark.parametrize("dtype", STATES, ids=str)

@@ -86,6 +86,8 @@ VARIANTS = {
     "count-bfloat16": scored(select._count_kernel, "bfloat16", "bfloat16"),
     "count-deviation": scored(select._count_kernel, "float32", "float32", "deviation"),
     "count-magnitude-float16": scored(select._count_kernel, "float16", None, "magnitude"),
+    "collect-float32": scored(select._collect_kernel, "float32", "float32"),
+    "collect-bfloat16": scored(select._collect_kernel, "bfloat16", "bfloat16"),
     "tie-count-float32": scored(select._tie_count_kernel, "float32", "float32"),
     "tie-count-bfloat16": scored(select._tie_count_kernel, "bfloat16", "bfloat16"),
     "tie-locate": cold(scored(select._tie_locate_kernel, "float32", "float32")),

@@ -1,4 +1,4 @@
-"""The Triton operators sample, count_, tie_index, pack_, select against reference.py, interpreted and on a GPU."""
+"""The Triton operators sample, count_, collect_, tie_index, pack_, select against reference.py, interpreted and on a GPU."""
 
 from __future__ import annotations
 
@@ -106,6 +106,54 @@ def test_count_kernel_counts_ties_wherever_they_lie_in_the_bracket(device: str) 
 def test_count_kernel_leaves_a_resolved_bracket(device: str) -> None:
     a, b = operands("product", torch.float32, [700])
     check_count(device, "product", a, b, bracket_of(5, 5, resolved=1))
+
+
+# ---- collect_ ---------------------------------------------------------------------------------------
+
+
+def check_collect(
+    device: str,
+    score: str,
+    a: list[Tensor],
+    b: list[Tensor],
+    size: int,
+    shards: list[ops.Shard | None] | None = None,
+) -> None:
+    layout, keys = layout_of(a, shards), keys_of(score, a, b)
+    index = torch.cat([torch.zeros(0, dtype=torch.int64), *index_of(layout)])
+    middle = int(keys.sort().values[keys.numel() // 2]) if keys.numel() else 5
+    lo, hi = max(0, middle - 40), middle + 40
+    inside = (keys >= lo) & (keys <= hi)
+    total = int(inside.sum())
+    found = torch.full((1,), -1, device=device)
+    candidates = torch.full((2, size), -1, device=device)
+    bracket = torch.tensor([lo, hi, 0, 0, 0], device=device)
+    a_, b_ = on(device, a, b)
+    pins.collect_(found, candidates, a_, b_, *tables(layout, device), score, bracket)
+    assert int(found) == total
+    if total <= size:
+        rows = sorted(zip(*candidates[:, :total].tolist(), strict=True))
+        assert rows == sorted(zip(keys[inside].tolist(), index[inside].tolist(), strict=True))
+        assert bool((candidates[:, total:] == -1).all())
+
+
+@pytest.mark.parametrize(("score", "dtype"), KINDS)
+def test_collect_kernel(device: str, score: str, dtype: torch.dtype) -> None:
+    a, b = operands(score, dtype, [2048 + 700, 40], "ties")
+    check_collect(device, score, a, b, 3000)
+
+
+@pytest.mark.parametrize("sizes", LISTS)
+def test_collect_kernel_sizes(device: str, sizes: str) -> None:
+    check_collect(device, "product", *operands("product", torch.float32, LISTS[sizes]), 700)
+
+
+def test_collect_kernel_with_more_than_fit(device: str) -> None:
+    check_collect(device, "identity", [torch.ones(5000)], [], 100)
+
+
+def test_collect_kernel_shards(device: str) -> None:
+    check_collect(device, "identity", [(torch.randn(size) * 2).round() for size in SHARD_SIZES], [], 6000, SHARDS)
 
 
 # ---- tie_index --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ LAUNCHERS = {
     "fold_": "importance",
     "sample": "select",
     "count_": "select",
+    "collect_": "select",
     "tie_index": "select",
     "pack_": "pack",
 }

@@ -1,4 +1,4 @@
-"""Selection over the order keys of a whole model's states: draw a sample, count against a bracket, break a tie."""
+"""Selection over the order keys of a whole model's states: draw a sample, count, collect the last few, break a tie."""
 
 from __future__ import annotations
 
@@ -161,6 +161,79 @@ def count(
     counts.mul_(bracket[4])
     launch_chunks(
         _count_kernel, layout, chunks, counts, bracket, table, layout, chunks,
+        SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip
+
+
+# ---- collect -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["size", "n_tensors", "n_chunks"])
+def _collect_kernel(
+    found_ptr, candidates_ptr, size, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """candidates[:, j] = (key, global index) of the weights with lo <= key <= hi, in any order; found[0] = how many.
+
+    candidates_ptr: int64 [2, size]. Rows: a, b.
+    """
+    lo, hi = tl.load(bracket_ptr).to(tl.uint32), tl.load(bracket_ptr + 1).to(tl.uint32)
+    end = tl.where(tl.load(bracket_ptr + 4) == 1, 0, n_chunks)
+    for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
+        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        a = address_of(pointers_ptr, n_tensors, 0, tensor)
+        b = address_of(pointers_ptr, n_tensors, 1, tensor)
+        vectors = vector_end(a | b, length, BLOCK_SIZE)
+        inside = tl.zeros([BLOCK_SIZE], tl.int32)
+        for start in range(0, vectors, BLOCK_SIZE):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+            inside += (key - lo <= hi - lo).to(tl.int32)
+        total = tl.sum(inside)
+        for start in range(vectors, length, TAIL):
+            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
+            total += tl.sum(((key - lo <= hi - lo) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
+        # Few chunks hold candidates, few of them each: those chunks are read a second time, and walked one by one.
+        if total > 0:
+            slot = tl.atomic_add(found_ptr, total.to(tl.int64), sem="relaxed")
+            if slot + total <= size:
+                run = run_of(layout_ptr, tensor)
+                for start in range(0, length, TAIL):
+                    lane = tl.arange(0, TAIL)
+                    key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
+                    left = tl.where((key - lo <= hi - lo) & (lane < length - start), lane, TAIL)
+                    first = tl.min(left)
+                    while first < TAIL:
+                        tl.store(candidates_ptr + slot, tl.max(tl.where(lane == first, key, 0)).to(tl.int64))
+                        index = place_of(layout_ptr, tensor, run, offset + start + first)[0]
+                        tl.store(candidates_ptr + size + slot, index)
+                        slot += 1
+                        left = tl.where(lane == first, TAIL, left)
+                        first = tl.min(left)
+
+
+def collect(
+    found: Tensor,
+    candidates: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    layout: Tensor,
+    chunks: Tensor,
+    score: str,
+    bracket: Tensor,
+    *,
+    pointers: Tensor | None = None,
+) -> None:
+    """`pins_ext::collect_`: the weights inside a bracket; with more than fit, found[0] says so and some are missing."""
+    check_tables(layout, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, layout)
+    size = candidates.shape[-1]
+    check_shape("found", found, torch.int64, (1,), layout)
+    check_shape("candidates", candidates, torch.int64, (2, size), layout)
+    check_shape("bracket", bracket, torch.int64, (5,), layout)
+    table = pointer_table(pointers, layout, a, b)
+    found.zero_()
+    launch_chunks(
+        _collect_kernel, layout, chunks, found, candidates, size, bracket, table, layout, chunks,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip
 

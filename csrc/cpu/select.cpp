@@ -1,7 +1,8 @@
-// sample, count_, tie_index and pack_ on the CPU.
+// sample, count_, collect_, tie_index and pack_ on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "bracket.h"
@@ -93,6 +94,49 @@ void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tens
   count_chunks(work, bracket, counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
     count(scored.at(work, chunk), bounds, tally);
   });
+}
+
+// How many keys of a chunk lie inside the bounds, without a histogram.
+int64_t inside(const Work& work, const Scored& scored, const Chunk& chunk, const Bracket& bounds) {
+  int64_t bins[2] = {0, 0};
+  Tally tally{0, bins};
+  kernels().count[scored.kind](scored.at(work, chunk), {bounds.lo, bounds.hi, 31}, tally);
+  return bins[0] + bins[1];
+}
+
+// Keys and global indices of the weights inside the bracket, in any order; past the size nothing is written.
+void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, const Tensors& b, const Tensor& layout,
+              const Tensor& chunks, const std::string& score, const Tensor& bracket,
+              const OptionalTensor& /*pointers*/) {
+  const Work work = check_work(layout, chunks);
+  const Scored scored = check_scores(work, a, b, score);
+  const CheckedBracket checked = check_bracket(bracket);
+  const int64_t size = candidates.dim() > 1 ? candidates.size(1) : 0;
+  check_shape("found", found, {1}, ScalarType::Long, kCpu);
+  check_shape("candidates", candidates, {2, size}, ScalarType::Long, kCpu);
+  int64_t* keys_at = static_cast<int64_t*>(candidates.data_ptr());
+  int64_t* index_at = keys_at + size;
+  const Bracket bounds = checked.bounds;
+  std::atomic<int64_t> total{0};
+  if (!checked.resolved) {
+    for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
+      // More than fit: the caller has to narrow the bracket, and the rest need not be read.
+      if (total.load(std::memory_order_relaxed) > size) return;
+      const int64_t count = inside(work, scored, chunk, bounds);
+      if (count == 0) return;
+      const int64_t begin = total.fetch_add(count, std::memory_order_relaxed);
+      if (begin + count > size) return;
+      const Run run = work.run(chunk);
+      std::vector<uint32_t> keys(run.count);
+      kernels().keys[scored.kind](scored.at(work, chunk), keys.data());
+      for (int64_t i = 0, slot = begin; i < run.count; ++i) {
+        if (keys[i] < bounds.lo || keys[i] > bounds.hi) continue;
+        keys_at[slot] = keys[i];
+        index_at[slot++] = global_index(work.places[chunk.tensor], chunk.offset + i);
+      }
+    });
+  }
+  *static_cast<int64_t*>(found.data_ptr()) = total.load();
 }
 
 // Global index of the weight of this rank among those of one key in a chunk.
@@ -190,6 +234,7 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
 STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
   m.impl("sample", TORCH_BOX(&pins_ext::cpu::sample));
   m.impl("count_", TORCH_BOX(&pins_ext::cpu::count_));
+  m.impl("collect_", TORCH_BOX(&pins_ext::cpu::collect_));
   m.impl("tie_index", TORCH_BOX(&pins_ext::cpu::tie_index));
   m.impl("pack_", TORCH_BOX(&pins_ext::cpu::pack_));
 }
