@@ -1,4 +1,4 @@
-"""The Triton operators sample, count_, collect_, tie_index, pack_, select against reference.py, interpreted and on a GPU."""
+"""The Triton operators that select and pack, against reference.py, interpreted and on a GPU."""
 
 from __future__ import annotations
 
