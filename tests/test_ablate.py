@@ -17,6 +17,7 @@ from classifier import flags, make_tiny, weights
 from pins_ext.cli import main
 from pins_ext.commands.ablation import launch
 from pins_ext.commands.ablation.grid import read_grid, shipped
+from pins_ext.commands.ablation.spread import Difference, Spread
 
 GRID = """
 about: a tiny grid
@@ -98,9 +99,9 @@ def test_the_tables_hold_what_the_runs_recorded(done: Path) -> None:
 
     table = {(r["method"], r["sparsity"], r["quantity"]): r for r in rows(done / "ablation.csv")}
     by_seed = [
-        [float(runs[f"{m}/sparsity=0.5/seed={s}"]["eval_accuracy"]) for s in (1, 2)] for m in ("magnitude", "pins")
+        [float(runs[f"{m}/sparsity=0.5/seed={s}"]["train_seconds"]) for s in (1, 2)] for m in ("magnitude", "pins")
     ]
-    row = table["magnitude", "0.5", "eval_accuracy"]
+    row = table["magnitude", "0.5", "train_seconds"]
     assert float(row["mean"]) == pytest.approx(sum(by_seed[0]) / 2)
     gap = [a - b for a, b in zip(*by_seed, strict=True)]
     assert float(row["difference"]) == pytest.approx(sum(gap) / 2)
@@ -110,6 +111,23 @@ def test_the_tables_hold_what_the_runs_recorded(done: Path) -> None:
     assert table["pins", "0.5", "eval_accuracy"]["difference"] == ""
     # Both sparsities are held against the same dense runs.
     assert table["dense", "0.5", "eval_accuracy"]["mean"] == table["dense", "0.75", "eval_accuracy"]["mean"]
+
+
+def test_a_difference_is_paired_by_seed() -> None:
+    scores, reference = {1: 0.60, 2: 0.70, 3: 0.65, 4: 0.9}, {3: 0.62, 2: 0.66, 1: 0.59, 5: 0.1}
+    found = Difference.of(scores, reference)
+    assert found is not None
+    # Gaps .01, .04, .03: mean .08/3, deviation .0152753, and the t quantile of two degrees of freedom is 4.30265.
+    half = 4.30265 * 0.0152753 / 3**0.5
+    assert (found.mean, found.n) == (pytest.approx(0.08 / 3), 3)
+    assert (found.low, found.high) == (
+        pytest.approx(0.08 / 3 - half, rel=1e-4),
+        pytest.approx(0.08 / 3 + half, rel=1e-4),
+    )
+    assert Difference.of({1: 0.5}, {1: 0.25}) == Difference(0.25, None, None, 1)
+    assert Difference.of({1: 0.5}, {2: 0.25}) is None
+    assert Spread.of([0.6, 0.7, 0.65]) == Spread(pytest.approx(0.65), pytest.approx(0.05), 3)
+    assert Spread.of([0.6]) == Spread(0.6, None, 1)
 
 
 def test_overlap_is_counted_in_the_saved_models(done: Path) -> None:

@@ -141,6 +141,8 @@ def chosen(rows: Sequence[Row], patterns: Sequence[str]) -> list[Cell]:
 
 def text(value: Any) -> str:
     """A flag's value for names and tables: numbers as short as they can be."""
+    if isinstance(value, bool):
+        return str(value).lower()
     try:
         return f"{float(value):g}"
     except (TypeError, ValueError):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3
 _WIDTH = 7.2
+_APART = 0.08
 
 
 def draw(lines: Sequence[Line], title: str, file: Path) -> None:
@@ -80,22 +81,22 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _draw_over(axes: Axes, lines: Sequence[Line], methods: Sequence[str], axis: str) -> None:
-    """A line per method over the varied number, with error bars."""
-    for method in methods:
+    """A line per method over the varied number, with error bars; values stand evenly, methods a little apart."""
+    values = sorted({float(line.row.combination[axis]) for line in lines})
+    for i, method in enumerate(methods):
         points = sorted(
-            (float(line.row.combination[axis]), spread.mean, spread.deviation or 0.0)
+            (values.index(float(line.row.combination[axis])), spread.mean, spread.deviation or 0.0)
             for line in lines
             if line.row.method == method and (spread := line.spread(line.metric)) is not None
         )
         if points:
-            x, mean, deviation = zip(*points, strict=True)
+            place, mean, deviation = zip(*points, strict=True)
+            x = [at + _APART * (i - (len(methods) - 1) / 2) for at in place]
             color = _color(method, methods)
-            axes.errorbar(x, mean, deviation, color=color, marker="o", markersize=4, capsize=2.5, label=method)
-    values = sorted({float(line.row.combination[axis]) for line in lines})
-    if values[0] > 0 and values[-1] / values[0] >= 4:
-        axes.set_xscale("log")
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
+            axes.errorbar(x, mean, deviation, color=color, linewidth=1.4, marker="o", markersize=4.5, label=method)
+    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.grid(axis="x", visible=False)
     axes.set_xlabel(axis.replace("-", " "))
     axes.set_ylabel(_metric(lines))
 
@@ -109,9 +110,8 @@ def _draw_methods(axes: Axes, lines: Sequence[Line], methods: Sequence[str]) -> 
         if line is None or spread is None:
             continue
         color, seeds = _color(method, methods), list(line.values(line.metric).values())
-        axes.plot(seeds, [i] * len(seeds), "o", color=color, markersize=4, alpha=0.35, markeredgewidth=0)
-        deviation = spread.deviation or 0.0
-        axes.errorbar(spread.mean, i, xerr=deviation, color=color, marker="o", markersize=6, capsize=3)
+        axes.errorbar(spread.mean, i, xerr=spread.deviation or 0.0, color=color, marker="o", markersize=6)
+        axes.plot(seeds, [i + 0.24] * len(seeds), "o", color=color, markersize=4, alpha=0.5, markeredgewidth=0)
     axes.set_yticks(range(len(methods)), list(methods))
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

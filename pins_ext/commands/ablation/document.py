@@ -65,17 +65,17 @@ def write(root: Path, grid: Grid, rows: Sequence[Row], cells: Sequence[Cell], wh
 
 
 def results(lines: Sequence[Line], reference: str) -> Table:
-    """Main metric, difference to the reference, sparsity and non-zeros of every line."""
+    """Main metric, difference to the reference, share of zeros and number of non-zeros of every line."""
     axes = _axes(lines)
     metrics = list(dict.fromkeys(line.metric for line in lines))
     named = [metrics[0].removeprefix("eval_").replace("_", " ")] if len(metrics) == 1 else ["metric", "score"]
-    head = [*axes, "method", *named, "seeds", f"against {reference}", "95 % interval", "sparsity", "non-zeros"]
+    head = [*axes, "method", *named, "seeds", f"against {reference}", "95 % interval", "zeros", "non-zeros"]
     table = [head]
     for line in lines:
         other = reference_of(line, lines, reference)
         gap = Difference.of(line.values(line.metric), other.values(line.metric)) if other else None
         score = line.spread(line.metric)
-        sparsity = line.spread("sparsity")
+        zeros = line.spread("zero_share")
         table.append(
             [
                 *_settings(line, axes),
@@ -85,7 +85,7 @@ def results(lines: Sequence[Line], reference: str) -> Table:
                 str(score.n) if score else "0",
                 NOTHING if gap is None else f"{gap.mean:+.4f}",
                 NOTHING if gap is None or gap.low is None else f"{gap.low:+.4f} to {gap.high:+.4f}",
-                "dense" if sparsity is None or sparsity.mean == 0 else percent(sparsity.mean, 2),
+                "dense" if zeros is None or zeros.mean == 0 else percent(zeros.mean, 2),
                 _counts(line.non_zeros.values()),
             ]
         )
@@ -95,7 +95,7 @@ def results(lines: Sequence[Line], reference: str) -> Table:
 def _costs(lines: Sequence[Line], reference: str) -> Table:
     axes = _axes(lines)
     table = [
-        [*axes, "method", "training, s", "ms per step", f"against {reference}", "of it pruning", "peak memory, MB"]
+        [*axes, "method", "training, s", "ms per step", f"against {reference}", "of it pruning", "peak memory, MiB"]
     ]
     for line in lines:
         other, step, share = reference_of(line, lines, reference), line.spread("step_ms"), line.spread("pruning_share")
@@ -169,8 +169,8 @@ def _reading(lines: Sequence[Line], grid: Grid) -> str:
     seeds = ", ".join(map(str, grid.seeds))
     return (
         f"Mean ± standard deviation over seeds ({seeds}), on the evaluation set. Against {grid.reference}: mean of the "
-        f"differences seed by seed, with the {CONFIDENCE:.0%} confidence interval of a paired t-test; an interval that "
-        f"holds 0 shows no difference. Non-zeros are those of the prunable weights."
+        f"differences seed by seed, with the {percent(CONFIDENCE, 0)} confidence interval of a paired t-test; an "
+        "interval that holds 0 shows no difference. Non-zeros are those of the prunable weights."
         + (f" Without a model: {'; '.join(baselines)}." if baselines else "")
     )
 

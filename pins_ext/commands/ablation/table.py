@@ -112,7 +112,7 @@ def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
     final, timings = record["final"], record["timings"]
     return {
         **{name: final["metrics"].get(name) for name in metric_names([dict(record)])},
-        "sparsity": final["zeros"] / final["weights"] if final["weights"] else 0.0,
+        "zero_share": final["zeros"] / final["weights"] if final["weights"] else 0.0,
         "zeros": final["zeros"],
         "steps": record["total_steps"],
         **{name: timings.get(name) for name in COSTS},
