@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pins_ext import ops, reference
-from pins_ext.exchanges import Exchanges, draw, try_exchanges
+from pins_ext.exchanges import Exchanges, difference_noise, draw, try_exchanges
 from pins_ext.fixed_loss import FixedLoss
 from pins_ext.pruner import Pruner
 from pins_ext.schedule import Schedule
@@ -50,6 +50,7 @@ class Change:
         weights: how many are zeroed. predicted, measured: change of the loss.
         predicted_sgd: extent "step": the prediction if the step were one of SGD along the training gradient.
         fractions: criterion's "new" and "whole": measured change when the weights go only this part of their way.
+        noise: standard deviation of a measured change from rounding alone.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Change:
     measured: float
     predicted_sgd: float | None = None
     fractions: dict[float, float] | None = None
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Diagnosis:
         now, noise = self.loss.value(), self.loss.noise(generator)
         self._predict(sets)
         for s in sets:
-            self._measure(s, t, now, now - before)
+            self._measure(s, t, now, now - before, difference_noise(noise))
         self.observations.append(Observation(t + 1, sets[1].weights / self.pruner.n_weights, now, noise))
         self.report(self._line())
         if t in self.exchange_steps:
@@ -253,16 +255,18 @@ class Diagnosis:
 
     # ---- measured ---------------------------------------------------------------------------------------------------
 
-    def _measure(self, s: _Set, t: int, now: float, step_change: float) -> None:
+    def _measure(self, s: _Set, t: int, now: float, step_change: float, noise: float) -> None:
         """Add the changes of one set. step_change: what the optimizer's step alone did to the loss."""
         measured = self._loss_on_the_way(s, 1.0) - now
         fractions = None
         if s.kind == "criterion":
             fractions = {part: self._loss_on_the_way(s, part) - now for part in FRACTIONS}
-        self.changes.append(Change(t + 1, s.kind, s.extent, s.weights, s.predicted, measured, fractions=fractions))
+        change = Change(t + 1, s.kind, s.extent, s.weights, s.predicted, measured, None, fractions, noise)
+        self.changes.append(change)
         if s.extent == "whole":
             both = measured + step_change
-            self.changes.append(Change(t + 1, s.kind, "step", s.weights, s.after_step, both, s.after_sgd))
+            change = replace(change, extent="step", predicted=s.after_step, measured=both, predicted_sgd=s.after_sgd)
+            self.changes.append(replace(change, fractions=None))
 
     @torch.no_grad()
     def _loss_on_the_way(self, s: _Set, part: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class FixedLoss:
         self.kept: list[Tensor] = []
         self.set_aside: list[Tensor | None] = []
         self.evaluations = 0
+        self._spacing = 0.0
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -91,7 +93,9 @@ class FixedLoss:
     def value(self) -> float:
         """The loss now: batch losses in the model's precision, their mean in double precision."""
         self.evaluations += 1
-        return sum(float(self.loss(batch)) for batch in self.batches) / len(self.batches)
+        losses = [self.loss(batch) for batch in self.batches]
+        self._spacing = max(float(torch.nextafter(x.abs(), x.new_tensor(math.inf)) - x.abs()) for x in losses)
+        return sum(map(float, losses)) / len(losses)
 
     def gradient(self, visit: Callable[[int, Tensor], None]) -> None:
         """Backward through every batch.
@@ -124,7 +128,8 @@ class FixedLoss:
         """Standard deviation of the value from rounding alone (Monte Carlo arithmetic, Parker 1997).
 
         Each repeat moves every weight that is not zero by one unit in its last place, at random up or down. Repeating
-        an unchanged evaluation shows nothing: it comes out the same. The weights must be the kept ones, and are after.
+        an unchanged evaluation shows nothing: it comes out the same. Added is the rounding of each batch's loss to the
+        numbers its dtype has. The weights must be the kept ones, and are after.
         """
         values = []
         for _ in range(repeats):
@@ -133,4 +138,6 @@ class FixedLoss:
                 p.copy_(torch.where(p == 0, p, torch.nextafter(p, up * torch.inf)))
             values.append(self.value())
             self.restore()
-        return float(torch.tensor(values, dtype=torch.float64).std())
+        # Evenly distributed over one spacing of numbers: its standard deviation is 1/sqrt(12) of it.
+        last = self._spacing / math.sqrt(12 * len(self.batches))
+        return math.hypot(float(torch.tensor(values, dtype=torch.float64).std()), last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,13 +101,16 @@ def test_agreement_is_measured() -> None:
         assert each.spearman == pytest.approx(-1)
         assert each.measured == pytest.approx(0.25)
     assert agreements(changes(1.0, 1.0)[:6])[0].pearson is None
+    assert [a.clear for a in agreements([replace(c, noise=0.08) for c in changes(1.0, 1.0)])] == [2] * 6
+    hidden = agreements([replace(c, noise=1.0) for c in changes(1.0, 1.0)])
+    assert {(a.clear, a.ratio, a.same_sign) for a in hidden} == {(0, None, None)}
     assert fraction_ratios(changes(0.3, 0.9), "new")[1 / 64] == pytest.approx(0.9)
 
 
 def test_the_sentences_follow_the_numbers() -> None:
     assert "first order holds all the way" in " ".join(reading(changes(1.0, 1.0), []))
     bent = " ".join(reading(changes(-0.2, 1.02), []))
-    assert "rightly at 0 of 4 masks" in bent
+    assert "sign is right at 0 of 4 changes" in bent
     assert "curvature and interaction" in bent
     assert "predicts -5.00e-02 on average (+3.00e+00 if the step were one of SGD), and +2.50e-01 is measured" in bent
     assert "even a small part" in " ".join(reading(changes(0.2, 0.3), []))

@@ -27,6 +27,8 @@ def document(prepared: Prepared, found: Diagnosis, examples: int, seconds: float
     notes = [
         f"The loss is the task's own on {examples} fixed training examples, without dropout and without the distance "
         f"to a teacher, in {request.run.dtype}.",
+        "A change is clear when it is three standard deviations of what rounding does to it; ratios and signs are "
+        "those of clear changes.",
         "Random weights are as many as the mask's: beside newly pruned ones drawn among those that the last mask kept, "
         "beside all pruned ones among all prunable ones.",
     ]
@@ -84,7 +86,7 @@ def _markdown(content: dict[str, Any]) -> str:
 def _csv(changes: Sequence[Change]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    names = ("step", "kind", "extent", "weights", "predicted", "measured", "predicted_sgd")
+    names = ("step", "kind", "extent", "weights", "predicted", "measured", "noise", "predicted_sgd")
     writer.writerow([*names, *(f"measured_at_{part:g}" for part in FRACTIONS)])
     for change in changes:
         parts = [(change.fractions or {}).get(part) for part in FRACTIONS]

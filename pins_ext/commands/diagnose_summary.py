@@ -21,6 +21,9 @@ EXTENTS = {
 }
 KINDS = ("criterion", "random")
 
+_CLEAR = 3.0
+"""A change is clear when it is this many standard deviations of its rounding noise."""
+
 Rows = list[list[str]]
 
 NOT_SHOWN = (
@@ -35,17 +38,19 @@ class Agreement:
     """How predicted and measured changes of one kind go together over the masks.
 
     Attributes:
-        n: changes. predicted, measured: means. ratio: median of predicted / measured. same_sign: share of changes.
-        pearson, spearman: correlations; None where fewer than three changes, or equal ones, have none.
+        n: changes. clear: those that stand out from rounding. predicted, measured: means over all.
+        ratio, same_sign: median of predicted / measured and share of equal signs, over the clear ones, if there are.
+        pearson, spearman: correlations over all; None where fewer than three changes, or equal ones, have none.
     """
 
     kind: str
     extent: str
     n: int
+    clear: int
     predicted: float
     measured: float
     ratio: float | None
-    same_sign: float
+    same_sign: float | None
     pearson: float | None
     spearman: float | None
 
@@ -65,7 +70,7 @@ def _agreement(kind: str, extent: str, changes: Sequence[Change]) -> Agreement:
     from scipy import stats
 
     predicted, measured = [c.predicted for c in changes], [c.measured for c in changes]
-    ratios = [p / m for p, m in zip(predicted, measured, strict=True) if m]
+    clear = [c for c in changes if _is_clear(c.measured, c.noise)]
     pearson = spearman = None
     if len(changes) >= 3 and len(set(predicted)) > 1 and len(set(measured)) > 1:
         pearson = float(stats.pearsonr(predicted, measured).statistic)
@@ -74,21 +79,26 @@ def _agreement(kind: str, extent: str, changes: Sequence[Change]) -> Agreement:
         kind,
         extent,
         len(changes),
+        len(clear),
         statistics.fmean(predicted),
         statistics.fmean(measured),
-        statistics.median(ratios) if ratios else None,
-        statistics.fmean(p * m > 0 for p, m in zip(predicted, measured, strict=True)),
+        statistics.median(c.predicted / c.measured for c in clear) if clear else None,
+        statistics.fmean(c.predicted * c.measured > 0 for c in clear) if clear else None,
         pearson,
         spearman,
     )
 
 
+def _is_clear(measured: float, noise: float) -> bool:
+    return abs(measured) > _CLEAR * noise
+
+
 def fraction_ratios(changes: Sequence[Change], extent: str) -> dict[float, float]:
-    """Median of predicted / measured when the criterion's weights go only a part of their way, by that part."""
-    chosen = [c for c in changes if c.fractions and c.extent == extent]
+    """Median of predicted / measured when the criterion's weights go only a part of their way, where it is clear."""
     ratios = {}
     for part in FRACTIONS:
-        each = [part * c.predicted / c.fractions[part] for c in chosen if c.fractions and c.fractions[part]]
+        chosen = [(c, c.fractions[part]) for c in changes if c.fractions and c.extent == extent]
+        each = [part * c.predicted / measured for c, measured in chosen if _is_clear(measured, c.noise)]
         if each:
             ratios[part] = statistics.median(each)
     return ratios
@@ -107,17 +117,23 @@ def _about_prediction(changes: Sequence[Change]) -> list[str]:
     sentences = []
     for extent in ("new", "whole"):
         own, random = by_name["criterion", extent], by_name["random", extent]
-        ratio = f"the median of predicted / measured is {own.ratio:.2g}" if own.ratio is not None else "nothing changed"
         sentences.append(
-            f"For the {EXTENTS[extent]}, the sign is predicted rightly at {round(own.same_sign * own.n)} of {own.n} "
-            f"masks (random weights: {round(random.same_sign * random.n)} of {random.n}), and {ratio}. The loss "
-            f"changes by {own.measured:+.2e} on average, and by {random.measured:+.2e} for random weights."
+            f"{EXTENTS[extent].capitalize()}: the loss changes by {own.measured:+.2e} on average where first order "
+            f"says {own.predicted:+.2e}, and for random weights by {random.measured:+.2e} where it says "
+            f"{random.predicted:+.2e}. The sign is right at {_signs(own)} (random: {_signs(random)})"
+            + (f", and the median of predicted / measured is {own.ratio:.2g}." if own.ratio is not None else ".")
         )
         parts = fraction_ratios(changes, extent)
         if parts and own.ratio is not None:
             smallest = min(parts)
             sentences.append(_about_parts(smallest, parts[smallest], own.ratio))
     return [*sentences, _about_step(changes, by_name["criterion", "step"])]
+
+
+def _signs(agreement: Agreement) -> str:
+    if agreement.same_sign is None:
+        return "no mask, since no change stands out from rounding"
+    return f"{round(agreement.same_sign * agreement.clear)} of {agreement.clear} changes that stand out from rounding"
 
 
 def _about_step(changes: Sequence[Change], own: Agreement) -> str:
@@ -141,13 +157,13 @@ def _about_exchanges(tried: Exchanges) -> str:
     said = []
     for s in tried.strata:
         where = "near the threshold" if s.name == "near" else "anywhere"
-        best = "none lowers it" if s.best >= 0 else f"the best by {-s.best:.1e}{_relative(-s.best, tried)}"
+        best = "the best lowers nothing" if s.best >= 0 else f"the best by {-s.best:.1e}{_relative(-s.best, tried)}"
         said.append(
             f"{where}, {len(s.lowering)} of {len(s.groups)} exchanges of {s.pairs:,} pairs lower the loss "
             f"({s.clear(tried.noise)} clearly above rounding), {best}; all at once change it by {s.together:+.1e}, "
             f"where the sum of their own changes is {s.total:+.1e}"
         )
-    return f"At step {tried.step}: {'. '.join(said)}." if said else f"At step {tried.step} too few weights are pruned."
+    return f"At step {tried.step}: {'; '.join(said)}." if said else f"At step {tried.step} too few weights are pruned."
 
 
 def _relative(gain: float, tried: Exchanges) -> str:
@@ -162,16 +178,17 @@ def _relative(gain: float, tried: Exchanges) -> str:
 
 def agreement_table(changes: Sequence[Change]) -> tuple[list[str], Rows]:
     """Head and rows."""
-    head = ["zeroed", "chosen by", "n", "predicted", "measured", "pred. / meas.", "same sign", "Pearson", "Spearman"]
+    head = ["zeroed", "chosen by", "n", "clear", "predicted", "measured", "ratio", "same sign", "Pearson", "Spearman"]
     rows = [
         [
             EXTENTS[a.extent],
             a.kind,
             str(a.n),
+            str(a.clear),
             f"{a.predicted:+.2e}",
             f"{a.measured:+.2e}",
             _number(a.ratio),
-            f"{100 * a.same_sign:.0f} %",
+            "-" if a.same_sign is None else f"{100 * a.same_sign:.0f} %",
             _number(a.pearson),
             _number(a.spearman),
         ]
