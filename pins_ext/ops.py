@@ -34,8 +34,8 @@ another process wants a core.
 """
 
 CANDIDATES = 16384
-"""Weights that are ordered one by one at the end of a selection. The threshold's bin has fewer, some ten of 85 M weights
-and some thousand of 7 G, unless many are tied.
+"""Weights ordered one by one at the end of a selection. The threshold's bin holds fewer, some ten of 85 M and some
+thousand of 7 G, unless many are tied.
 """
 
 MAX_KEY = 0xFFFFFFFF
