@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -185,6 +186,21 @@ def test_another_setting_is_not_taken_for_the_same(
     assert "max_steps 12 -> 10" in said
     assert "--overwrite" in said
     assert cells.commands == []
+
+
+def test_typed_flags_go_to_every_cell_but_make_no_method_another(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ablate(tiny, tmp_path / "out", "--sparsity", "0.6", "--teacher=ema", "--dry-run")) == 0
+    commands = dict(re.findall(r"^to run +(\S+)\n +pins-ext train (.*)$", capsys.readouterr().out, re.M))
+    assert commands.keys() == {f"{method}/seed={seed}" for method in ("dense", "pins", "magnitude") for seed in (1, 2)}
+    assert "--sparsity 0 " in commands["dense/seed=1"]
+    assert "--teacher ema " in commands["dense/seed=1"]
+    assert "--sparsity 0.6 " in commands["magnitude/seed=2"]
+    assert "--teacher none " in commands["magnitude/seed=2"]
+    assert main(["ablate", "glue", "--data-dir", "here/{task}", "--seeds", "7", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"pins/task=glue-rte/seed=7\n.* --data-dir here/rte .*--task glue/rte ", said)
 
 
 def test_a_failing_cell_is_reported_and_stops_no_other(

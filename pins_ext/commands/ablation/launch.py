@@ -1,7 +1,8 @@
 """Running the cells one after another, each in a process of its own.
 
-A process of its own makes its peak memory that of one run, survives a cell that is killed for memory, and costs the
-seconds that the imports take.
+A process of its own makes its peak memory that of one run, keeps a cell that is killed for memory from taking the
+others with it, and costs the seconds that the imports take. Linux lets a new process start from the peak of the one that
+started it; this one has imported less than any cell does and trains nothing, so that bound is never reached.
 """
 
 from __future__ import annotations
