@@ -35,6 +35,9 @@ print(json.dumps({"gpu": p.name, "capability": f"{p.major}.{p.minor}", "memory_g
     "triton": triton.__version__}))
 """
 
+# Marked so, or with the fixture of tests/conftest.py that runs a test in Triton's interpreter and on a GPU.
+ON_GPU = re.compile(r"mark\.gpu|def test_\w+\(device: str\b")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -126,7 +129,7 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     install = [python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", "."]
     yield Stage("build", install, 180, build, needed=True)
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "gpu"]
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
+    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if ON_GPU.search(path.read_text()))
     # A process for each: an illegal access makes the GPU unusable for the rest of its process.
     files.sort(key=lambda path: "cuda" not in path.name)
     for path in files:
