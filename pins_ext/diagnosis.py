@@ -35,7 +35,7 @@ from pins_ext.schedule import Schedule
 FRACTIONS = (1 / 64, 1 / 16, 1 / 4)
 """Parts of the way to zero at which the loss is measured too: where they are predicted well, the gradient is right."""
 
-_FIELDS = 1 << 20  # seeds of one step lie apart from those of the next
+_SEED_STRIDE = 1 << 20  # seeds of one step lie apart from those of the next
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class Diagnosis:
 
     def _observe(self, t: int) -> None:
         """Everything about the mask of step t. The weights have been stepped; those before the step are kept."""
-        generator = torch.Generator().manual_seed(self.seed * _FIELDS + t)
+        generator = torch.Generator().manual_seed(self.seed * _SEED_STRIDE + t)
+        self.report(f"step {t + 1}  measuring this mask and {2 * self.random_masks} random ones")
         sets = self._sets(generator)
         # Back before the step, for a moment.
         self.loss.swap()
