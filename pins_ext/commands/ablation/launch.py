@@ -1,8 +1,8 @@
 """Running the cells one after another, each in a process of its own.
 
 A process of its own makes its peak memory that of one run, keeps a cell that is killed for memory from taking the
-others with it, and costs the seconds that the imports take. Linux lets a new process start from the peak of the one that
-started it; this one has imported less than any cell does and trains nothing, so that bound is never reached.
+others with it, and costs the seconds that the imports take. Linux lets a new process start from the peak of the one
+that started it; this one has imported less than any cell does and trains nothing, so that bound is never reached.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from pins_ext.commands.ablation.cells import Cell
 from pins_ext.commands.errors import EXIT_OK, StoppedError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_ERROR = "pins-ext train: "
+"""How the command's error begins, the last line of a cell that failed."""
+_ENDED = "ended by "
 
 
 def run_cells(cells: Sequence[Cell], console: Console, overwrite: bool) -> list[Cell]:
@@ -73,10 +77,10 @@ def failure(cell: Cell) -> str:
     if not cell.log.is_file():
         return "not run"
     lines = [line.strip() for line in cell.log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = [line for line in lines if line]
-    if not said:
-        return "it ended without a word"
-    return said[-1].removeprefix("pins-ext train: ")
+    said = [line for line in lines if line] or ["nothing printed yet"]
+    if said[-1].startswith((_ERROR, _ENDED)):
+        return said[-1].removeprefix(_ERROR)
+    return f"not finished: {said[-1]}"
 
 
 def _run(cell: Cell, console: Console, overwrite: bool, where: str) -> bool:
@@ -88,7 +92,7 @@ def _run(cell: Cell, console: Console, overwrite: bool, where: str) -> bool:
     with shown as status, cell.log.open("w", encoding="utf-8") as log:
         code = in_process_of_its_own(arguments, log, _live(status, where))
         if code < 0:
-            print(f"ended by {signal.Signals(-code).name}", file=log)
+            print(f"{_ENDED}{signal.Signals(-code).name}", file=log)
     return code == EXIT_OK and cell.record() is not None
 
 
