@@ -227,7 +227,7 @@ class Diagnosis:
         def visit(i: int, grad: Tensor) -> None:
             product = grad.double() * self.pruner.parameters[i].double()
             for s in sets:
-                s.predicted -= float(product[self._chosen(s.bits, i)].sum())
+                s.predicted -= float(torch.where(self._chosen(s.bits, i), product, 0.0).sum())
 
         self.loss.gradient(visit)
 
