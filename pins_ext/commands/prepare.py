@@ -177,7 +177,9 @@ def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         there = "" if os.path.isdir(source) else " (no such folder here; as a hub name it could not be loaded)"
-        raise UsageError(f"--model {name}{there}: {' '.join(str(error).split())[:300]}") from error
+        alone = "no file named" in str(error) and os.path.isfile(os.path.join(source, "config.json"))
+        way_out = " (--random-init starts from config.json alone)" if alone else ""
+        raise UsageError(f"--model {name}{there}: {' '.join(str(error).split())[:300]}{way_out}") from error
 
 
 def _quiet() -> None:
