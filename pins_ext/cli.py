@@ -20,7 +20,7 @@ from pins_ext.commands.errors import (
 )
 
 COMMANDS = {
-    "train": ("pins_ext.commands.train", "fine-tune and prune a classifier, evaluate, save, report"),
+    "train": ("pins_ext.commands.train", "fine-tune and prune a language model, evaluate, save, report"),
     "plan": ("pins_ext.commands.plan", "what train would do: tensors, memory, schedule, conflicts"),
     "ablate": ("pins_ext.commands.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
     "diagnose": ("pins_ext.commands.diagnose", "how well first order predicts what pruning does to the loss"),
