@@ -1,4 +1,4 @@
-"""What training decides on the validation set stands in metrics.json and in the report; by default it decides nothing."""
+"""What training decides on the validation set is told in metrics.json and the report; by default it decides nothing."""
 
 from __future__ import annotations
 
