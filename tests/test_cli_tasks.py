@@ -26,6 +26,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     articles = [{"title": str(i), "paragraphs": [{"context": CONTEXT, "qas": qas}]} for i in range(8)]
     (root / "questions.json").write_text(json.dumps({"data": articles}))
     (root / "text.txt").write_text("some words and some more words\n" * 30)
+    (root / "wiki").mkdir()
+    for name in ("train", "valid"):
+        (root / "wiki" / f"{name}.txt").write_text("some words\n" * 9)
     pairs = "mr,ref\n" + "name[A],A is here.\nname[B],B is here.\nname[B],There is B.\n" * 8
     for name in ("trainset", "devset", "testset_w_refs"):
         (root / f"{name}.csv").write_text(pairs)
@@ -101,7 +104,7 @@ def test_the_best_language_model_is_the_least_perplexed(
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--task", "wikitext2"], "wikitext2 needs a causal language model"),
+        (["--task", "wikitext2", "--data-dir", "wiki"], "wikitext2 needs a causal language model"),
         (["--train-file", "text.txt", "--model", "decoder"], "--random-init"),
         (["--train-file", "text.txt", "--model", "encoder"], "sees the token that it is to predict"),
         (["--train-file", "names.conll", "--num-beams", "2"], "--num-beams has no meaning for names.conll"),
@@ -117,12 +120,6 @@ def test_what_cannot_be_is_said_in_one_line(
     reason: str,
 ) -> None:
     monkeypatch.chdir(data)
-    if more[:2] == ["--task", "wikitext2"]:
-        more = [*more, "--data-dir", "text"]
-        for name in ("train", "valid"):
-            (tmp_path / "text").mkdir(exist_ok=True)
-            (tmp_path / "text" / f"{name}.txt").write_text("some words\n" * 9)
-        more[-1] = str(tmp_path / "text")
     assert main(command(data, tmp_path / "run", *more)) == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len(said) == 1, said

@@ -112,7 +112,7 @@ def test_wikitext_comes_from_the_hub_or_a_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_models_that_look_ahead_are_refused(tmp_path: Path) -> None:
-    task = text_task(tmp_path, "ab", "ab")
+    task = text_task(tmp_path, "ab", "ab", max_length=8)
     task.check_model(model())
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
@@ -167,7 +167,9 @@ def test_a_sample_keeps_all_references_of_a_meaning() -> None:
 
 
 def test_data_to_text_faults(tmp_path: Path) -> None:
-    task = pairs_task(tmp_path, max_new_tokens=64)
+    with pytest.raises(TaskError, match="inputs of 128 tokens are longer than the model's 64: choose a"):
+        pairs_task(tmp_path).check_model(model())
+    task = pairs_task(tmp_path, max_new_tokens=64, max_length=32)
     with pytest.raises(TaskError, match="--max-new-tokens 64 leaves nothing of the model's 64 positions"):
         task.check_model(model())
     endless = characters()

@@ -1,4 +1,5 @@
-"""The data that `pins-ext train` trains on: an embedded task that needs no download, GLUE, and files of one's own.
+"""The data that `pins-ext train` trains on: an embedded task that needs no download, GLUE and other published sets, and
+files of one's own. A family of tasks (sequences, tokens, questions, language, data_to_text) is a subclass of `Task`.
 
 Importing this is quick: datasets, transformers, scikit-learn and scipy are imported by the functions that use them.
 """

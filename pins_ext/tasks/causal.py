@@ -37,6 +37,7 @@ class CausalTask(Task):
         """Refuses a model whose prediction of a token depends on that token, as an encoder's does."""
         import torch
 
+        super().check_model(model)
         was_training = model.training
         model.eval()
         with torch.no_grad():

@@ -46,7 +46,7 @@ def read_hub(task: str, source: HubSet, splits: tuple[str, ...], way_out: str) -
         files = {"data_files": {split: f"*/{split}/*.parquet" for split in splits}}
     try:
         data = dict(datasets.load_dataset(*named, revision=source.revision, **files))
-    except (ConnectionError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise TaskError(
             f"{task} is not cached here and cannot be fetched ({error}). With the files at hand, use "
             f"--data-dir FOLDER, which holds {way_out}"
