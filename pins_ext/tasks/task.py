@@ -110,9 +110,7 @@ class Task(ABC):
         """
         places = getattr(model.config, "max_position_embeddings", None)
         if places is not None and 0 < places < self.max_length:
-            raise TaskError(
-                f"inputs of {self.max_length} tokens are longer than the model's {places}: choose a smaller --max-length"
-            )
+            raise TaskError(f"the model has {places} positions, fewer than --max-length {self.max_length}: choose less")
 
     def reduce_logits(self, logits: Any, labels: Tensor) -> Any:
         """Returns what `compute_metrics` needs of a batch's outputs; only that is kept of an evaluation."""
