@@ -168,6 +168,24 @@ def count(
 # ---- collect -------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _inside_chunk(
+    a, b, offset, length, lo, hi,
+    SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """How many keys of a chunk lie from lo to hi, both uint32; int32."""
+    vectors = vector_end(a | b, length, BLOCK_SIZE)
+    inside = tl.zeros([BLOCK_SIZE], tl.int32)
+    for start in range(0, vectors, BLOCK_SIZE):
+        key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+        inside += (key - lo <= hi - lo).to(tl.int32)
+    total = tl.sum(inside)
+    for start in range(vectors, length, TAIL):
+        key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
+        total += tl.sum(((key - lo <= hi - lo) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
+    return total
+
+
 @triton.jit(do_not_specialize=["size", "n_tensors", "n_chunks"])
 def _collect_kernel(
     found_ptr, candidates_ptr, size, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
@@ -183,15 +201,7 @@ def _collect_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        vectors = vector_end(a | b, length, BLOCK_SIZE)
-        inside = tl.zeros([BLOCK_SIZE], tl.int32)
-        for start in range(0, vectors, BLOCK_SIZE):
-            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
-            inside += (key - lo <= hi - lo).to(tl.int32)
-        total = tl.sum(inside)
-        for start in range(vectors, length, TAIL):
-            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
-            total += tl.sum(((key - lo <= hi - lo) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
+        total = _inside_chunk(a, b, offset, length, lo, hi, SCORE, A, B, BLOCK_SIZE)
         # Few chunks hold candidates, few of them each: those chunks are read a second time, and walked one by one.
         if total > 0:
             slot = tl.atomic_add(found_ptr, total.to(tl.int64), sem="relaxed")
@@ -253,15 +263,7 @@ def _tie_count_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        vectors = vector_end(a | b, length, BLOCK_SIZE)
-        ties = tl.zeros([BLOCK_SIZE], tl.int32)
-        for start in range(0, vectors, BLOCK_SIZE):
-            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
-            ties += (key == tie).to(tl.int32)
-        total = tl.sum(ties)
-        for start in range(vectors, length, TAIL):
-            key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
-            total += tl.sum(((key == tie) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
+        total = _inside_chunk(a, b, offset, length, tie, tie, SCORE, A, B, BLOCK_SIZE)
         tl.store(ties_ptr + chunk, total.to(tl.int64))
 
 
