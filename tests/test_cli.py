@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -139,6 +140,22 @@ def test_other_ways_of_training(tiny: Path, tmp_path: Path, more: tuple[str, ...
     assert main(["verify", str(tmp_path / "run")]) == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["final"]["zeros"] == (0 if "0" in more else 3072)
+
+
+@pytest.mark.parametrize("teacher", ["none", "latest"])
+def test_accumulated_losses_are_of_the_size_of_one(tiny: Path, tmp_path: Path, teacher: str) -> None:
+    """Two classes and no knowledge: ln 2, however many batches make a step."""
+    for accumulated in (1, 4):
+        output = tmp_path / str(accumulated)
+        steps = [
+            "--gradient-accumulation-steps",
+            str(accumulated),
+            "--per-device-train-batch-size",
+            str(8 // accumulated),
+        ]
+        assert main(["train", *flags(tiny, output), *steps, "--teacher", teacher, "--logging-steps", "1"]) == 0
+        first = json.loads((output / "metrics.json").read_text())["history"][0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=0.15)
 
 
 def test_doctor_finds_a_sound_installation(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

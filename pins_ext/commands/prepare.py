@@ -83,6 +83,9 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             preprocess_logits_for_metrics=task.reduce_logits,
             optimizer_cls_and_kwargs=(PinsAdamW, fused) if request.run.optimizer == "adamw" else None,
         )
+        # From a forward with **kwargs the Trainer concludes that the loss is divided already, and does not divide the
+        # losses it accumulates; only causal language models do divide.
+        trainer.model_accepts_loss_kwargs = task.loss_over_step
         trainer.remove_callback(PrinterCallback)
         *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     return Prepared(request, trainer, task, pins, pins.timer, name, total_steps, notes)

@@ -1,14 +1,26 @@
-"""What a run shows while it trains: a live bar on a terminal, a line per log elsewhere."""
+"""What a run shows while it trains and evaluates: live bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pins_ext.report import percent
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""Between the lines that a long evaluation writes where there is no terminal."""
 
 _NOT_SHOWN = ("runtime", "per_second", "preparation_time", "sparsity")
 
@@ -24,23 +36,29 @@ class Watch(TrainerCallback):
         self.console, self.label = console, label
         self._progress: Progress | None = None
         self._seen: dict[str, Any] = {}
+        self._evaluating: tuple[Progress, TaskID] | None = None
+        self._batches, self._said = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the bar."""
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[seen]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=self.console)
+            self._progress = self._bars()
             self._progress.add_task(self.label, total=state.max_steps, completed=state.global_step, seen="")
-            self._progress.start()
+
+    def _bars(self, transient: bool = False) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[seen]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        bars = Progress(*columns, console=self.console, transient=transient)
+        bars.start()
+        return bars
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
@@ -65,6 +83,39 @@ class Watch(TrainerCallback):
             step = f"{state.global_step:>5}/{state.max_steps}"
             self.console.print(f"{self.label}  step {step}  {describe(logs)}", soft_wrap=True)
 
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bar of an evaluation: under the training's, or alone when that has ended."""
+        total = len(eval_dataloader) if eval_dataloader is not None else None
+        if self._batches == 0:
+            self._said = time.monotonic()
+        self._batches += 1
+        if self.console.is_terminal:
+            if self._evaluating is None:
+                bars = self._progress or self._bars(transient=True)
+                self._evaluating = bars, bars.add_task("evaluating", total=total, seen="")
+            bars, evaluation = self._evaluating
+            bars.update(evaluation, completed=self._batches)
+        elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.console.print(f"{self.label}  evaluating  {self._batches}/{total or '?'} batches", soft_wrap=True)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the evaluation's bar away."""
+        self._batches = 0
+        if self._evaluating is not None:
+            bars, evaluation = self._evaluating
+            bars.remove_task(evaluation)
+            if bars is not self._progress:
+                bars.stop()
+            self._evaluating = None
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -72,7 +123,10 @@ class Watch(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal in order, whichever way training ended."""
+        """Leave the terminal in order, whichever way training or evaluation ended."""
+        if self._evaluating is not None:
+            self._evaluating[0].stop()
+            self._evaluating = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

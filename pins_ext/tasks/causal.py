@@ -23,6 +23,7 @@ class CausalTask(Task):
     """A task of a causal language model. Its inputs have labels of their own: `IGNORED`, or the token itself."""
 
     auto_class = "AutoModelForCausalLM"
+    loss_over_step = True
     embedded_model = False
     # Logits are as wide as the vocabulary.
     training_defaults = MappingProxyType({"per_device_eval_batch_size": 8})

@@ -59,6 +59,9 @@ class Task(ABC):
     points: ClassVar[float] = 100.0
     """What one unit of the main metric is in points: a share counts from 0 to 1, and is spoken of in percent."""
 
+    loss_over_step: ClassVar[bool] = False
+    """Whether the model's own loss divides by the items of a whole optimizer step, not of its batch."""
+
     embedded_model: ClassVar[bool] = True
     """Whether the embedded encoder can learn this task."""
 
