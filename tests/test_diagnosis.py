@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pins_ext import ops, reference
 from pins_ext.config import PruneConfig
-from pins_ext.diagnosis import Diagnosis, spread
-from pins_ext.exchanges import Exchanger, draw
-from pins_ext.fixed_loss import FixedLoss
+from pins_ext.diagnosis.changes import Diagnosis, spread
+from pins_ext.diagnosis.exchanges import Exchanger, draw
+from pins_ext.diagnosis.fixed_loss import FixedLoss
 from pins_ext.optim import PinsAdamW, PinsSGD
 from pins_ext.pruner import Pruner
 

@@ -42,10 +42,9 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
         (
             "pins_ext.charts",
             "pins_ext.diagnosis",
-            "pins_ext.exchanges",
+            "pins_ext.diagnosis.*",
             "pins_ext.export",
             "pins_ext.export.*",
-            "pins_ext.fixed_loss",
             "pins_ext.integrations",
             "pins_ext.integrations.*",
             "pins_ext.report",

@@ -108,9 +108,9 @@ def _diagnose(request: Request, options: DiagnosisOptions, folder: Path, console
     import tempfile
     import time
 
-    from pins_ext.commands.diagnose_document import document, write
-    from pins_ext.commands.diagnose_summary import print_summary
-    from pins_ext.commands.diagnose_training import DiagnoseCallback
+    from pins_ext.commands.diagnosis.document import document, write
+    from pins_ext.commands.diagnosis.summary import print_summary
+    from pins_ext.commands.diagnosis.training import DiagnoseCallback
     from pins_ext.commands.prepare import as_usage_errors, prepare
     from pins_ext.commands.progress import Watch
 

@@ -11,9 +11,9 @@ import pytest
 from classifier import flags, make_tiny
 
 from pins_ext.cli import main
-from pins_ext.commands.diagnose_summary import agreements, fraction_ratios, reading
-from pins_ext.diagnosis import FRACTIONS, Change
-from pins_ext.exchanges import Exchange, Exchanges, Stratum
+from pins_ext.commands.diagnosis.summary import agreements, fraction_ratios, reading
+from pins_ext.diagnosis.changes import FRACTIONS, Change
+from pins_ext.diagnosis.exchanges import Exchange, Exchanges, Stratum
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pins_ext.charts import COLORS, STYLE
-from pins_ext.commands.diagnose_summary import EXTENTS, KINDS
-from pins_ext.diagnosis import Change
+from pins_ext.commands.diagnosis.summary import EXTENTS, KINDS
+from pins_ext.diagnosis.changes import Change
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pins_ext.diagnosis import FRACTIONS, Change
-from pins_ext.exchanges import Exchanges, difference_noise
+from pins_ext.diagnosis.changes import FRACTIONS, Change
+from pins_ext.diagnosis.exchanges import Exchanges, difference_noise
 
 EXTENTS = {
     "new": "newly pruned weights",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pins_ext.commands.prepare import Prepared
-from pins_ext.diagnosis import Diagnosis
+from pins_ext.diagnosis.changes import Diagnosis
 from pins_ext.integrations import random_state
 
 if TYPE_CHECKING:

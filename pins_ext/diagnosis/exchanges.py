@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops, reference
-from pins_ext.fixed_loss import FixedLoss
+from pins_ext.diagnosis.fixed_loss import FixedLoss
 from pins_ext.pruner import Pruner
 
 STRATA = ("near", "anywhere")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pins_ext import __version__
-from pins_ext.commands.diagnose_chart import draw
-from pins_ext.commands.diagnose_summary import NOT_SHOWN, agreements, plain, reading, tables
+from pins_ext.commands.diagnosis.chart import draw
+from pins_ext.commands.diagnosis.summary import NOT_SHOWN, agreements, plain, reading, tables
 from pins_ext.commands.prepare import Prepared
-from pins_ext.diagnosis import FRACTIONS, Change, Diagnosis
+from pins_ext.diagnosis.changes import FRACTIONS, Change, Diagnosis
 from pins_ext.integrations.saving import write_file
 
 NAME = "diagnosis"

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops, reference
-from pins_ext.exchanges import Exchanges, difference_noise, draw, try_exchanges
-from pins_ext.fixed_loss import FixedLoss
+from pins_ext.diagnosis.exchanges import Exchanges, difference_noise, draw, try_exchanges
+from pins_ext.diagnosis.fixed_loss import FixedLoss
 from pins_ext.pruner import Pruner
 from pins_ext.schedule import Schedule
 
