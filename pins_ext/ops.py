@@ -183,7 +183,7 @@ def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scored:
-    """The operands of a selection, and the operators that read them."""
+    """The operands of a selection, and the operators that read them. scratch: int64 [1 + BINS], for counts."""
 
     a: list[Tensor]
     b: list[Tensor]
@@ -193,6 +193,7 @@ class _Scored:
     pointers: Tensor | None
     position: Tensor
     total: int
+    scratch: Tensor
 
     @property
     def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
@@ -204,12 +205,12 @@ class _Scored:
         keys = torch.ops.pins_ext.sample(*self._operands, size, pointers=self.pointers)
         return bracket_of(keys, self.position, self.total)
 
-    def counted(self, bracket: Tensor, counts: Tensor) -> Tensor:
+    def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
         if bracket.is_cpu and bracket[4]:
             return bracket
-        torch.ops.pins_ext.count_(counts, *self._operands, bracket, pointers=self.pointers)
-        return narrow(bracket, counts, self.position)
+        torch.ops.pins_ext.count_(self.scratch, *self._operands, bracket, pointers=self.pointers)
+        return narrow(bracket, self.scratch, self.position)
 
     def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
@@ -229,23 +230,22 @@ class _Scored:
         return torch.ops.pins_ext.tie_index(*self._operands, bracket, pointers=self.pointers).reshape(())
 
 
-def _bin_of(scored: _Scored, bracket: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A bracket of one bin around the threshold, and counts to go on with.
+def _bin_of(scored: _Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
+    """A bracket of one bin around the threshold.
 
     From the counts that rode on the fold; where the threshold has left their bracket, or without any, from a sample and
     a pass. The host looks at results on the CPU only, where that is free, and leaves out what they make needless.
     """
     if bracket is None or counts is None:
-        counts = torch.empty(1 + BINS, dtype=torch.int64, device=scored.layout.device)
-        return scored.counted(scored.drawn(), counts), counts
+        return scored.counted(scored.drawn())
     found = narrow(bracket, counts, scored.position)
     hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
     if hit.is_cpu and hit:
-        return found, counts
+        return found
     drawn = scored.drawn()
     # Marked as one key, a bracket costs no pass.
     drawn[4] = hit
-    return torch.where(hit, found, scored.counted(drawn, counts)), counts
+    return torch.where(hit, found, scored.counted(drawn))
 
 
 def _select(
@@ -270,14 +270,15 @@ def _select(
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=layout.device)
     position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
-    scored = _Scored(a, b, layout, chunks, score, pointers, position, total)
-    bracket, counts = _bin_of(scored, bracket, counts)
+    scratch = torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
+    scored = _Scored(a, b, layout, chunks, score, pointers, position, total, scratch)
+    bracket = _bin_of(scored, bracket, counts)
     key, tie, few = scored.collected(bracket)
     if not (few.is_cpu and few):
         one = torch.stack([key, key, torch.zeros_like(key), torch.zeros_like(key), torch.ones_like(key)])
         bracket = torch.where(few, one, bracket)
         for _ in range(2):
-            bracket = scored.counted(bracket, counts)
+            bracket = scored.counted(bracket)
         key, tie = bracket[0], torch.where(few, tie, scored.tie_index(bracket))
     nothing = n_prune.reshape(()) <= 0
     if exact:

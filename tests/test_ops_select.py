@@ -110,7 +110,9 @@ def test_select_from_an_earlier_bracket(lo: int, octaves: float, seed: int, shar
         counts = torch.zeros(1 + ops.BINS, dtype=torch.int64)
         pins.count_(counts, a, b, layout.rows, layout.chunks, "product", bracket)
         args = (a, b, layout.rows, layout.chunks, "product", torch.tensor(n_prune))
+        before = counts.clone()
         threshold = pins.select(*args, bracket=bracket, counts=counts)
+        assert torch.equal(counts, before)
         assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, n_prune))
 
 
