@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ _CHECKED_BATCHES = 3
 _OWN_LOSS = (
     "compute such a loss yourself beside reg(outputs, inputs), which takes plain labels, or train without attach"
 )
+
+_BATCHES_BEFORE_A_WARNING = 500
+"""No usual training accumulates so many batches in one optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class SelfRegularizer:
         self.teacher = Teacher(self.model, teacher, every, ema_decay, teacher_init)
         self._refuse_adaptive_regression()
         self.last: Losses | None = None
+        self._batches_without_step = 0
         self._task_gradient = TaskGradient(self.model)
         self._handles: list[Any] = []
         self._unchecked = 0
@@ -149,6 +154,7 @@ class SelfRegularizer:
             self._refuse_adaptive_regression()
         rows = heads.rows(self.head, outputs, inputs)
         if self.teacher.module is None:
+            self._notice_missing_steps()
             task = self._task(self.head, rows, num_items)
             self.last = Losses(task.detach(), task.detach())
             return task
@@ -282,8 +288,20 @@ class SelfRegularizer:
         Raises:
             ValueError: the step went back, or `every` is not known.
         """
+        self._batches_without_step = -1
         self._task_gradient.clear()
         self.teacher.step(step)
+
+    def _notice_missing_steps(self) -> None:
+        """Warn, once, where batch after batch comes and no step is ever told: there would never be a teacher."""
+        if self._batches_without_step >= 0 and self.teacher.policy in ("latest", "ema"):
+            self._batches_without_step += 1
+            if self._batches_without_step == _BATCHES_BEFORE_A_WARNING:
+                warnings.warn(
+                    f"{_BATCHES_BEFORE_A_WARNING} batches and no SelfRegularizer.step(): no teacher is ever taken. Call "
+                    "step() after each optimizer step, or attach(model, optimizer)",
+                    stacklevel=4,
+                )
 
     def evaluated(self, score: float) -> bool:
         """Tell a dev score, higher is better: the "best" teacher becomes the model whose score beats all before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -72,6 +73,21 @@ def test_a_teacher_of_another_task_and_the_model_as_its_own_teacher_are_refused(
 def test_snapshots_need_to_know_when() -> None:
     with pytest.raises(ValueError, match="give every or total_steps"):
         SelfRegularizer(Net()).step()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_batches_without_a_step_are_noticed(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pins_ext.teacher._BATCHES_BEFORE_A_WARNING", 3)
+    model = Net()
+    reg = SelfRegularizer(model, every=100)
+    (inputs,) = batches(1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            reg(model(**inputs), inputs)
+            if told:
+                reg.step()
+    assert [str(w.message).startswith("3 batches and no SelfRegularizer.step()") for w in seen] == [True] * (not told)
 
 
 def test_a_replaced_forward_is_not_shared_by_a_copy() -> None:

@@ -133,12 +133,13 @@ class Watch(TrainerCallback):
 
 
 def describe(logs: dict[str, Any], brief: bool = False) -> str:
-    """One line of what was logged: loss, sparsity of the last mask, threshold, evaluation (in brief: its score)."""
+    """One line of what was logged: loss, share the last mask pruned, threshold, evaluation (in brief: its score)."""
     parts = []
     if "loss" in logs:
         parts.append(f"loss {float(logs['loss']):.3f}")
     if "sparsity" in logs:
-        parts.append(f"sparsity {percent(logs.get('mask_sparsity', logs['sparsity']))}")
+        # Between masks weights may grow back: what the last mask zeroed, not what is zero at this step.
+        parts.append(f"mask {percent(logs.get('mask_sparsity', logs['sparsity']))}")
     if logs.get("threshold") is not None:
         parts.append(f"threshold {logs['threshold']:.2e}")
     scores = [
@@ -150,5 +151,5 @@ def describe(logs: dict[str, Any], brief: bool = False) -> str:
         return "  ".join(parts + [score.removeprefix("eval ") for score in scores if "loss" not in score][:1])
     parts += scores
     if "eval_sparsity" in logs and "sparsity" not in logs:
-        parts.append(f"at sparsity {percent(logs['eval_sparsity'])}")
+        parts.append(f"with {percent(logs['eval_sparsity'])} zeros")
     return "  ".join(parts)
