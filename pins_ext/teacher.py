@@ -298,8 +298,8 @@ class SelfRegularizer:
             self._batches_without_step += 1
             if self._batches_without_step == _BATCHES_BEFORE_A_WARNING:
                 warnings.warn(
-                    f"{_BATCHES_BEFORE_A_WARNING} batches and no SelfRegularizer.step(): no teacher is ever taken. Call "
-                    "step() after each optimizer step, or attach(model, optimizer)",
+                    f"{_BATCHES_BEFORE_A_WARNING} batches and no SelfRegularizer.step(): there will be no teacher. "
+                    "Call step() after each optimizer step, or attach(model, optimizer)",
                     stacklevel=4,
                 )
 
