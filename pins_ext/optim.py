@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,11 @@ class FusedPruning:
 
 
 class FusedOptimizer(Optimizer):
-    """Base of the two: which tensors take which pass, gradient scaling, and the pruner that may drive the step."""
+    """Base of the two: which tensors take which pass, gradient scaling, and the pruner that may drive the step.
+
+    Raises:
+        ValueError: a parameter group, given or loaded, asks for something of torch.optim's that is not there.
+    """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -58,12 +62,29 @@ class FusedOptimizer(Optimizer):
         self.pruner: Pruner | None = None
         self._slot: Any = None
         self._plain: dict[tuple[int, ...], FusedPruning] = {}
-        self._skipped: Tensor | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's. Raises ValueError for an unsupported option."""
+        super().add_param_group(param_group)
+        try:
+            self._refuse_unsupported(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group.get(option):
+                name = type(self).__name__
+                raise ValueError(f"{name} has no {option}: set it to False in the parameter group or use torch.optim's")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict ends here too: a refused checkpoint changes nothing.
+        for group in state["param_groups"]:
+            self._refuse_unsupported(group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        for name in ("pruner", "_slot", "_skipped"):
+        for name in ("pruner", "_slot"):
             self.__dict__.setdefault(name, None)
         self.__dict__.setdefault("_plain", {})
 
@@ -94,10 +115,6 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            # Counted where it lies: the host's count of steps would need a synchronisation to leave this one out.
-            self._skipped = found_inf.double() if self._skipped is None else self._skipped + found_inf
         if self.pruner is not None:
             self.pruner.begin(self._slot)
             self._step_pruned(self.pruner)
@@ -107,10 +124,13 @@ class FusedOptimizer(Optimizer):
         return loss
 
     def _step_pruned(self, pruner: Pruner) -> None:
-        with_grad = [i for i in self._slot.indices if pruner.parameters[i].grad is not None]
-        if with_grad:
-            groups = dict(zip(self._slot.indices, self._slot.group_of, strict=True))
-            owners = [self.param_groups[groups[i]] for i in with_grad]
+        group_of = dict(zip(self._slot.indices, self._slot.group_of, strict=True))
+        batches: dict[tuple[str, ...], list[int]] = {}
+        for i, group in group_of.items():
+            if pruner.parameters[i].grad is not None:
+                batches.setdefault(self._moments(self.param_groups[group]), []).append(i)
+        for with_grad in batches.values():
+            owners = [self.param_groups[group_of[i]] for i in with_grad]
             self._run([pruner.parameters[i] for i in with_grad], owners, pruner.fused_pruning(self._slot, with_grad))
         pruner.fused_without_grad(self._slot, [i for i in self._slot.indices if pruner.parameters[i].grad is None])
 
@@ -120,7 +140,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and id(p) not in pruned:
-                    parameters, owners = batches.setdefault((p.device, p.dtype), ([], []))
+                    parameters, owners = batches.setdefault((p.device, p.dtype, self._moments(group)), ([], []))
                     parameters.append(p)
                     owners.append(group)
         live = {}
@@ -131,65 +151,82 @@ class FusedOptimizer(Optimizer):
         self._plain = live
 
     def _run(self, parameters: list[Tensor], owners: list[dict[str, Any]], pruning: FusedPruning) -> None:
-        """Check gradients, count the step, run the kernel."""
+        """Check tensors, count the step, run the kernel; the owners agree on their moments."""
+        name, device = type(self).__name__, parameters[0].device
         grads = []
         for p in parameters:
             assert p.grad is not None
+            if not p.is_contiguous():
+                raise ValueError(f"{name} needs contiguous parameters, got strides {p.stride()}")
             if p.grad.layout != torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                raise RuntimeError(f"{name} does not support sparse gradients")
             grads.append(p.grad.contiguous())
-        scales = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        grad_scale, found_inf = (s.reshape(1).to(p.device) if isinstance(s, Tensor) else None for s in scales)
-        for p in parameters:
-            self._initialise(p)
-            self.state[p]["step"] += 1
-        hyper = self._hyper(
-            [self._factors(p, g) for p, g in zip(parameters, owners, strict=True)], parameters[0].device
-        )
-        self._kernel(parameters, grads, hyper, pruning, {"grad_scale": grad_scale, "found_inf": found_inf})
+        scalars = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
+        scaling = {key: s.reshape(1).to(device) if isinstance(s, Tensor) else None for key, s in scalars.items()}
+        names = self._moments(owners[0])
+        if names:
+            for p in parameters:
+                self._initialise(p, names)
+            self._count(parameters, scaling["found_inf"])
+        moments = {key: [self.state[p][key] for p in parameters] for key in names}
+        self._kernel(parameters, moments, grads, self._hyper(parameters, owners), pruning, scaling)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
-    def _initialise(self, p: Tensor) -> None:
-        """State of a parameter at its first step."""
+    def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
+        """State of a parameter at the first step that needs its moments."""
         state = self.state[p]
-        if "step" not in state:
-            if not p.is_contiguous():
-                raise ValueError(f"{type(self).__name__} needs contiguous parameters, got strides {p.stride()}")
-            # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
-            state["step"] = float(any(name in state for name in self._moments(p)))
-            state.update({name: torch.zeros_like(p) for name in self._moments(p) if name not in state})
-        elif isinstance(state["step"], Tensor):
-            state["step"] = float(state["step"])
+        if any(state.get(name) is None for name in names):
+            state.pop("skipped", None)
+            state.update({"step": 0.0, **{name: torch.zeros_like(p) for name in names}})
+        # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
+        state["step"] = float(state.get("step", 1))
+
+    def _count(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
+        """Count a step of these parameters, and on their device whether the kernel skips it.
+
+        Leaving a skipped step out of the host's count would need a synchronisation. Parameters that took part in the
+        same steps share one counter; it is replaced, never written to.
+        """
+        skips = None if found_inf is None else (found_inf != 0).double().reshape(())
+        counters: dict[Tensor | None, Tensor] = {}
+        for p in parameters:
+            state = self.state[p]
+            state["step"] += 1
+            if skips is not None:
+                before = state.get("skipped")
+                if before not in counters:
+                    counters[before] = skips if before is None else before + skips
+                state["skipped"] = counters[before]
+
+    def _skipped(self, parameters: list[Tensor]) -> Tensor | None:
+        """How many of each parameter's steps were skipped, float64 [n], or [] where they agree; None: none was."""
+        counters = [self.state[p].get("skipped") for p in parameters]
+        if all(counter is counters[0] for counter in counters):
+            return counters[0]
+        none = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        return torch.stack([none if counter is None else counter for counter in counters])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""
-        if self._skipped is not None:
-            skipped, self._skipped = float(self._skipped), None
-            for state in self.state.values():
-                state["step"] -= skipped
         packed = super().state_dict()
-        for state in packed["state"].values():
-            if "step" in state:
-                state["step"] = torch.tensor(float(state["step"]))
+        exported = {key: _exported(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: state for key, state in exported.items() if state}
         return packed
 
     @abstractmethod
-    def _moments(self, p: Tensor) -> Iterable[str]:
-        """Names of the state tensors of a parameter."""
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors that a step of this group needs."""
 
     @abstractmethod
-    def _factors(self, p: Tensor, group: dict[str, Any]) -> tuple[float, ...]:
-        """Row of numbers from which `_hyper` computes this parameter's hyper row."""
-
-    @abstractmethod
-    def _hyper(self, factors: list[tuple[float, ...]], device: torch.device) -> Tensor:
+    def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         """The `hyper` argument, float32 [n, 8], every column computed in float64 and rounded once."""
 
     @abstractmethod
     def _kernel(
         self,
         parameters: list[Tensor],
+        moments: dict[str, list[Tensor]],
         grads: list[Tensor],
         hyper: Tensor,
         pruning: FusedPruning,
@@ -227,19 +264,21 @@ class PinsAdamW(FusedOptimizer):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _moments(self, p: Tensor) -> Iterable[str]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _factors(self, p: Tensor, group: dict[str, Any]) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
-        return float(group["lr"]), group["weight_decay"], beta1, beta2, group["eps"], self.state[p]["step"]
-
-    def _hyper(self, factors: list[tuple[float, ...]], device: torch.device) -> Tensor:
-        if self._skipped is None:
+    def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        factors = [
+            (float(group["lr"]), group["weight_decay"], *group["betas"], group["eps"], self.state[p]["step"])
+            for p, group in zip(parameters, owners, strict=True)
+        ]
+        device, skipped = parameters[0].device, self._skipped(parameters)
+        if skipped is None:
             rows = {f: _adamw_row(*f) for f in set(factors)}
             return torch.tensor([rows[f] for f in factors]).to(device, non_blocking=True)
-        lr, decay, beta1, beta2, eps, step = torch.tensor(factors, dtype=torch.float64).to(device).unbind(1)
-        step = (step - self._skipped.reshape(()).to(device)).clamp(min=1)
+        table = torch.tensor(factors, dtype=torch.float64).to(device, non_blocking=True)
+        lr, decay, beta1, beta2, eps, step = table.unbind(1)
+        step = (step - skipped).clamp(min=1)
         step_size, bias_sqrt = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
         columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -step_size, bias_sqrt, eps]
         return torch.stack(columns, 1).float()
@@ -247,6 +286,7 @@ class PinsAdamW(FusedOptimizer):
     def _kernel(
         self,
         parameters: list[Tensor],
+        moments: dict[str, list[Tensor]],
         grads: list[Tensor],
         hyper: Tensor,
         pruning: FusedPruning,
@@ -254,8 +294,8 @@ class PinsAdamW(FusedOptimizer):
     ) -> None:
         torch.ops.pins_ext.masked_adamw_(
             parameters,
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
             pruning.ipt,
             pruning.shadow,
             grads,
@@ -274,7 +314,8 @@ class PinsAdamW(FusedOptimizer):
 class PinsSGD(FusedOptimizer):
     """SGD with momentum, dampening, weight decay and Nesterov, in one pass, with room for importance and a mask.
 
-    In float32 the weights equal those of torch.optim.SGD(foreach=False) on a CPU with FMA to the last bit.
+    In float32 the weights equal those of torch.optim.SGD(foreach=False) on a CPU with FMA to the last bit. A buffer
+    begins with the first step that its group takes with momentum; steps that gradient scaling skips don't count.
 
     Args:
         params: parameters or groups. lr: learning rate. momentum: decay of the buffer. dampening: share of a gradient
@@ -299,20 +340,27 @@ class PinsSGD(FusedOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"nesterov": nesterov})
 
-    def _moments(self, p: Tensor) -> Iterable[str]:
-        return ("momentum_buffer",) if any(g["momentum"] for g in self.param_groups) else ()
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _factors(self, p: Tensor, group: dict[str, Any]) -> tuple[float, ...]:
-        first, nesterov = self.state[p]["step"] <= 1, group["nesterov"]
-        return float(group["lr"]), group["weight_decay"], group["momentum"], group["dampening"], first, nesterov
-
-    def _hyper(self, factors: list[tuple[float, ...]], device: torch.device) -> Tensor:
-        rows = [(lr, wd, m, 1 - damp, float(first), float(nest), -lr, 0.0) for lr, wd, m, damp, first, nest in factors]
-        return torch.tensor(rows).to(device, non_blocking=True)
+    def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        steps = [self.state[p].get("step", 0.0) for p in parameters]
+        rows = []
+        for step, group in zip(steps, owners, strict=True):
+            lr, first, nesterov = float(group["lr"]), float(step <= 1), float(group["nesterov"])
+            rows.append(
+                (lr, group["weight_decay"], group["momentum"], 1 - group["dampening"], first, nesterov, -lr, 0.0)
+            )
+        device, skipped = parameters[0].device, self._skipped(parameters)
+        hyper = torch.tensor(rows).to(device, non_blocking=True)
+        if skipped is not None:
+            hyper[:, 4] = torch.tensor(steps, dtype=torch.float64).to(device, non_blocking=True) - skipped <= 1
+        return hyper
 
     def _kernel(
         self,
         parameters: list[Tensor],
+        moments: dict[str, list[Tensor]],
         grads: list[Tensor],
         hyper: Tensor,
         pruning: FusedPruning,
@@ -320,7 +368,7 @@ class PinsSGD(FusedOptimizer):
     ) -> None:
         torch.ops.pins_ext.masked_sgd_(
             parameters,
-            [self.state[p]["momentum_buffer"] for p in parameters if "momentum_buffer" in self.state[p]],
+            moments.get("momentum_buffer", []),
             pruning.ipt,
             pruning.shadow,
             grads,
@@ -334,6 +382,15 @@ class PinsSGD(FusedOptimizer):
             pruning.clear_state,
             **scaling,
         )
+
+
+def _exported(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as torch.optim writes it: without its skipped steps, and none if there was no other."""
+    if "step" not in state:
+        return state
+    step = float(state["step"]) - float(state.get("skipped", 0))
+    moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
+    return {"step": torch.tensor(step), **moments} if step > 0 else {}
 
 
 def _adamw_row(lr: float, decay: float, beta1: float, beta2: float, eps: float, step: float) -> tuple[float, ...]:

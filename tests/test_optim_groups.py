@@ -1,0 +1,103 @@
+"""Parameter groups of the fused optimizers: options they refuse, and momentum that not every group or step has."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIG, STEPS, Network, same, train, zeros
+from torch import nn
+
+from pins_ext import Pruner
+from pins_ext.optim import PinsAdamW, PinsSGD
+
+OPTIONS = ["amsgrad", "maximize", "differentiable"]
+PAIRS = [(PinsAdamW, torch.optim.AdamW), (PinsSGD, torch.optim.SGD)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("fused_class", [PinsAdamW, PinsSGD])
+def test_an_option_that_is_not_there_is_refused_in_a_group(fused_class: Any, option: str) -> None:
+    one, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"{fused_class.__name__} has no {option}: set it to False"):
+        fused_class([{"params": [one], option: True}])
+    optimizer = fused_class([{"params": [one], option: False}])
+    with pytest.raises(ValueError, match=option):
+        optimizer.add_param_group({"params": [other], option: True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [other]})
+
+
+@pytest.mark.parametrize(("fused_class", "torch_class"), PAIRS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_checkpoint_with_an_option_that_is_not_there_changes_nothing(
+    fused_class: Any, torch_class: Any, option: str
+) -> None:
+    model = Network()
+    foreign = torch_class(model.parameters(), lr=0.5)
+    foreign.param_groups[0][option] = True
+    optimizer = fused_class(model.parameters(), lr=0.25)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"{fused_class.__name__} has no {option}: set it to False"):
+        optimizer.load_state_dict(foreign.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].keys() == before["state"].keys()
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Three groups in turn: without momentum, with it, and with dampened momentum."""
+    parameters = list(model.parameters())
+    return [
+        {"params": parameters[0::3], "dampening": 0.5},
+        {"params": parameters[1::3], "momentum": 0.9, "nesterov": True},
+        {"params": parameters[2::3], "momentum": 0.8, "dampening": 0.3},
+    ]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_momentum_may_come_go_and_come_back(copied: bool) -> None:
+    models = []
+    for optimizer_class, options in ((PinsSGD, {}), (torch.optim.SGD, {"foreach": False})):
+        model = Network(16, classes=16)
+        optimizer = optimizer_class(groups(model), lr=0.05, **options)
+        for start, momentum in ((0, 0.0), (3, 0.9), (6, 0.0), (9, 0.7)):
+            if copied:
+                model, optimizer = copy.deepcopy((model, optimizer))
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(model, optimizer, start + 3, skip=start)
+        assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+        models.append(model)
+    assert same(*models)
+
+
+def test_a_group_with_momentum_may_join_one_without() -> None:
+    models = []
+    for optimizer_class, options in ((PinsSGD, {}), (torch.optim.SGD, {"foreach": False})):
+        model = Network(16, classes=16)
+        first, *others = groups(model)
+        optimizer = optimizer_class([first], lr=0.05, **options)
+        train(model, optimizer, 4)
+        assert not optimizer.state_dict()["state"]
+        for group in others:
+            optimizer.add_param_group(group)
+        train(model, optimizer, 8, skip=4)
+        models.append(model)
+    assert same(*models)
+
+
+def test_groups_with_and_without_momentum_are_pruned_as_by_hooks() -> None:
+    models, pruners = [], []
+    for optimizer_class, options in ((PinsSGD, {}), (torch.optim.SGD, {"foreach": False})):
+        model = Network(16, classes=16)
+        optimizer = optimizer_class(groups(model), lr=0.05, **options)
+        pruners.append(Pruner(model, optimizer, CONFIG, STEPS))
+        train(model, optimizer, STEPS)
+        models.append(model)
+    assert same(*models)
+    assert torch.equal(pruners[0].threshold, pruners[1].threshold)
+    assert zeros(pruners[0]) == zeros(pruners[1]) > 0
