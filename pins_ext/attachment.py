@@ -22,6 +22,7 @@ class Slot:
     Attributes:
         indices: which of the pruner's tensors. group_of: the parameter group of each.
         handles: of the hooks. scaling: gradient scaling of the step under way.
+        given: whether any of its tensors has a gradient to be scored by in the step under way.
     """
 
     optimizer: Optimizer
@@ -29,6 +30,7 @@ class Slot:
     group_of: tuple[int, ...]
     handles: list[Any] = field(default_factory=list)
     scaling: Scaling = field(default_factory=Scaling)
+    given: bool = False
 
     @property
     def fused(self) -> bool:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from pins_ext.pruner import Pruner
 
 FORMAT = "pins_ext.pruner"
-VERSION = 1
+VERSION = 2
 
 
 def state_dict(pruner: Pruner) -> dict[str, Any]:
     """All that resuming needs. `tensors` maps kind/parameter to a tensor; the rest is JSON."""
-    tensors = {"threshold": pruner.threshold, "accepted": pruner.importance.accepted}
-    for kind, states in (pruner.importance.tensors() | {"mask": pruner.masks}).items():
+    importance = pruner.importance
+    tensors = {"threshold": pruner.threshold, "accepted": importance.accepted}
+    tensors |= {"seen": importance.seen, "folded": importance.folded}
+    for kind, states in (importance.tensors() | {"mask": pruner.masks}).items():
         tensors |= {f"{kind}/{name}": t for name, t in zip(pruner.names, states, strict=True)}
     return {
         "format": FORMAT,
@@ -31,7 +33,6 @@ def state_dict(pruner: Pruner) -> dict[str, Any]:
         "step": pruner.step,
         "frozen": pruner.frozen,
         "masked": pruner.masked,
-        "folded": pruner.importance.folded,
         "selected_for": list(pruner._selected_for) if pruner._selected_for else None,
         "tensors": tensors,
     }
@@ -70,7 +71,6 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
             tensor.copy_(saved[name])
     pruner.threshold = saved["threshold"].to(pruner.threshold.device).clone()
     pruner.step, pruner.frozen, pruner.masked = state["step"], state["frozen"], state["masked"]
-    pruner.importance.folded = state["folded"]
     pruner._selected_for = tuple(state["selected_for"]) if state["selected_for"] else None
 
 

@@ -39,7 +39,8 @@ class Importance:
         exp_avg_ipt, exp_avg_unc: running averages of importance and of its uncertainty; empty where unused.
         shadow: last unmasked value of every weight, for criteria that vanish at zero under strict masks; else empty.
         accepted: float32 [1], gradients in this window so far.
-        folded: whether a window has ended yet; before that every average is zero.
+        seen: bool [1], whether any step has brought a gradient that was not skipped.
+        folded: bool [1], whether a window with such a step has ended; before that every average is zero.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: PruneConfig, layout: ops.Layout) -> None:
@@ -55,7 +56,8 @@ class Importance:
         self.exp_avg_unc = states(config.smoothed and 0 < config.beta2 < 1)
         self.shadow = [p.detach().clone() for p in parameters] if config.needs_shadow else []
         self.accepted = torch.zeros(1, device=device)
-        self.folded = False
+        self.seen = torch.zeros(1, dtype=torch.bool, device=device)
+        self.folded = torch.zeros_like(self.seen)
 
     @property
     def criterion(self) -> str:
@@ -73,6 +75,13 @@ class Importance:
     def constant_in_window(self) -> bool:
         """Whether the score changes only when a window ends."""
         return self.config.smoothed and self.config.beta2 != 0
+
+    @property
+    def known(self) -> Tensor:
+        """Bool [1], where the states are: whether the score tells weights apart; until then it is zero everywhere."""
+        if self.config.criterion == "magnitude":
+            return torch.ones_like(self.seen)
+        return self.folded if self.config.smoothed else self.seen
 
     def score(self) -> tuple[str, list[Tensor], list[Tensor]]:
         """Kind and operands of the score that the selection reads: ops.SCORES, a, b."""
@@ -123,9 +132,12 @@ class Importance:
             raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
         return c.float().contiguous()
 
-    def count_accepted(self, scaling: Scaling) -> None:
-        """One more gradient in the window, unless it was not finite."""
-        self.accepted += 1 if scaling.found_inf is None else 1 - scaling.found_inf
+    def count_accepted(self, scaling: Scaling, given: bool) -> None:
+        """One more gradient in the window, unless it was not finite; `given`: any weight had one, not only zeros."""
+        finite = torch.ones_like(self.accepted) if scaling.found_inf is None else 1 - scaling.found_inf
+        self.accepted += finite
+        if given:
+            self.seen |= finite > 0
 
     def fold(self, step: int, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
         """End the window: advance the averages, and count their new scores against `bracket` in the same pass."""
@@ -143,7 +155,7 @@ class Importance:
             counts=counts,
         )
         self.accepted.zero_()
-        self.folded = True
+        self.folded |= self.seen
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]."""

@@ -124,6 +124,7 @@ class Pruner:
             self._given = self.score_gradients() if self.score_gradients is not None else None
             self._begin_step()
         self._open.append(slot)
+        slot.given = any(self._score_gradient(i) is not None for i in slot.indices)
         if not self._in_optimizer_pass(slot) and self.config.criterion != "pins-update":
             self._accumulate(slot, slot.indices, slot.scaling)
 
@@ -154,10 +155,11 @@ class Pruner:
         with self._timed():
             due = self.schedule.mask_due(self.step)
             if not self.frozen:
-                self.importance.count_accepted(self._open[0].scaling)
+                self.importance.count_accepted(self._open[0].scaling, any(slot.given for slot in self._open))
                 if due and not self.importance.scored_before_step:
                     self._renew_masks(self.schedule.remaining_ratio(self.step))
-                if due and self.schedule.selects_once(self.step):
+                # One synchronisation, where an empty mask would otherwise stay for good.
+                if due and self.schedule.selects_once(self.step) and bool(self.importance.known):
                     self.freeze()
             self.masked = self._masks_wanted
             if self.masked and self.before_mask is not None:
@@ -223,10 +225,13 @@ class Pruner:
             lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.rows.device)
             self.importance.accumulate(indices, self._layout_of(indices), grads, lr, self.step, scaling)
 
+    def _score_gradient(self, i: int) -> Tensor | None:
+        """The gradient that scores a parameter, as it is."""
+        return self.parameters[i].grad if self._given is None else self._given.get(self.names[i])
+
     def _gradient(self, i: int) -> Tensor:
         """The gradient that scores a parameter, as the kernels take it; a missing one is zero."""
-        p = self.parameters[i]
-        grad = p.grad if self._given is None else self._given.get(self.names[i])
+        p, grad = self.parameters[i], self._score_gradient(i)
         if grad is None:
             return torch.zeros_like(p)
         if grad.layout != torch.strided:
@@ -250,7 +255,12 @@ class Pruner:
         if wanted == self._selected_for:
             return
         score = self.importance.score()
-        self._pack(score, self.selection.thresholds(score, ratio, bracket, counts))
+        threshold = self.selection.thresholds(score, ratio, bracket, counts)
+        if self.selection.exact:
+            # Before any score is known an exact count could only be met by position; the lowest threshold prunes
+            # nothing. The released rule, strictly below zero, prunes nothing by itself.
+            threshold = threshold * self.importance.known
+        self._pack(score, threshold)
         self._selected_for = wanted
 
     def _pack(self, score: tuple[str, list[Tensor], list[Tensor]], threshold: Tensor) -> None:
@@ -295,8 +305,8 @@ class Pruner:
             RuntimeError: no gradient was ever seen, so no weight has a score; or verification failed.
         """
         if not self.frozen:
-            if self.config.smoothed and not self.importance.folded:
-                if not float(self.importance.accepted):
+            if not self.importance.known:
+                if not self.importance.seen:
                     raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
                 self.importance.fold(self.step)
             self._selected_for = None
