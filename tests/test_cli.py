@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from pins_ext.cli import main
+from pins_ext.commands import request as requests
+from pins_ext.commands.compare import three
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,38 @@ def test_the_result_is_an_ordinary_checkpoint_with_its_zeros(unbroken: Path) -> 
     assert [entry["step"] for entry in record["history"]] == [2, 4, 6, 8, 10, 12]
     assert record["masks"]
     assert 0 < record["timings"]["pruning_share"] < 1
+
+
+def test_what_starts_is_said_and_a_conflict_is_recorded(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert main(["train", *flags(tiny, output, "--delta-t", "40", "--teacher", "best")]) == 0
+    said = capsys.readouterr().out
+    assert "training  12 steps of 8 of 60 examples, learning rate 0.001; validated on 18" in said
+    assert "pruning   4,096 of 13,202 weights, 12 tensors; dense to step 1, 75.0 % from step 9" in said
+    notes = json.loads((output / "metrics.json").read_text())["notes"]
+    assert any(note.startswith("conflict: the final sparsity starts before the first window of 40") for note in notes)
+    assert any(note.endswith("the teacher (--teacher best)") for note in notes)
+    assert all(f"note      {note}" in said for note in notes)
+    assert "before the first window of 40 steps" in (output / "report.html").read_text()
+    # Finalizing applied the first mask, so the model is evaluated once more; where it changes nothing, it is not.
+    assert said.count("step    12/12  eval loss") == 2
+    assert main(["train", *flags(tiny, output, "--test-file", f"{tiny}/dev.csv")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("step    12/12  eval loss") == 1
+    metrics = json.loads((output / "metrics.json").read_text())["final"]["metrics"]
+    assert metrics["eval_loss"] == metrics["test_loss"]
+    assert f"the earlier result is now {output}.1" in said
+
+
+def test_the_demo_is_evaluated_on_the_way_only_where_that_decides_something() -> None:
+    def demo(*argv: str) -> list[object]:
+        request = requests.parse(requests.parser("pins-ext train", "", ""), argv)
+        return [each.training["eval_strategy"] for each in three(request).values()]
+
+    assert demo() == ["no"] * 3
+    assert demo("--teacher", "best") == demo("--early-stopping", "2") == ["steps"] * 3
 
 
 def test_verify_confirms_and_notices(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,9 @@ def three(request: Request) -> Mapping[str, Request]:
         "magnitude": (by_magnitude, plain),
     }
     root = Path(request.run.output_dir)
-    # The demo is short: it is neither evaluated on the way nor worth resuming.
-    light = {"eval_strategy": "no", "save_strategy": "no"} if request.run.compare is None else {}
+    # The demo is short: unless it decides something by them, it needs no evaluations on the way, nor checkpoints.
+    short = request.run.compare is None and not request.needs_evaluations
+    light = {"eval_strategy": "no", "save_strategy": "no"} if short else {}
     training = {**request.training, **{name: value for name, value in light.items() if name not in request.given}}
     return {
         name: replace(

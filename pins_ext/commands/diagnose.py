@@ -95,8 +95,7 @@ def _checked(request: Request) -> Request:
         raise UsageError("a diagnosis can't be resumed: leave out --resume")
     if request.training.get("fp16") or request.run.dtype == "float16":
         raise UsageError("gradients in float16 vanish without a scaler: diagnose in float32 or --bf16")
-    best = request.training.get("load_best_model_at_end") or request.run.early_stopping
-    light = {} if best else {"eval_strategy": "no", "save_strategy": "no"}
+    light = {} if request.needs_evaluations else {"eval_strategy": "no", "save_strategy": "no"}
     run = request.run
     if "output_dir" not in request.given:
         run = replace(run, output_dir=f"{run.output_dir}-diagnosis")

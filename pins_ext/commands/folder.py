@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,11 @@ class RunFolder:
         return list(json.loads(file.read_text(encoding="utf-8"))["given"]) if file.is_file() else []
 
     @contextmanager
-    def publishing(self) -> Iterator[Path]:
+    def publishing(self, say: Callable[[str], None]) -> Iterator[Path]:
         """Yield an empty folder for the result; afterwards it is in place, flushed, and the unfinished run is gone.
+
+        Args:
+            say: told where an earlier result has moved to, if there was one.
 
         Raises:
             SaveError: it could not be written; an earlier result and the checkpoints are untouched.
@@ -137,7 +140,9 @@ class RunFolder:
         with written_aside(staged) as aside:
             yield aside
         if self.finished and not self.overwrite:
-            os.rename(self.result, self.earlier())
+            earlier = self.earlier()
+            os.rename(self.result, earlier)
+            say(f"the earlier result is now {_as_typed(earlier)}")
         replace(staged, self.result)
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -147,6 +152,11 @@ class RunFolder:
         while (name := self.result.with_name(f"{self.result.name}.{number}")).exists():
             number += 1
         return name
+
+
+def _as_typed(folder: Path) -> Path:
+    """Relative to the working directory where it lies in it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def results_in(folder: Path) -> list[Path]:

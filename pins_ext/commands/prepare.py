@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         # losses it accumulates; only causal language models do divide.
         trainer.model_accepts_loss_kwargs = task.loss_over_step
         trainer.remove_callback(PrinterCallback)
-        *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+        _, epoch, *_, total_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+        _refuse_late_choice(request, args, epoch, total_steps)
     return Prepared(request, trainer, task, pins, pins.timer, name, total_steps, notes)
 
 
@@ -143,13 +145,11 @@ def _load_model(request: Request, task: Task, source: str, name: str) -> tuple[A
 
 def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegularizer | None, list[str]]:
     asked = request.regularizer
-    if asked.teacher == "none" or (request.pruning is None and "teacher" not in request.given):
+    if not request.regularizes:
         return None, []
     weight, notes = asked.teacher_weight, []
     if not task.has_classes and weight == "adaptive" and "teacher_weight" not in request.given:
         weight, notes = 1.0, ["a regression has no entropy to adapt to: the distance to the teacher has weight 1"]
-    if asked.teacher == "best":
-        notes.append("the teacher was chosen on the validation set, which training therefore has seen")
     regularizer = SelfRegularizer(
         model,
         teacher=asked.teacher,
@@ -166,12 +166,30 @@ def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegulari
 def _decided_on_validation(args: transformers.TrainingArguments, request: Request) -> list[str]:
     """What a reader of the validation scores should know: the decisions of training that were taken by them."""
     decisions = {
+        "the teacher (--teacher best)": request.needs_evaluations == "--teacher best",
         "when to stop (early stopping)": request.run.early_stopping,
         "which of its models is the final one (load_best_model_at_end)": args.load_best_model_at_end,
         "the learning rate (reduce_lr_on_plateau)": args.lr_scheduler_type == "reduce_lr_on_plateau",
     }
     known = "decided on the validation set, which training therefore has seen"
     return [f"{known}: {what}" for what, on in decisions.items() if on]
+
+
+def _refuse_late_choice(request: Request, args: transformers.TrainingArguments, epoch: int, total_steps: int) -> None:
+    """Refuse to choose the teacher by evaluations that all come when there is no step left to learn from it.
+
+    Args:
+        epoch: optimizer steps of one.
+    """
+    if request.needs_evaluations != "--teacher best":
+        return
+    steps = float(args.eval_steps or 0)
+    every = epoch if args.eval_strategy == "epoch" else math.ceil(steps * total_steps) if steps < 1 else int(steps)
+    if every >= total_steps:
+        raise UsageError(
+            f"--teacher best: the first evaluation is due at step {every} of {total_steps}, too late to learn from "
+            "the model that it chooses: give --eval-strategy steps and fewer --eval-steps"
+        )
 
 
 def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:

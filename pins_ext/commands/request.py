@@ -38,7 +38,11 @@ class RunOptions:
         None, "model to start from; its head is made if the task needs another: hub name or folder", "NAME|DIR"
     )
     random_init: bool = _flag(False, "random weights of the model's architecture: config.json and tokenizer are enough")
-    output_dir: str = _flag("", "folder of the result; it appears when complete [runs/TASK, or runs/demo]", "DIR")
+    output_dir: str = _flag(
+        "",
+        "folder of the result; it appears when complete, an earlier one moves to DIR.1 [runs/TASK, or runs/demo]",
+        "DIR",
+    )
     optimizer: str = _flag("adamw", "adamw, fused with pruning, or one of the Trainer's --optim, with hooks", "NAME")
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
     label: str | None = _flag(None, "the run's name in tables and reports")
@@ -164,6 +168,21 @@ class Request:
         return f"{name} {100 * self.pruning.sparsity:g} %"
 
     @property
+    def regularizes(self) -> bool:
+        """Whether there may be a teacher: a dense run has one only where it was asked for."""
+        return self.regularizer.teacher != "none" and (self.pruning is not None or "teacher" in self.given)
+
+    @property
+    def needs_evaluations(self) -> str | None:
+        """The flag that decides something by evaluations on the way, if one was given."""
+        flags = {
+            "--teacher best": self.regularizes and self.regularizer.teacher == "best",
+            "--early-stopping": self.run.early_stopping,
+            "--load-best-model-at-end": self.training.get("load_best_model_at_end"),
+        }
+        return next((flag for flag, on in flags.items() if on), None)
+
+    @property
     def compares(self) -> bool:
         """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for."""
         return _compares(self.run, self.given) and self.pruning is not None
@@ -206,7 +225,11 @@ def _add_control(parser: Any) -> None:
     text = "go on with an unfinished run, from its newest whole checkpoint or from this one"
     parser.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
     parser.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder, when done")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is in the output folder, when done; without it an earlier result moves to DIR.1",
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--help-all", action="store_true", help="show every flag of the Trainer too")
@@ -252,7 +275,7 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     pruning = _build(PruneConfig, training | given)
     parts = (TaskArguments, PruneConfig, RegularizerOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
-    return Request(
+    request = Request(
         run=run,
         task=_build(TaskArguments, recommended | given),
         regularizer=_build(RegularizerOptions, recommended | given),
@@ -263,6 +286,9 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
         given=frozenset(given) | frozenset(typed),
         tokens=tuple(tokens),
     )
+    if request.needs_evaluations and request.training.get("eval_strategy") == "no":
+        raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
+    return request
 
 
 def _compares(run: RunOptions, given: Collection[str]) -> bool:

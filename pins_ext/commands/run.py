@@ -18,10 +18,12 @@ from pins_ext.commands.prepare import Prepared, prepare
 from pins_ext.commands.progress import Watch
 from pins_ext.commands.record import make_record
 from pins_ext.commands.request import NEWEST, Request
+from pins_ext.commands.start import SayWhatStarts
 from pins_ext.integrations.saving import SaveError, newest_complete, write_file
 from pins_ext.integrations.transformers import PRUNER_FILE
 from pins_ext.report import RECORD, REPORT, read_record, render
 from pins_ext.tasks import Task
+from pins_ext.tasks.load import EMBEDDED
 
 
 def run(request: Request, console: Console, task: Task | None = None) -> tuple[dict[str, Any], Task]:
@@ -42,8 +44,13 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
     watch = Watch(console, request.label)
     with folder.opened(resume=request.resume is not None), stop.listening():
         try:
+            model = request.run.model or "the embedded MiniLM"
+            data = request.task.train_file or request.task.task or EMBEDDED
+            console.print(f"{request.label}: {model} on {data}", soft_wrap=True, markup=False)
             prepared = prepare(request, folder.work, task, (watch, stop))
             folder.remember(prepared.request)
+            # What the task has to say was said by the run that loaded it.
+            prepared.trainer.add_callback(SayWhatStarts(prepared, console, task.notes if task is not None else ()))
             record = _train(prepared, folder, console)
         except StoppedError as error:
             raise StoppedError(f"{error}; {_whereabouts(folder)}", error.signal) from error
@@ -79,13 +86,13 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str,
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begin
-    metrics = trainer.evaluate()
+    metrics = _evaluated_already(prepared) or trainer.evaluate()
     if task.test is not None:
         model = cast(PreTrainedModel, trainer.model)
         trainer.compute_metrics = partial(task.compute_metrics, split="test", model=model)
         metrics |= trainer.evaluate(task.test, metric_key_prefix="test")
     record = make_record(prepared, metrics, seconds)
-    with folder.publishing() as result:
+    with folder.publishing(lambda text: console.print(text, soft_wrap=True, markup=False)) as result:
         cast(PreTrainedModel, trainer.model).save_pretrained(result)
         cast(PreTrainedTokenizerBase, task.tokenizer).save_pretrained(result)
         if prepared.pins.pruner is not None:
@@ -99,6 +106,21 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str,
         else:
             write_file(result / REPORT, report)
     return record
+
+
+def _evaluated_already(prepared: Prepared) -> dict[str, Any] | None:
+    """The metrics of an evaluation at the last step, if it was one of this very model.
+
+    After it training may put the best model's weights back, and finalizing may prune anew. That only ever sets weights
+    to zero: with as many zeros as before, none has changed.
+    """
+    trainer, final = prepared.trainer, prepared.pins.final
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return None
+    if final is not None and last.get("eval_sparsity") != final["sparsity"]:
+        return None
+    return {name: value for name, value in last.items() if name.startswith("eval_") or name == "epoch"}
 
 
 def _whereabouts(folder: RunFolder) -> str:

@@ -6,13 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pins_ext.commands import request as requests
 from pins_ext.commands.errors import EXIT_OK, UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
 regression, entities, question answering, language modelling or data-to-text. The result is an ordinary checkpoint
@@ -66,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
         compare(request, console)
         return EXIT_OK
     else:
-        _announce(request, console)
         record, _ = run(request, console)
     print_summary([record], [Path(request.run.output_dir)], console)
     return EXIT_OK
@@ -79,10 +74,3 @@ def _refuse_several_processes() -> None:
             "pins-ext train runs in one process: start it without accelerate launch and torchrun. A Trainer script of "
             "your own prunes under both with PinsCallback"
         )
-
-
-def _announce(request: requests.Request, console: Console) -> None:
-    model = request.run.model or "the embedded MiniLM"
-    console.print(
-        f"{request.label}: {model} on {request.task.train_file or request.task.task or 'stdlib'}", soft_wrap=True
-    )
