@@ -178,10 +178,11 @@ class Pruner:
         return slot.fused and self._given is None and not callable(self.config.criterion)
 
     def _masks_late(self, slot: Slot) -> bool:
-        """Whether masks go on after the optimizer's pass: it takes none, or its unmasked weights are needed."""
+        """Whether masks go on after the optimizer's pass: it takes none, may be skipped, or must not mask yet."""
+        may_skip = slot.scaling.found_inf is not None
         selected_after = self.schedule.mask_due(self.step) and not self.importance.scored_before_step
         scored_after = self.config.criterion == "pins-update" and not self._in_optimizer_pass(slot)
-        return not slot.fused or selected_after or scored_after or self.before_mask is not None
+        return not slot.fused or may_skip or selected_after or scored_after or self.before_mask is not None
 
     @property
     def _masks_wanted(self) -> bool:
