@@ -346,11 +346,9 @@ class PinsSGD(FusedOptimizer):
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         steps = [self.state[p].get("step", 0.0) for p in parameters]
         rows = []
-        for step, group in zip(steps, owners, strict=True):
-            lr, first, nesterov = float(group["lr"]), float(step <= 1), float(group["nesterov"])
-            rows.append(
-                (lr, group["weight_decay"], group["momentum"], 1 - group["dampening"], first, nesterov, -lr, 0.0)
-            )
+        for step, g in zip(steps, owners, strict=True):
+            lr, momentum, first = float(g["lr"]), g["momentum"], float(step <= 1)
+            rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
         device, skipped = parameters[0].device, self._skipped(parameters)
         hyper = torch.tensor(rows).to(device, non_blocking=True)
         if skipped is not None:
