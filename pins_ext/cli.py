@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        return _fail(f"unknown command {name!r}" + (f"; did you mean {near[0]}?" if near else ""), EXIT_USAGE)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
     try:
         return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
     except BrokenPipeError:

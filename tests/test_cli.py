@@ -116,16 +116,38 @@ def test_report_is_written_again_and_compares(
     assert "Sparsity per tensor" in (unbroken / "report.html").read_text()
     assert main(["report", str(unbroken), str(unbroken), "-o", str(tmp_path / "both.html"), "--title", "Two"]) == 0
     assert "<h1>Two</h1>" in (tmp_path / "both.html").read_text()
-    assert main(["report", str(tmp_path)]) == 2
-    assert "is not the folder of a run" in capsys.readouterr().err
+    capsys.readouterr()
+    for wrong, reason in (
+        ([str(tmp_path / "absent")], "is not the folder of a run"),
+        ([str(tmp_path / "both.html")], "is a file: give the folder of a run"),
+        ([str(unbroken), "-o", str(tmp_path / "absent" / "x.html")], "there is no folder"),
+    ):
+        assert main(["report", *wrong]) == 2
+        said = capsys.readouterr().err
+        assert reason in said
+        assert said.count("\n") == 1
 
 
 def test_plan_trains_and_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *flags(tiny, tmp_path / "run")]) == 0
+    own = flags(tiny, tmp_path / "run")
+    asked, place = own[:-2], own[-2:]
+    assert main(["plan", *asked, *place]) == 2
+    assert (
+        capsys.readouterr().err
+        == "pins-ext plan: --output-dir is a flag of train that plan does not take: leave it out\n"
+    )
+    assert main(["plan", *asked]) == 0
     said = capsys.readouterr().out
     assert "4,096 prunable weights in 12 tensors" in said
     assert "12 steps of 8" in said
     assert "schedule cubic" in said
+    assert said.count("also occur in training") == 1
+    assert "reach the limit" not in said
+    teacher = "teacher latest, a snapshot every 1 steps, weight adaptive, temperature 2, 0.1 MiB"
+    assert said.endswith(f"self-regularization: {teacher}\n")
+    (tmp_path / "train.yaml").write_text("output-dir: elsewhere\nlabel: mine\nsparsity: 0.5")
+    assert main(["plan", *asked, "--config", str(tmp_path / "train.yaml"), "--teacher", "none"]) == 0
+    (tmp_path / "train.yaml").unlink()
     assert not list(tmp_path.iterdir())
 
 
@@ -198,6 +220,10 @@ def test_doctor_finds_a_sound_installation(tiny: Path, capsys: pytest.CaptureFix
     assert "agree with the reference, bit for bit" in said
     assert "model: float32" in said.replace(f"{tiny}/", "")
     assert said.endswith("ready\n")
+    assert main(["doctor", "no/such/model"]) == 1
+    said = capsys.readouterr().out
+    assert "no/such/model is no folder here, and as a hub name it could not be loaded" in said
+    assert "ready" not in said
 
 
 def test_doctor_finds_a_broken_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

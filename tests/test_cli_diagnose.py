@@ -54,8 +54,10 @@ def test_a_diagnosis_is_written(tiny: Path, tmp_path: Path, capsys: pytest.Captu
 
 REFUSED = {
     "sparsity is 0": ["--sparsity", "0"],
-    "leave out --compare": ["--compare"],
-    "leave out --resume": ["--resume"],
+    "--compare is a flag of train that diagnose does not take": ["--compare"],
+    "--resume is a flag of train": ["--resume"],
+    "--early-stopping is a flag of train": ["--early-stopping", "2"],
+    "--label is a flag of train": ["--label=x"],
     "--random-masks must be at least 1": ["--random-masks", "0"],
     "--exchange-pairs must be at least 1": ["--exchange-pairs", "0"],
     "float16": ["--dtype", "float16"],
@@ -74,7 +76,8 @@ def test_what_it_refuses(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_help_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "--help"]) == 0
     said = capsys.readouterr().out
-    assert all(flag in said for flag in ("--loss-batches", "--masks", "--exchange-pairs", "--sparsity"))
+    assert all(flag in said for flag in ("--loss-batches", "--masks", "--exchange-pairs", "--sparsity", "--overwrite"))
+    assert not any(flag in said for flag in ("--compare", "--resume", "--label ", "--early-stopping"))
 
 
 def changes(ratio: float, small: float) -> list[Change]:

@@ -129,7 +129,9 @@ def test_options_refuse_what_they_cannot_read() -> None:
     ("more", "reason"),
     [
         (("--sparsity", "1.0"), r"sparsity must be in \[0, 1\)"),
-        (("--sparsity", "much"), "argument --sparsity: invalid float value"),
+        (("--sparsity", "much"), "argument --sparsity: a number expected, got 'much'"),
+        (("--sparsity", "80"), "a share of 1 expected, got '80': did you mean 0.8?"),
+        (("--sparsity", "80%"), "did you mean 0.8?"),
         (("--sparcity", "0.5"), "unknown flag --sparcity; did you mean --sparsity?"),
         (("--learning-rat", "0.5"), "did you mean --learning-rate?"),
         (("extra",), "unexpected argument 'extra'"),
@@ -162,3 +164,5 @@ def test_bad_input_is_one_clear_line(
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "did you mean train?" in capsys.readouterr().err
+    assert main(["prune"]) == 2
+    assert "unknown command 'prune'; there are train, plan, ablate" in capsys.readouterr().err

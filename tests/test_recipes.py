@@ -84,6 +84,9 @@ def test_typed_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
     assert "100 steps (as --max-steps says)" in said
     # Its numbers of steps belong to its own length of training.
     assert "cooldown" not in said
+    assert "note      --max-steps replaces the recipe's length, so its warm-up and cool-down" in said
+    assert parsed("--recipe", "pins-rte").recipe_note is None
+    assert parsed("--max-steps", "9").recipe_note is None
 
 
 def test_a_wrong_name_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:

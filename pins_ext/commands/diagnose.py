@@ -30,6 +30,9 @@ _EXAMPLES = """examples:
   pins-ext diagnose --task glue/rte --model bert-base-uncased --recipe --loss-batches 8
   pins-ext diagnose --max-steps 100 --delta-t 5 --masks 20 --exchange-masks 0"""
 
+_WITHOUT = ("compare", "resume", "resume_from_checkpoint", "label", "early_stopping")
+"""Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go."""
+
 _LOG_WIDTH = 140
 """Columns of a log file, which has no terminal to ask."""
 
@@ -62,7 +65,7 @@ class DiagnosisOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = requests.parser("pins-ext diagnose", _ABOUT, _EXAMPLES)
+    parser = requests.parser("pins-ext diagnose", _ABOUT, _EXAMPLES, _WITHOUT)
     parser.add_fields("diagnosis", DiagnosisOptions)
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
@@ -89,10 +92,6 @@ def _checked(request: Request) -> Request:
     """Refuse what a diagnosis can't do; leave out what it doesn't need: evaluations and checkpoints."""
     if request.pruning is None:
         raise UsageError("nothing to diagnose: the sparsity is 0")
-    if request.run.compare:
-        raise UsageError("a diagnosis looks at one run: leave out --compare")
-    if request.resume is not None:
-        raise UsageError("a diagnosis can't be resumed: leave out --resume")
     if request.training.get("fp16") or request.run.dtype == "float16":
         raise UsageError("gradients in float16 vanish without a scaler: diagnose in float32 or --bf16")
     light = {} if request.needs_evaluations else {"eval_strategy": "no", "save_strategy": "no"}

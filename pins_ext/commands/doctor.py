@@ -155,7 +155,8 @@ def _dtype(model: str) -> Finding:
     try:
         dtype = AutoConfig.from_pretrained(model).dtype
     except Exception as error:
-        return Finding("model", f"{model}: {one_line(error)}", "note")
+        there = "" if Path(model).is_dir() else " is no folder here, and as a hub name it could not be loaded"
+        return Finding("model", f"{model}{there}: {one_line(error)}", "broken")
     if dtype is None or "float32" in str(dtype):
         return Finding("model", f"{model}: float32")
     text = f"{model}: {dtype}; loaded as it is, small updates round away: keep --dtype float32, with --bf16 for speed"

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _LOCK = "lock"
 _SETTINGS = "settings.json"
 
+_DEPTHS = ("*/", "*/**/")
+"""How deep results lie: the runs of a comparison in its folder, the cells of an ablation by method, setting, seed."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -160,11 +163,20 @@ def _as_typed(folder: Path) -> Path:
 
 
 def results_in(folder: Path) -> list[Path]:
-    """The folder itself, or, where it holds a comparison, those of its runs in the order they were made."""
-    if (folder / RECORD).exists() or not folder.is_dir():
+    """The folder itself, or, where it holds a comparison or an ablation, those of its runs in the order they were made.
+
+    Raises:
+        UsageError: it is a file.
+    """
+    if folder.is_file() and folder.name != RECORD:
+        raise UsageError(f"{folder} is a file: give the folder of a run, a comparison or an ablation")
+    if (folder / RECORD).exists():
         return [folder]
-    inner = [each for each in folder.iterdir() if is_result(each)]
-    return sorted(inner, key=lambda each: str(read_record(each)["created"])) or [folder]
+    for depth in _DEPTHS:
+        inner = [file.parent for file in folder.glob(f"{depth}{RECORD}") if is_result(file.parent)]
+        if inner:
+            return sorted(inner, key=lambda each: str(read_record(each)["created"]))
+    return [folder]
 
 
 def is_result(folder: Path) -> bool:

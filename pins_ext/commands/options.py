@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -20,9 +20,14 @@ _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises instead of exiting, and remembers only what was given."""
+    """An argument parser that raises instead of exiting, and remembers only what was given.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Attributes:
+        without: names of fields and flags that other commands take and this one doesn't.
+    """
+
+    def __init__(self, without: Iterable[str] = (), **kwargs: Any) -> None:
+        self.without = frozenset(without)
         super().__init__(
             allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=Formatter, add_help=False, **kwargs
         )
@@ -46,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if field.init and field.name not in skip:
+            if field.init and field.name not in (*skip, *self.without):
                 _add(group, field, hints[field.name], parse.get(field.name))
 
 
@@ -77,13 +82,26 @@ def unknown(flag: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown flag {flag.partition('=')[0]}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def file_tokens(file: Path) -> list[str]:
+def refuse_foreign(parser: Parser, tokens: Iterable[str]) -> None:
+    """Raise UsageError for a flag of another command: this one would have to ignore it."""
+    for token in tokens:
+        flag = token.partition("=")[0]
+        if flag.startswith("--") and flag[2:].replace("-", "_") in parser.without:
+            command = parser.prog.split()[-1]
+            raise UsageError(f"{flag} is a flag of train that {command} does not take: leave it out")
+
+
+def file_tokens(file: Path, without: Collection[str] = ()) -> list[str]:
     """A YAML or JSON file of flags as they would be typed.
+
+    Args:
+        without: flags to pass over, by name: commands that take fewer of them than train share its files.
 
     Raises:
         UsageError: unreadable, or not a mapping of flags to values.
     """
-    return tokens(read_mapping(file, f"--config {file}", "flags to values, as in  sparsity: 0.8"))
+    flags = read_mapping(file, f"--config {file}", "flags to values, as in  sparsity: 0.8")
+    return tokens({name: value for name, value in flags.items() if str(name).replace("-", "_") not in without})
 
 
 def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
@@ -145,7 +163,7 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any, parse: Callable[[
         options |= {"type": parse or truth, "nargs": "?", "const": True, "metavar": options["metavar"] or "BOOL"}
     elif parse is not None:
         options["type"] = parse
-        options["metavar"] = options["metavar"] or "VALUE"
+        options["metavar"] = options["metavar"] or ("X" if kinds == [float] else "VALUE")
     elif any(get_origin(kind) in (list, tuple) for kind in (hint, *kinds)):
         options |= {"nargs": "+", "metavar": options["metavar"] or "NAME"}
     else:
@@ -195,6 +213,14 @@ def densities(text: str) -> float | dict[str, float]:
         return _number(text)
     pairs = (part.rpartition("=") for part in text.split(","))
     return {pattern: _number(value) for pattern, _, value in pairs}
+
+
+def share(text: str) -> float:
+    """A share of 1; one that was meant in percent gets a hint."""
+    percent = _number(text.strip().removesuffix("%"))
+    if "%" in text or 1 < percent <= 100:
+        raise argparse.ArgumentTypeError(f"a share of 1 expected, got {text!r}: did you mean {percent / 100:g}?")
+    return percent
 
 
 def word_or_number(text: str) -> str | float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from pins_ext.commands import request as requests
 from pins_ext.commands.errors import EXIT_OK, UsageError
@@ -26,12 +25,15 @@ _EXAMPLES = """examples:
   pins-ext plan --recipe platon-mnli
   pins-ext plan --train-file mine.csv --sparsity 0.9 --exclude '*.layer.0.*'"""
 
+_WITHOUT = ("compare", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "label")
+"""Flags of train that have no meaning here: they say what becomes of a result."""
+
 _DRAWN_POINTS, _DRAWN_WIDTH = 16, 50
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 2 when train would refuse."""
-    parser = requests.parser("pins-ext plan", _ABOUT, _EXAMPLES)
+    parser = requests.parser("pins-ext plan", _ABOUT, _EXAMPLES, _WITHOUT)
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))
@@ -51,25 +53,38 @@ def _plan(request: requests.Request, pruning: PruneConfig) -> None:
     from torch import nn
 
     from pins_ext.commands.prepare import as_usage_errors, prepare
+    from pins_ext.commands.start import training_line
     from pins_ext.pruner import Pruner
 
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(replace(request, resume=None), Path(folder))
+        prepared = prepare(request, Path(folder))
         trainer = prepared.trainer
         with as_usage_errors():
             pruner = Pruner(cast(nn.Module, trainer.model), trainer.create_optimizer(), pruning, prepared.total_steps)
     print(prepared.task.describe())
     print(f"\nmodel     {prepared.model_name}")
-    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    print(f"training  {prepared.total_steps:,} steps of {batch}, learning rate {trainer.args.learning_rate:g}")
+    print(f"training  {training_line(prepared)}")
     for note in prepared.notes:
-        print(f"note      {note}")
-    plan = pruner.plan()
-    print(f"\n{plan}")
+        if note not in prepared.task.notes:
+            print(f"note      {note}")
+    print(f"\n{pruner.plan()}")
     if prepared.pins.self_regularizer is not None:
         prepared.pins.self_regularizer.set_total_steps(prepared.total_steps)
-        described = ", ".join(f"{name} {value}" for name, value in prepared.pins.self_regularizer.plan().items())
-        print(f"self-regularization: {described}")
+        print(f"self-regularization: {regularization_line(prepared.pins.self_regularizer.plan())}")
+
+
+def regularization_line(plan: Mapping[str, Any]) -> str:
+    """The plan of a SelfRegularizer in words: which teacher, how it enters the loss, what it costs."""
+    when = {
+        "latest": f"a snapshot every {plan['every']} steps",
+        "best": "a snapshot at every best evaluation so far",
+        "ema": f"a running average from step {plan['every']} on",
+    }
+    weight = plan["weight"] if isinstance(plan["weight"], str) else f"{plan['weight']:g}"
+    scored = ["weights are scored by the task's gradient alone"] if plan["score_gradient"] == "task" else []
+    size = sum(plan["memory"].values()) / 2**20
+    parts = [f"teacher {plan['teacher']}", when.get(plan["teacher"], "fixed"), f"weight {weight}"]
+    return ", ".join([*parts, f"temperature {plan['temperature']:g}", *scored, f"{size:,.1f} MiB"])
 
 
 def _recipe_page(request: requests.Request, pruning: PruneConfig) -> str:
@@ -101,6 +116,7 @@ def _recipe_page(request: requests.Request, pruning: PruneConfig) -> str:
         [
             f"recipe    {name}: {recipe.source} on {recipe.task}, for {_model(recipe.source)}",
             f"training  {total:,} steps ({counted})",
+            *([f"note      {request.recipe_note}"] if request.recipe_note else []),
             *values,
             "",
             f"schedule  {schedule.kind}: dense to step {schedule.initial_warmup:,}, "

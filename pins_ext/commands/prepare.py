@@ -67,7 +67,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         task.check_model(model)
         regularizer, notes = _regularizer(request, task, model)
         notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
-        notes += _decided_on_validation(args, request)
+        notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
         pins = PinsCallback(request.pruning, regularizer)
         fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []

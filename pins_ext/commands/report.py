@@ -8,7 +8,7 @@ from pathlib import Path
 from pins_ext.commands.errors import EXIT_OK, UsageError
 from pins_ext.commands.folder import results_in
 from pins_ext.commands.options import Parser
-from pins_ext.integrations.saving import write_file
+from pins_ext.integrations.saving import SaveError, write_file
 from pins_ext.report import REPORT, RecordError, read_record, render
 
 _ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
@@ -16,15 +16,18 @@ _ABOUT = """Writes the report of one run into its folder, or one that shows seve
 examples:
   pins-ext report runs/rte                             writes runs/rte/report.html
   pins-ext report runs/demo                            the three runs of a comparison again
+  pins-ext report runs/rte-80 -o cells.html            every cell of an ablation
   pins-ext report runs/dense runs/pins -o compare.html
 """
+
+_OUTPUT = "where to; by default report.html in the folder, or, for several folders, compare-N-runs.html in the first"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = Parser(prog="pins-ext report", description=_ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
-    parser.add_argument("-o", "--output", metavar="FILE", help="where to; by default report.html in the (first) folder")
+    parser.add_argument("-o", "--output", metavar="FILE", help=_OUTPUT)
     parser.add_argument("--title", metavar="TEXT", help="heading")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
@@ -37,6 +40,11 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     name = REPORT if len(asked) == 1 else f"compare-{len(folders)}-runs.html"
     output = Path(given["output"]) if "output" in given else asked[0] / name
-    write_file(output, render(records, given.get("title")))
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} into: make it, or choose another")
+    try:
+        write_file(output, render(records, given.get("title")))
+    except SaveError as error:
+        raise UsageError(str(error)) from error
     print(output)
     return EXIT_OK

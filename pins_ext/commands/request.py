@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +35,10 @@ class RunOptions:
     """The run as a whole."""
 
     model: str | None = _flag(
-        None, "model to start from; its head is made if the task needs another: hub name or folder", "NAME|DIR"
+        None,
+        "model to start from; its head is made if the task needs another: hub name or folder "
+        "[the embedded MiniLM; language modelling and data-to-text need one named]",
+        "NAME|DIR",
     )
     random_init: bool = _flag(False, "random weights of the model's architecture: config.json and tokenizer are enough")
     output_dir: str = _flag(
@@ -114,6 +117,8 @@ def _recipe(text: str) -> bool | str:
 
 
 _PARSERS = {
+    "sparsity": options.share,
+    "initial_sparsity": options.share,
     "warmup": options.steps_or_share,
     "cooldown": options.steps_or_share,
     "scope": options.groups,
@@ -183,6 +188,17 @@ class Request:
         return next((flag for flag, on in flags.items() if on), None)
 
     @property
+    def recipe_note(self) -> str | None:
+        """What a recipe says that does not apply, because its numbers of steps belong to its own length."""
+        own_length = {"max_steps", "num_train_epochs"} & self.given
+        if not self.run.recipe or not own_length or {"warmup", "cooldown", "warmup_steps"} <= self.given:
+            return None
+        return (
+            f"--{own_length.pop().replace('_', '-')} replaces the recipe's length, so its warm-up and cool-down, "
+            "numbers of steps, give way to the defaults, shares of training"
+        )
+
+    @property
     def compares(self) -> bool:
         """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for."""
         return _compares(self.run, self.given) and self.pruning is not None
@@ -208,28 +224,31 @@ class Request:
             raise UsageError(" ".join(str(error).split())) from error
 
 
-def parser(prog: str, about: str, examples: str) -> options.Parser:
-    """The parser of our own flags; the Trainer's are parsed after them."""
-    made = options.Parser(prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
+def parser(prog: str, about: str, examples: str, without: Iterable[str] = ()) -> options.Parser:
+    """The parser of our own flags; the Trainer's are parsed after them.
+
+    Args:
+        without: flags of train that have no meaning for this command, by name: not listed, and refused.
+    """
+    made = options.Parser(without, prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
     made.add_fields("run", RunOptions, parse={"recipe": _recipe})
-    _add_control(made.add_argument_group("control"))
+    _add_control(made.add_argument_group("control"), made.without)
     made.add_fields("task", TaskArguments)
     made.add_fields("pruning", PruneConfig, skip=("seed",), parse=_PARSERS)
     made.add_fields("self-regularization", RegularizerOptions, parse={"teacher_weight": options.word_or_number})
     return made
 
 
-def _add_control(parser: Any) -> None:
+def _add_control(parser: Any, without: Collection[str]) -> None:
     """Flags about this call of the command; a run doesn't remember them."""
     parser.add_argument("--config", action="append", metavar="FILE", help="YAML or JSON of flags; typed flags win")
     text = "go on with an unfinished run, from its newest whole checkpoint or from this one"
-    parser.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
-    parser.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what is in the output folder, when done; without it an earlier result moves to DIR.1",
-    )
+    if "resume" not in without:
+        parser.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
+        parser.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
+    text = "replace what is in the output folder, when done; without it an earlier result moves to DIR.1"
+    if "overwrite" not in without:
+        parser.add_argument("--overwrite", action="store_true", help=text)
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--help-all", action="store_true", help="show every flag of the Trainer too")
@@ -256,10 +275,11 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
         UsageError: an unknown flag or a bad value; the message names it.
     """
     controls = options.Parser(prog=made.prog)
-    _add_control(controls)
+    _add_control(controls, made.without)
     control, typed_tokens = controls.parse_known_args(options.normalised(argv))
+    options.refuse_foreign(made, typed_tokens)
     files = vars(control).get("config", [])
-    tokens = [token for file in files for token in options.file_tokens(Path(file))] + typed_tokens
+    tokens = [token for file in files for token in options.file_tokens(Path(file), made.without)] + typed_tokens
     ours, others = made.parse_known_args(tokens)
     given = vars(ours)
     typed = _training_flags(others, made)

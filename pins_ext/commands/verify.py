@@ -14,8 +14,9 @@ from pins_ext.report import RecordError, percent, read_record
 _ABOUT = """Loads the result of a run with plain transformers and checks it against its record (metrics.json): every
 recorded zero is there, none has moved, no weight is NaN or infinite, the masks in the pruner's file prune just those.
 
-example:
+examples:
   pins-ext verify runs/rte
+  pins-ext verify runs/rte-80            every cell of an ablation
 """
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.recipes import Recipe
 
@@ -194,9 +192,11 @@ class Task(ABC):
             )
 
     def length_notes(self, train: Dataset) -> tuple[str, ...]:
-        """Returns what a reader should know of the training inputs' lengths."""
-        cut = float(np.mean([len(ids) >= self.max_length for ids in train["input_ids"]]))
-        return (f"{cut:.1%} of the training inputs reach the limit of {self.max_length} tokens",)
+        """Returns what a reader should know of the training inputs' lengths; nothing where all have room."""
+        full = sum(len(ids) >= self.max_length for ids in train["input_ids"])
+        if not full:
+            return ()
+        return (f"{full / len(train):.1%} of the training inputs reach the limit of {self.max_length} tokens",)
 
     def fitted_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer.
