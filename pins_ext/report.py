@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -52,7 +53,7 @@ def render(records: Sequence[dict[str, Any]], title: str | None = None) -> str:
         f"<figure><figcaption><b>{escape(p.title)}</b><span>{escape(p.caption)}</span></figcaption>{p.svg}</figure>"
         for p in pictures(records)
     )
-    notes = [note for record in records for note in record.get("notes", ())]
+    notes = [*filter(None, [standard_error(records)]), *(note for r in records for note in r.get("notes", ()))]
     body = [
         f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(records))}</p></header>",
         _tiles(records[0]) if len(records) == 1 else "",
@@ -66,6 +67,23 @@ def render(records: Sequence[dict[str, Any]], title: str | None = None) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as people read it: "80.0 %", or a dash for None."""
     return NOTHING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def standard_error(records: Sequence[dict[str, Any]]) -> str:
+    """How far an accuracy may be off, being measured on so many examples; nothing for other metrics."""
+    errors, sizes = [], set()
+    for record in records:
+        score = record["final"].get("metrics", {}).get("eval_accuracy")
+        n = record.get("data", {}).get("examples", {}).get("validation")
+        if record["final"].get("metric") != "eval_accuracy" or score is None or not n:
+            return ""
+        errors.append(f"{100 * math.sqrt(score * (1 - score) / n):.1f}")
+        sizes.add(n)
+    if len(sizes) != 1:
+        return ""
+    low, high = min(errors, key=float), max(errors, key=float)
+    size = low if low == high else f"{low} to {high}"
+    return f"{sizes.pop():,} validation examples: an accuracy has a standard error of {size} points (binomial)"
 
 
 def _distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

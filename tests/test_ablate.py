@@ -127,6 +127,10 @@ def test_a_difference_is_paired_by_seed() -> None:
     )
     assert Difference.of({1: 0.5}, {1: 0.25}) == Difference(0.25, None, None, 1)
     assert Difference.of({1: 0.5}, {2: 0.25}) is None
+    # Two seeds that agree by chance prove nothing: no interval of no width.
+    assert Difference.of({1: 0.5, 2: 0.7}, {1: 0.5, 2: 0.7}) == Difference(0.0, None, None, 2)
+    same = Difference.of({1: 0.3, 2: 0.7}, {1: 0.2, 2: 0.6})
+    assert same == Difference(pytest.approx(0.1), None, None, 2)
     assert Spread.of([0.6, 0.7, 0.65]) == Spread(pytest.approx(0.65), pytest.approx(0.05), 3)
     assert Spread.of([0.6]) == Spread(0.6, None, 1)
 
@@ -168,6 +172,8 @@ def test_finished_cells_stay_and_lost_ones_are_run_again(
         file.unlink()
     assert main(ablate(tiny, done, "--dry-run")) == 0
     said = capsys.readouterr().out
+    assert f"10 of 10 cells, seeds 1, 2, {tiny}/model\n" in said
+    assert f" --output-dir {lost}\n" in said
     assert said.count("finished ") == 9
     assert "to run    magnitude/sparsity=0.5/seed=2" in said
     assert main(ablate(tiny, done)) == 0

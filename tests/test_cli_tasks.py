@@ -134,6 +134,8 @@ def test_the_verdict_knows_the_direction() -> None:
 
     shares = [record(label, value) for label, value in (("dense", 0.9), ("PINS", 0.85), ("magnitude", 0.8))]
     assert verdict(shares, "m") == "PINS beats magnitude (+5.0 points) and is 5.0 points below dense."
+    equal = [record(label, value) for label, value in (("dense", 0.9), ("PINS", 0.8004), ("magnitude", 0.8))]
+    assert verdict(equal, "m") == "PINS equals magnitude and is 10.0 points below dense."
     lower = {"greater_is_better": False, "points": 1.0}
     texts = [record(label, value, **lower) for label, value in (("dense", 20.0), ("PINS", 25.0), ("magnitude", 24.0))]
     assert verdict(texts, "m") == (

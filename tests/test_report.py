@@ -92,6 +92,16 @@ def test_runs_are_drawn_side_by_side() -> None:
         assert f"<td>{label}</td>" in results
 
 
+def test_an_accuracy_has_a_standard_error() -> None:
+    data = record()["data"] | {"examples": {"train": 9, "validation": 677}}
+    made = [record(data=data), record(data=data, final=record()["final"] | {"metrics": {"eval_accuracy": 0.5362}})]
+    # sqrt(.71 * .29 / 677) and sqrt(.5362 * .4638 / 677)
+    assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in report.render(made)
+    other = record()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
+    assert report.standard_error([record(data=data, final=other)]) == ""
+    assert report.standard_error([record()]) == ""
+
+
 def test_equal_labels_are_numbered() -> None:
     html = report.render([record(), record()])
     assert "PINS 80 % (1)" in html

@@ -124,21 +124,22 @@ def test_answers_are_scored_and_null_wins_by_its_threshold(tmp_path: Path) -> No
     train = write(tmp_path / "train.json", article("a", "two", None), article("b", "nine ten", "four"))
     files = {"train_file": train, "validation_file": train, "max_length": 64}
     task = load(**files).tokenized(word_pieces())
-    assert task.compute_metrics(predict(task, null=2.0)) == {"f1": 1.0, "exact_match": 1.0}
-    assert task.compute_metrics(predict(task, null=10.0)) == {"f1": 0.25, "exact_match": 0.25}
+    assert task.compute_metrics(predict(task, null=2.0)) == {"f1": 100.0, "exact_match": 100.0}
+    assert task.compute_metrics(predict(task, null=10.0)) == {"f1": 25.0, "exact_match": 25.0}
     patient = load(**files, null_score_threshold=5.0).tokenized(word_pieces())
-    assert patient.compute_metrics(predict(patient, null=10.0))["exact_match"] == 1.0
+    assert patient.compute_metrics(predict(patient, null=10.0))["exact_match"] == 100.0
     broken = predict(task, null=np.nan)
     assert np.isnan(task.compute_metrics(broken)["f1"])
-    assert task.baseline() == {"f1": 0.25, "exact_match": 0.25}
+    assert task.baseline() == {"f1": 25.0, "exact_match": 25.0}
+    assert task.points == 1.0
     assert "validation 0.250" in task.describe()
 
 
 def test_scores_are_squad_s() -> None:
     gold: dict[str, list[str]] = {"1": ["The cat", "a dog"], "2": ["red car"], "3": []}
     assert evaluate_answers({"1": "cat.", "2": "car", "3": ""}, gold) == {
-        "f1": pytest.approx((1 + 2 / 3 + 1) / 3),
-        "exact_match": pytest.approx(2 / 3),
+        "f1": pytest.approx(100 * (1 + 2 / 3 + 1) / 3),
+        "exact_match": pytest.approx(200 / 3),
     }
     assert evaluate_answers({"1": "", "2": "", "3": "x"}, gold) == {"f1": 0.0, "exact_match": 0.0}
 

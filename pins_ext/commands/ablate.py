@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,10 +134,15 @@ def _list() -> int:
 
 
 def _show(grid: Grid, cells: Sequence[Cell], total: int) -> int:
-    print(f"{grid.name}: {len(cells)} of {total} cells, seeds {', '.join(map(str, grid.seeds))}\n{grid.about}\n")
+    from pins_ext.commands.folder import as_typed
+
+    models = dict.fromkeys(cell.request.run.model or "the embedded MiniLM" for cell in cells)
+    print(f"{grid.name}: {len(cells)} of {total} cells, seeds {', '.join(map(str, grid.seeds))}, {', '.join(models)}")
+    print(f"{grid.about}\n")
     for cell in cells:
         state = "finished" if cell.record() else "resumes" if cell.interrupted else "to run"
-        print(f"{state:<9} {cell.name}\n          pins-ext train {' '.join(cell.flags)}")
+        command = shlex.join(["pins-ext", "train", *cell.flags, "--output-dir", str(as_typed(cell.folder))])
+        print(f"{state:<9} {cell.name}\n          {command}")
     return EXIT_OK
 
 

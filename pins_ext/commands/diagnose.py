@@ -111,6 +111,7 @@ def _diagnose(request: Request, options: DiagnosisOptions, folder: Path, console
     from pins_ext.commands.diagnosis.training import DiagnoseCallback
     from pins_ext.commands.prepare import as_usage_errors, prepare
     from pins_ext.commands.progress import Watch
+    from pins_ext.commands.start import SayWhatStarts
 
     watch = Watch(console, request.label)
     begin = time.perf_counter()
@@ -118,6 +119,7 @@ def _diagnose(request: Request, options: DiagnosisOptions, folder: Path, console
         prepared = prepare(request, Path(checkpoints), callbacks=(watch,))
         with as_usage_errors():
             callback = DiagnoseCallback(prepared, options, console)
+        prepared.trainer.add_callback(SayWhatStarts(prepared, console))
         prepared.trainer.add_callback(callback)
         console.print(
             f"{request.label} on {prepared.task.name}, {prepared.total_steps} steps; the loss is measured on "

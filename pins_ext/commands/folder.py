@@ -145,7 +145,7 @@ class RunFolder:
         if self.finished and not self.overwrite:
             earlier = self.earlier()
             os.rename(self.result, earlier)
-            say(f"the earlier result is now {_as_typed(earlier)}")
+            say(f"the earlier result is now {as_typed(earlier)}")
         replace(staged, self.result)
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -157,8 +157,8 @@ class RunFolder:
         return name
 
 
-def _as_typed(folder: Path) -> Path:
-    """Relative to the working directory where it lies in it."""
+def as_typed(folder: Path) -> Path:
+    """A folder as one would type it: relative to the working directory where it lies in it."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 

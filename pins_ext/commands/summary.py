@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pins_ext.report import REPORT, percent
+from pins_ext.report import REPORT, percent, standard_error
 
 _NOTHING = "-"
 
@@ -45,8 +45,11 @@ def print_summary(records: Sequence[dict[str, Any]], folders: Sequence[Path], co
     console.print()
     console.print(table)
     console.print()
-    if len(records) > 1:
-        console.print(f"{verdict(records, metric)}\n{budget(records)}\n", soft_wrap=True)
+    said = [verdict(records, metric), budget(records)] if len(records) > 1 else []
+    if uncertainty := standard_error(records):
+        said.append(f"{uncertainty}.")
+    if said:
+        console.print("\n".join([*said, ""]), soft_wrap=True)
     for record, folder in zip(records, folders, strict=True):
         console.print(f"{record['label']:<14} {folder}", soft_wrap=True)
     if len(records) == 1:
@@ -60,9 +63,17 @@ def verdict(records: Sequence[dict[str, Any]], metric: str) -> str:
     points, greater = method["final"].get("points", 100.0), method["final"].get("greater_is_better", True)
     gap, lost = points * (score - other), points * (full - score)
     word = "beats" if (gap > 0 if greater else gap < 0) else "does not beat"
-    against = f"{abs(lost):.1f} points {'below' if lost >= 0 else 'above'} dense"
     direction = "" if greater else "; lower is better"
-    return f"{method['label']} {word} {magnitude['label']} ({gap:+.1f} points{direction}) and is {against}."
+    compared = f"{word} {magnitude['label']} ({gap:+.1f} points{direction})"
+    if _nothing(gap):
+        compared = f"equals {magnitude['label']}"
+    against = f"is {abs(lost):.1f} points {'below' if lost >= 0 else 'above'} dense"
+    return f"{method['label']} {compared} and {'equals dense' if _nothing(lost) else against}."
+
+
+def _nothing(points: float) -> bool:
+    """Whether a difference is none to the digit that is shown."""
+    return float(f"{points:.1f}") == 0
 
 
 def budget(records: Sequence[dict[str, Any]]) -> str:

@@ -88,7 +88,7 @@ def evaluate_entities(gold: Sequence[Sequence[str]], found: Sequence[Sequence[st
 
 
 def evaluate_answers(found: Mapping[str, str], gold: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Computes f1 and exact match of answers as SQuAD does, as shares of 1.
+    """Computes f1 and exact match of answers as SQuAD does, from 0 to 100.
 
     Args:
         found: question -> answer, empty for none. gold: question -> right answers, none for an unanswerable one.
@@ -101,7 +101,7 @@ def evaluate_answers(found: Mapping[str, str], gold: Mapping[str, Sequence[str]]
         {"id": name, "answers": {"text": list(texts) or [""], "answer_start": []}} for name, texts in gold.items()
     ]
     result = squad(answers, truth)
-    return {name: float(result[name]) / 100 for name in ("f1", "exact_match")}
+    return {name: float(result[name]) for name in ("f1", "exact_match")}
 
 
 def evaluate_texts(found: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -45,6 +45,8 @@ class QuestionTask(Task):
     metrics: tuple[str, ...] = ("f1", "exact_match")
 
     auto_class = "AutoModelForQuestionAnswering"
+    # SQuAD's own scores count from 0 to 100.
+    points = 1.0
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuses a tokenizer that does not say where in the text a token is, or that cannot pad."""

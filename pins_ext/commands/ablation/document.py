@@ -65,11 +65,11 @@ def write(root: Path, grid: Grid, rows: Sequence[Row], cells: Sequence[Cell], wh
 
 
 def results(lines: Sequence[Line], reference: str) -> Table:
-    """Main metric, difference to the reference, share of zeros and number of non-zeros of every line."""
+    """Main metric, difference to the reference, final sparsity and number of non-zeros of every line."""
     axes = _axes(lines)
     metrics = list(dict.fromkeys(line.metric for line in lines))
     named = [metrics[0].removeprefix("eval_").replace("_", " ")] if len(metrics) == 1 else ["metric", "score"]
-    head = [*axes, "method", *named, "seeds", f"against {reference}", "95 % interval", "zeros", "non-zeros"]
+    head = [*axes, "method", *named, "seeds", f"against {reference}", "95 % interval", "final sparsity", "non-zeros"]
     table = [head]
     for line in lines:
         other = reference_of(line, lines, reference)
@@ -170,7 +170,8 @@ def _reading(lines: Sequence[Line], grid: Grid) -> str:
     return (
         f"Mean ± standard deviation over seeds ({seeds}), on the evaluation set. Against {grid.reference}: mean of the "
         f"differences seed by seed, with the {percent(CONFIDENCE, 0)} confidence interval of a paired t-test; an "
-        "interval that holds 0 shows no difference. Non-zeros are those of the prunable weights."
+        "interval that holds 0 shows no difference. Differences that are the same for every seed have no interval: "
+        "they say nothing of other seeds. Non-zeros are those of the prunable weights."
         + (f" Without a model: {'; '.join(baselines)}." if baselines else "")
     )
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 
+_NO_VARIANCE = 1e-12
+"""Differences of scores that are this close are the same, computed from other numbers."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -30,7 +33,8 @@ class Difference:
     """Mean difference to the reference over the n seeds that both have, and its confidence interval (t, paired).
 
     Attributes:
-        low, high: None for a single seed.
+        low, high: None for a single seed, and for differences without variance: an interval of no width would read as
+            proof, where a score of few examples merely took the same value twice.
     """
 
     mean: float
@@ -45,8 +49,8 @@ class Difference:
         if not seeds:
             return None
         gaps = [values[seed] - reference[seed] for seed in seeds]
-        if len(seeds) == 1:
-            return Difference(gaps[0], None, None, 1)
+        if max(gaps) - min(gaps) < _NO_VARIANCE:
+            return Difference(statistics.fmean(gaps), None, None, len(seeds))
         from scipy.stats import ttest_rel
 
         test = ttest_rel([values[seed] for seed in seeds], [reference[seed] for seed in seeds])
