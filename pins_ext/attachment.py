@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext.importance import Scaling
@@ -21,16 +22,25 @@ class Slot:
 
     Attributes:
         indices: which of the pruner's tensors. group_of: the parameter group of each.
-        handles: of the hooks. scaling: gradient scaling of the step under way.
-        given: whether any of its tensors has a gradient to be scored by in the step under way.
+        part: its place among the optimizers, and its part of the importance. handles: of the hooks.
+        scaling, given, accumulated, stepped: of the step under way: gradient scaling, whether any of its tensors has a
+            gradient to be scored by, whether these gradients are in the window, whether the optimizer is done.
     """
 
     optimizer: Optimizer
     indices: tuple[int, ...]
     group_of: tuple[int, ...]
+    part: int
     handles: list[Any] = field(default_factory=list)
     scaling: Scaling = field(default_factory=Scaling)
     given: bool = False
+    accumulated: bool = False
+    stepped: bool = False
+
+    def reset(self) -> None:
+        """No step is under way."""
+        self.scaling = Scaling()
+        self.given = self.accumulated = self.stepped = False
 
     @property
     def fused(self) -> bool:
@@ -38,33 +48,40 @@ class Slot:
         return isinstance(self.optimizer, FusedOptimizer)
 
 
-def attach(pruner: Pruner, optimizers: Sequence[Any]) -> list[Slot]:
-    """Divide the pruned tensors among the optimizers that own them, and be called at each one's step.
+def divide(names: Sequence[str], parameters: Sequence[Tensor], optimizers: Sequence[Any]) -> list[Slot]:
+    """Divide the pruned tensors among the optimizers that own them.
 
     Raises:
         ValueError: a pruned parameter that no optimizer owns. TypeError: something that is no torch optimizer.
-        RuntimeError: a fused optimizer that another pruner drives already.
     """
-    places = {id(p): i for i, p in enumerate(pruner.parameters)}
+    places = {id(p): i for i, p in enumerate(parameters)}
     slots: list[Slot] = []
     for optimizer in map(_unwrapped, optimizers):
         groups = enumerate(optimizer.param_groups)
         owned = {places.pop(id(p)): g for g, group in groups for p in group["params"] if id(p) in places}
         if owned:
             indices = tuple(sorted(owned))
-            slots.append(Slot(optimizer, indices, tuple(owned[i] for i in indices)))
+            slots.append(Slot(optimizer, indices, tuple(owned[i] for i in indices), len(slots)))
     if places:
-        missing = [pruner.names[i] for i in places.values()]
+        missing = [names[i] for i in places.values()]
         raise ValueError(
             f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
             f"give them to the optimizer or exclude them"
         )
+    return slots
+
+
+def attach(pruner: Pruner, slots: Sequence[Slot]) -> None:
+    """Be called at each optimizer's step.
+
+    Raises:
+        RuntimeError: a fused optimizer that another pruner drives already.
+    """
     for slot in slots:
         if isinstance(slot.optimizer, FusedOptimizer):
             slot.optimizer.attach(pruner, slot)
         else:
             _hook(pruner, slot)
-    return slots
 
 
 def detach(slots: Sequence[Slot]) -> None:

@@ -21,8 +21,8 @@ VERSION = 2
 def state_dict(pruner: Pruner) -> dict[str, Any]:
     """All that resuming needs. `tensors` maps kind/parameter to a tensor; the rest is JSON."""
     importance = pruner.importance
-    tensors = {"threshold": pruner.threshold, "accepted": importance.accepted}
-    tensors |= {"seen": importance.seen, "folded": importance.folded}
+    tensors = {"threshold": pruner.threshold, "seen": importance.seen, "folded": importance.folded}
+    tensors |= {f"accepted/{part}": accepted for part, accepted in enumerate(importance.accepted)}
     for kind, states in (importance.tensors() | {"mask": pruner.masks}).items():
         tensors |= {f"{kind}/{name}": t for name, t in zip(pruner.names, states, strict=True)}
     return {

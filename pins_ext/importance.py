@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pins_ext import ops, reference
 from pins_ext.config import PruneConfig
+from pins_ext.selection import subset
 
 _ACCUMULATE, _FOLD = 0, 1
 
@@ -38,12 +39,15 @@ class Importance:
         ipt: mean of the instant scores of the window under way (movement: their sum); empty for magnitude.
         exp_avg_ipt, exp_avg_unc: running averages of importance and of its uncertainty; empty where unused.
         shadow: last unmasked value of every weight, for criteria that vanish at zero under strict masks; else empty.
-        accepted: float32 [1], gradients in this window so far.
+        parts: tensors that are stepped, and by a gradient scaler skipped, together.
+        accepted: per part, float32 [1]: gradients in this window so far.
         seen: bool [1], whether any step has brought a gradient that was not skipped.
         folded: bool [1], whether a window with such a step has ended; before that every average is zero.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], config: PruneConfig, layout: ops.Layout) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], config: PruneConfig, layout: ops.Layout, parts: Sequence[Sequence[int]]
+    ) -> None:
         self.config, self.layout = config, layout
         self.parameters = list(parameters)
         device = layout.rows.device
@@ -55,7 +59,8 @@ class Importance:
         self.exp_avg_ipt = states(config.smoothed)
         self.exp_avg_unc = states(config.smoothed and 0 < config.beta2 < 1)
         self.shadow = [p.detach().clone() for p in parameters] if config.needs_shadow else []
-        self.accepted = torch.zeros(1, device=device)
+        self.parts = [(tuple(part), subset(layout, self.parameters, part)) for part in parts]
+        self.accepted = [torch.zeros(1, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
 
@@ -96,14 +101,21 @@ class Importance:
         return "product", self.exp_avg_ipt, self.exp_avg_unc
 
     def accumulate(
-        self, indices: Sequence[int], layout: ops.Layout, grads: list[Tensor], lr: Tensor, step: int, scaling: Scaling
+        self,
+        indices: Sequence[int],
+        layout: ops.Layout,
+        grads: list[Tensor],
+        lr: Tensor,
+        part: int,
+        step: int,
+        scaling: Scaling,
     ) -> None:
         """Take the gradients of one step into the window.
 
         Args:
             indices: which tensors. layout: theirs. grads: gradients, in the same order, dtype of the parameters.
             lr: float32 [len(indices)], learning rate of the coming step per tensor.
-            step: pruner step. scaling: gradient scaling under way.
+            part: which one they belong to. step: pruner step. scaling: gradient scaling under way.
         """
         weights = [(self.shadow or self.parameters)[i] for i in indices]
         if callable(self.config.criterion):
@@ -116,7 +128,7 @@ class Importance:
             layout.rows,
             layout.chunks,
             lr,
-            self.accepted,
+            self.accepted[part],
             self.rng(step, _ACCUMULATE),
             self.criterion,
             grad_scale=scaling.grad_scale,
@@ -132,34 +144,39 @@ class Importance:
             raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
         return c.float().contiguous()
 
-    def count_accepted(self, scaling: Scaling, given: bool) -> None:
-        """One more gradient in the window, unless it was not finite; `given`: any weight had one, not only zeros."""
-        finite = torch.ones_like(self.accepted) if scaling.found_inf is None else 1 - scaling.found_inf
-        self.accepted += finite
+    def count_accepted(self, part: int, scaling: Scaling, given: bool) -> None:
+        """One more gradient in a part's window, unless it was not finite; `given`: any weight had one of its own."""
+        accepted = self.accepted[part]
+        finite = torch.ones_like(accepted) if scaling.found_inf is None else 1 - scaling.found_inf
+        accepted += finite
         if given:
             self.seen |= finite > 0
 
     def fold(self, step: int, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
-        """End the window: advance the averages, and count their new scores against `bracket` in the same pass."""
-        torch.ops.pins_ext.fold_(
-            self.exp_avg_ipt,
-            self.exp_avg_unc,
-            self.ipt,
-            self.layout.rows,
-            self.layout.chunks,
-            self.accepted,
-            self.rng(step, _FOLD),
-            self.config.beta1,
-            self.config.beta2,
-            bracket=bracket,
-            counts=counts,
-        )
-        self.accepted.zero_()
+        """End the window: advance the averages, and count their new scores against `bracket` in the same pass.
+
+        `bracket` and `counts` need all weights in one part.
+        """
+        for (indices, layout), accepted in zip(self.parts, self.accepted, strict=True):
+            torch.ops.pins_ext.fold_(
+                [self.exp_avg_ipt[i] for i in indices],
+                [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
+                [self.ipt[i] for i in indices],
+                layout.rows,
+                layout.chunks,
+                accepted,
+                self.rng(step, _FOLD),
+                self.config.beta1,
+                self.config.beta2,
+                bracket=bracket,
+                counts=counts,
+            )
+            accepted.zero_()
         self.folded |= self.seen
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]."""
-        return torch.tensor(reference.rounding_key(self.config.seed, step, stream)).to(self.accepted.device)
+        return torch.tensor(reference.rounding_key(self.config.seed, step, stream)).to(self.layout.rows.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""

@@ -34,7 +34,8 @@ class Pruner:
 
     Args:
         model: the model to prune. Nothing in it is renamed or replaced.
-        optimizer: its optimizer, or several that share one budget and each step once per training step.
+        optimizer: its optimizer, or several that share one budget and each step once per training step. One that a
+            gradient scaler skips, or an exception ends, is left out when the others go on.
         config: what to prune, how much and when.
         total_steps: optimizer steps of the whole run.
 
@@ -63,7 +64,9 @@ class Pruner:
         self.layout = ops.Layout.of(self.parameters)
         self.n_weights = self.layout.total
         self.selection = Selection(self.names, self.parameters, self.layout, config)
-        self.importance = Importance(self.parameters, config, self.layout)
+        optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self._slots = attachment.divide(self.names, self.parameters, optimizers)
+        self.importance = Importance(self.parameters, config, self.layout, [slot.indices for slot in self._slots])
         self.masks = [ops.new_mask(p) for p in self.parameters]
         self.threshold = torch.zeros(1, 2, dtype=torch.int64, device=self.layout.rows.device)
         self.step = 0
@@ -78,7 +81,7 @@ class Pruner:
         self._counts: Tensor | None = None
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._open: list[Slot] = []
-        self._slots = attachment.attach(self, optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])
+        attachment.attach(self, self._slots)
 
     @classmethod
     def from_sparse(
@@ -117,13 +120,21 @@ class Pruner:
     @torch.no_grad()
     def begin(self, slot: Slot) -> None:
         """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
-        if slot in self._open:
-            raise RuntimeError("one optimizer stepped twice while another of the same Pruner did not step")
+        if slot in self._open and any(other.stepped for other in self._open[self._open.index(slot) :]):
+            # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
+            self._end_step()
+        interrupted = slot in self._open
+        if interrupted:
+            # An exception ended its step, and this one takes its place; gradients already in the window stay there.
+            self._count(slot)
+        slot.reset()
         slot.scaling = Scaling.of(slot.optimizer)
-        if not self._open:
+        if interrupted or not self._open:
             self._given = self.score_gradients() if self.score_gradients is not None else None
+        if not self._open:
             self._begin_step()
-        self._open.append(slot)
+        if not interrupted:
+            self._open.append(slot)
         slot.given = any(self._score_gradient(i) is not None for i in slot.indices)
         if not self._in_optimizer_pass(slot) and self.config.criterion != "pins-update":
             self._accumulate(slot, slot.indices, slot.scaling)
@@ -135,7 +146,8 @@ class Pruner:
             # torch's fused optimizers have unscaled the parameters' own gradients by now.
             unscaled = Scaling(None, slot.scaling.found_inf)
             self._accumulate(slot, slot.indices, unscaled if self._given is None else slot.scaling)
-        if len(self._open) == len(self._slots):
+        slot.stepped = True
+        if all(other.stepped for other in self._slots):
             self._end_step()
 
     def _begin_step(self) -> None:
@@ -155,7 +167,8 @@ class Pruner:
         with self._timed():
             due = self.schedule.mask_due(self.step)
             if not self.frozen:
-                self.importance.count_accepted(self._open[0].scaling, any(slot.given for slot in self._open))
+                for slot in self._open:
+                    self._count(slot)
                 if due and not self.importance.scored_before_step:
                     self._renew_masks(self.schedule.remaining_ratio(self.step))
                 # One synchronisation, where an empty mask would otherwise stay for good.
@@ -165,13 +178,25 @@ class Pruner:
             if self.masked and self.before_mask is not None:
                 self.before_mask()
             for slot in self._slots:
-                if not slot.fused:
-                    for i in slot.indices if self.importance.shadow else ():
-                        self.importance.shadow[i].copy_(self.parameters[i])
-                if self.masked and self._masks_late(slot):
+                if slot.stepped and not slot.fused and self.importance.shadow:
+                    self._keep_unmasked(slot)
+                if self.masked and (self._masks_late(slot) or not slot.stepped):
                     self._apply(slot, slot.indices)
+                slot.reset()
             self._open.clear()
             self.step += 1
+
+    def _count(self, slot: Slot) -> None:
+        if slot.accumulated:
+            self.importance.count_accepted(slot.part, slot.scaling, slot.given)
+
+    def _keep_unmasked(self, slot: Slot) -> None:
+        """Take the weights that were stepped into the shadow; the others were masked before."""
+        skipped = None if slot.scaling.found_inf is None else slot.scaling.found_inf != 0
+        for i in slot.indices:
+            p, shadow = self.parameters[i], self.importance.shadow[i]
+            if p.grad is not None:
+                shadow.copy_(p if skipped is None else torch.where(skipped, shadow, p))
 
     def _in_optimizer_pass(self, slot: Slot) -> bool:
         """Whether the optimizer's own kernel advances the importance."""
@@ -200,7 +225,7 @@ class Pruner:
             masks=[self.masks[i] for i in with_grad] if masked else [],
             ipt=[importance.ipt[i] for i in with_grad] if importing else [],
             shadow=[importance.shadow[i] for i in with_grad] if importance.shadow else [],
-            accepted=importance.accepted,
+            accepted=importance.accepted[slot.part],
             rng=importance.rng(self.step),
             criterion=importance.criterion if importing else "pins",
             clear_state=self.config.mask_optimizer_state,
@@ -208,11 +233,13 @@ class Pruner:
 
     @torch.no_grad()
     def fused_without_grad(self, slot: Slot, without_grad: list[int]) -> None:
-        """Pruned tensors that got no gradient this step: a zero enters their window, their zeros stay."""
+        """The fused pass is over; pruned tensors that got no gradient: a zero enters their window, their zeros stay."""
+        if self._in_optimizer_pass(slot):
+            slot.accumulated = True
+            if without_grad:
+                self._accumulate(slot, without_grad, slot.scaling)
         if not without_grad:
             return
-        if self._in_optimizer_pass(slot):
-            self._accumulate(slot, without_grad, slot.scaling)
         if self._masks_wanted and not self._masks_late(slot):
             self._apply(slot, without_grad)
 
@@ -224,7 +251,8 @@ class Pruner:
             rates = [float(group["lr"]) for group in slot.optimizer.param_groups]
             place = dict(zip(slot.indices, slot.group_of, strict=True))
             lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.rows.device)
-            self.importance.accumulate(indices, self._layout_of(indices), grads, lr, self.step, scaling)
+            self.importance.accumulate(indices, self._layout_of(indices), grads, lr, slot.part, self.step, scaling)
+            slot.accumulated = True
 
     def _score_gradient(self, i: int) -> Tensor | None:
         """The gradient that scores a parameter, as it is."""
@@ -243,7 +271,8 @@ class Pruner:
 
     def _count_while_folding(self) -> tuple[Tensor | None, Tensor | None]:
         """A bracket around the last threshold and room for its counts, once there is a threshold to start from."""
-        if not self.selection.global_scope or self._selected_for is None or self.config.beta2 == 0:
+        selected_before = self._selected_for is not None and self.config.beta2 != 0
+        if not self.selection.global_scope or not selected_before or len(self._slots) > 1:
             return None, None
         if self._counts is None:
             self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.rows.device)
@@ -305,6 +334,8 @@ class Pruner:
         Raises:
             RuntimeError: no gradient was ever seen, so no weight has a score; or verification failed.
         """
+        if self._open:
+            self._end_step()
         if not self.frozen:
             if not self.importance.known:
                 if not self.importance.seen:

@@ -52,16 +52,6 @@ def test_several_optimizers_share_one_budget() -> None:
     assert zeros(pruner) == exact(pruner)
 
 
-def test_stepping_one_of_two_optimizers_twice_is_refused() -> None:
-    model = Network()
-    first = torch.optim.SGD(model.layers[0].parameters(), lr=0.05)
-    second = torch.optim.SGD(model.layers[1].parameters(), lr=0.05)
-    Pruner(model, [first, second], CONFIG, STEPS)
-    first.step()
-    with pytest.raises(RuntimeError, match="stepped twice"):
-        first.step()
-
-
 def test_strict_masks_hold_after_every_step_and_weights_return() -> None:
     config = PruneConfig(sparsity=0.8, delta_t=5, warmup=5, cooldown=20, mask_policy="strict")
     for optimizer_class in (PinsAdamW, torch.optim.AdamW):
