@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ class Selection:
         # Floors and ceilings also need each tensor alone.
         low = _densities(names, config, "min_density", 0.0)
         high = _densities(names, config, "max_density", 1.0)
-        self.least = [math.ceil(d * n) for d, n in zip(low, self.sizes, strict=True)]
-        self.most = [math.floor(d * n) for d, n in zip(high, self.sizes, strict=True)]
+        self.least = [math.ceil(_decimal(d) * n) for d, n in zip(low, self.sizes, strict=True)]
+        self.most = [math.floor(_decimal(d) * n) for d, n in zip(high, self.sizes, strict=True)]
         self.bounded = bool(config.min_density or config.max_density)
         self._alone = [subset(layout, tensors, [i]) for i in range(len(tensors))] if self.bounded else []
         self._tensors = list(tensors)
@@ -171,6 +172,11 @@ def _groups(names: Sequence[str], config: PruneConfig) -> list[list[int]]:
         groups.append(members)
         rest = [i for i in rest if i not in members]
     return groups + ([rest] if rest else [])
+
+
+def _decimal(density: float) -> Fraction:
+    """The number as it was written: in binary 0.07 of 100 weights are a little more than 7, rounded up 8."""
+    return Fraction(str(density))
 
 
 def _densities(names: Sequence[str], config: PruneConfig, option: str, default: float) -> list[float]:

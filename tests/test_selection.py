@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +66,8 @@ def test_densities_equal_the_greedy_oracle(
     ratio = 1 - sparsity
     keep = round(ratio * sum(sizes))
     # On so few weights rounding can make densities contradict each other or the sparsity.
-    least, most = [math.ceil(floor * n) for n in sizes], [math.floor(ceiling * n) for n in sizes]
+    least = [math.ceil(Fraction(str(floor)) * n) for n in sizes]
+    most = [math.floor(Fraction(str(ceiling)) * n) for n in sizes]
     fits = all(a <= b for a, b in zip(least, most, strict=True)) and sum(least) <= keep <= sum(most)
     if not fits:
         with pytest.raises(ValueError, match=r"do not allow|lies above"):
@@ -105,6 +108,22 @@ def test_bad_densities_and_groups_say_what_is_wrong() -> None:
         prune(scores, PruneConfig(min_density={"nothing*": 0.5}), 0.2)
     with pytest.raises(ValueError, match="the group 'g' matches"):
         prune(scores, PruneConfig(scope={"g": ("nothing*",)}), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "options"),
+    [
+        (0.93, {"min_density": 0.07}),
+        (0.93, {"min_density": 0.07, "max_density": 0.07}),
+        (0.71, {"max_density": 0.29}),
+        (0.71, {"max_density": 0.29, "scope": "layer"}),
+    ],
+    ids=str,
+)
+def test_densities_are_the_decimal_numbers_that_were_written(sparsity: float, options: dict[str, Any]) -> None:
+    scores = [torch.arange(1.0, 101.0), torch.arange(1.0, 101.0)]
+    masks = prune(scores, PruneConfig(sparsity=sparsity, **options), 1 - sparsity)
+    assert [int(m.sum()) for m in masks] == [round(100 * (1 - sparsity))] * 2
 
 
 def test_early_in_the_schedule_ceilings_bend_the_target_instead_of_failing() -> None:
