@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,8 @@ class PruneConfig:
     seed: int = _option(0, "seed of the stochastic rounding of bfloat16 states")
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
         for name in ("include", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -112,7 +115,7 @@ class PruneConfig:
             object.__setattr__(self, "scope", groups)
         for name in ("min_density", "max_density"):
             value = getattr(self, name)
-            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else {"*": float(value)})
+            object.__setattr__(self, name, value if isinstance(value, Mapping) else {"*": float(value)})
             for pattern, density in getattr(self, name).items():
                 self._check(0 <= density <= 1, f"{name}[{pattern}]", "in [0, 1]", density)
         if self.ties == "reference" and (self.min_density or self.max_density):
@@ -139,6 +142,25 @@ class PruneConfig:
         return torch.bfloat16 if self.state_dtype == "bfloat16" else torch.float32
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; a callable becomes its qualified name, in angle brackets."""
+        """Plain data for JSON; a callable becomes its name in angle brackets, the same in every process."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: f"<{getattr(v, '__qualname__', repr(v))}>" if callable(v) else v for k, v in plain.items()}
+        return {k: f"<{_name(v)}>" if callable(v) else v for k, v in plain.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for a NumPy or torch scalar, also inside a mapping."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+def _name(value: Any) -> str:
+    """Qualified name of a callable: of an object its class's, of a partial its function's with the arguments."""
+    if isinstance(value, functools.partial):
+        named = (f"{key}={_argument(item)}" for key, item in value.keywords.items())
+        return f"partial({', '.join([_name(value.func), *map(_argument, value.args), *named])})"
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _argument(value: Any) -> str:
+    return _name(value) if callable(value) else repr(value)
