@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -75,8 +76,10 @@ def attach(pruner: Pruner, slots: Sequence[Slot]) -> None:
     """Be called at each optimizer's step.
 
     Raises:
-        RuntimeError: a fused optimizer that another pruner drives already.
+        RuntimeError: another pruner takes part in one of them already; then none is attached.
     """
+    if any(_taken(slot.optimizer) for slot in slots):
+        raise RuntimeError("an optimizer already belongs to a Pruner: detach() that one first")
     for slot in slots:
         if isinstance(slot.optimizer, FusedOptimizer):
             slot.optimizer.attach(pruner, slot)
@@ -90,7 +93,8 @@ def detach(slots: Sequence[Slot]) -> None:
         for handle in slot.handles:
             handle.remove()
         slot.handles = []
-        if isinstance(slot.optimizer, FusedOptimizer):
+        # By now it may belong to another pruner.
+        if isinstance(slot.optimizer, FusedOptimizer) and slot.optimizer._slot is slot:
             slot.optimizer.detach()
 
 
@@ -105,15 +109,25 @@ def is_attached(pruner: Pruner, slots: Sequence[Slot]) -> bool:
 
 
 def _hook(pruner: Pruner, slot: Slot) -> None:
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(callable(value) for value in (*args, *kwargs.values())):
-            raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
-        pruner.begin(slot)
-
-    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        pruner.end(slot)
-
+    before, after = partial(_before, pruner, slot), partial(_after, pruner, slot)
     slot.handles = [slot.optimizer.register_step_pre_hook(before), slot.optimizer.register_step_post_hook(after)]
+
+
+def _before(pruner: Pruner, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if any(callable(value) for value in (*args, *kwargs.values())):
+        raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
+    pruner.begin(slot)
+
+
+def _after(pruner: Pruner, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    pruner.end(slot)
+
+
+def _taken(optimizer: Optimizer) -> bool:
+    """Whether a pruner takes part in its steps."""
+    if isinstance(optimizer, FusedOptimizer):
+        return optimizer.pruner is not None
+    return any(getattr(hook, "func", None) is _before for hook in optimizer._optimizer_step_pre_hooks.values())
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

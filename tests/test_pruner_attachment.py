@@ -1,0 +1,43 @@
+"""Which pruner an optimizer belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIG, STEPS, Network, exact, train, zeros
+
+from pins_ext import PruneConfig, Pruner
+from pins_ext.optim import PinsAdamW
+
+CLASSES = pytest.mark.parametrize("optimizer_class", [PinsAdamW, torch.optim.AdamW])
+
+
+@CLASSES
+def test_an_old_pruner_lets_go_only_of_what_is_its_own(optimizer_class: Any) -> None:
+    model = Network()
+    optimizer = optimizer_class(model.parameters(), lr=3e-3)
+    old = Pruner(model, optimizer, CONFIG, STEPS)
+    old.detach()
+    new = Pruner(model, optimizer, CONFIG, STEPS)
+    old.detach()
+    assert new.attached
+    assert not old.attached
+    train(model, optimizer, STEPS)
+    assert zeros(new) == exact(new)
+
+
+@CLASSES
+def test_a_second_pruner_of_one_optimizer_is_refused_and_attaches_nothing(optimizer_class: Any) -> None:
+    model = Network()
+    free = optimizer_class(model.layers[0].parameters(), lr=3e-3)
+    taken = optimizer_class(model.layers[1].parameters(), lr=3e-3)
+    first = Pruner(model, taken, PruneConfig(include=("layers.1.output.dense.weight",)), STEPS)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="already belongs to a Pruner"):
+            Pruner(model, [free, taken], CONFIG, STEPS)
+    assert first.attached
+    Pruner(model, free, PruneConfig(include=("layers.0.output.dense.weight",)), STEPS).detach()
+    first.detach()
+    assert Pruner(model, [free, taken], CONFIG, STEPS).attached
