@@ -138,9 +138,10 @@ class FusedOptimizer(Optimizer):
         pruned = {id(self.pruner.parameters[i]) for i in self._slot.indices} if self.pruner is not None else set()
         batches: dict[Any, tuple[list[Tensor], list[dict[str, Any]]]] = {}
         for group in self.param_groups:
+            moments = self._moments(group)
             for p in group["params"]:
                 if p.grad is not None and id(p) not in pruned:
-                    parameters, owners = batches.setdefault((p.device, p.dtype, self._moments(group)), ([], []))
+                    parameters, owners = batches.setdefault((p.device, p.dtype, moments), ([], []))
                     parameters.append(p)
                     owners.append(group)
         live = {}
@@ -176,7 +177,7 @@ class FusedOptimizer(Optimizer):
     def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
         """State of a parameter at the first step that needs its moments."""
         state = self.state[p]
-        if any(state.get(name) is None for name in names):
+        if state.get(names[0]) is None:  # they come together
             state.pop("skipped", None)
             state.update({"step": 0.0, **{name: torch.zeros_like(p) for name in names}})
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.

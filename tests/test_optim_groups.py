@@ -101,3 +101,18 @@ def test_groups_with_and_without_momentum_are_pruned_as_by_hooks() -> None:
     assert same(*models)
     assert torch.equal(pruners[0].threshold, pruners[1].threshold)
     assert zeros(pruners[0]) == zeros(pruners[1]) > 0
+
+
+def test_a_checkpoint_may_name_a_buffer_that_is_not_there() -> None:
+    """Older releases of torch.optim.SGD wrote such ones."""
+    models = []
+    for named in (False, True):
+        model = Network(16, classes=16)
+        optimizer = PinsSGD(model.parameters(), lr=0.05, momentum=0.9, dampening=0.5)
+        if named:
+            places = range(len(optimizer.param_groups[0]["params"]))
+            state = {i: {"momentum_buffer": None} for i in places}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        train(model, optimizer, 3)
+        models.append(model)
+    assert same(*models)
