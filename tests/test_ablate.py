@@ -80,6 +80,18 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+def test_verify_and_report_take_a_whole_grid(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(done)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("holds  ") == 10
+    assert f"{done}/pins/sparsity=0.75/seed=2: 3,072 of 4,096" in said
+    assert main(["report", str(done), "-o", str(tmp_path / "cells.html")]) == 0
+    html = (tmp_path / "cells.html").read_text()
+    assert all(f"<td>{name}</td>" in html for name in ("dense/seed=1", "magnitude/sparsity=0.5/seed=2"))
+    assert main(["report", str(done / "ablation.csv")]) == 2
+    assert "ablation.csv is a file: give the folder of a run, a comparison or an ablation" in capsys.readouterr().err
+
+
 def rows(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as text:
         return list(csv.DictReader(text))

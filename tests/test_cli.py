@@ -143,7 +143,7 @@ def test_plan_trains_and_writes_nothing(tiny: Path, tmp_path: Path, capsys: pyte
     assert "schedule cubic" in said
     assert said.count("also occur in training") == 1
     assert "reach the limit" not in said
-    teacher = "teacher latest, a snapshot every 1 steps, weight adaptive, temperature 2, 0.1 MiB"
+    teacher = "teacher latest, a snapshot every step, weight adaptive, temperature 2, 0.1 MiB"
     assert said.endswith(f"self-regularization: {teacher}\n")
     (tmp_path / "train.yaml").write_text("output-dir: elsewhere\nlabel: mine\nsparsity: 0.5")
     assert main(["plan", *asked, "--config", str(tmp_path / "train.yaml"), "--teacher", "none"]) == 0

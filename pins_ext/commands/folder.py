@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _LOCK = "lock"
 _SETTINGS = "settings.json"
 
-_DEPTHS = ("*/", "*/**/")
-"""How deep results lie: the runs of a comparison in its folder, the cells of an ablation by method, setting, seed."""
+_PLACES = (("*",), ("*/*", "*/*/*"))
+"""Where results lie: a comparison's runs in its folder; an ablation's cells as METHOD/SEED or METHOD/SETTING/SEED."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def results_in(folder: Path) -> list[Path]:
         raise UsageError(f"{folder} is a file: give the folder of a run, a comparison or an ablation")
     if (folder / RECORD).exists():
         return [folder]
-    for depth in _DEPTHS:
-        inner = [file.parent for file in folder.glob(f"{depth}{RECORD}") if is_result(file.parent)]
+    for places in _PLACES:
+        inner = [each for place in places for each in folder.glob(place) if is_result(each)]
         if inner:
             return sorted(inner, key=lambda each: str(read_record(each)["created"]))
     return [folder]

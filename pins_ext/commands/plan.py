@@ -75,8 +75,9 @@ def _plan(request: requests.Request, pruning: PruneConfig) -> None:
 
 def regularization_line(plan: Mapping[str, Any]) -> str:
     """The plan of a SelfRegularizer in words: which teacher, how it enters the loss, what it costs."""
+    every = "step" if plan["every"] == 1 else f"{plan['every']} steps"
     when = {
-        "latest": f"a snapshot every {plan['every']} steps",
+        "latest": f"a snapshot every {every}",
         "best": "a snapshot at every best evaluation so far",
         "ema": f"a running average from step {plan['every']} on",
     }
