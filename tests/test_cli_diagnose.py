@@ -77,6 +77,7 @@ def test_help_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("--loss-batches", "--masks", "--exchange-pairs", "--sparsity", "--overwrite"))
+    assert "[runs/TASK-diagnosis]" in said
     assert not any(flag in said for flag in ("--compare", "--resume", "--label ", "--early-stopping"))
 
 

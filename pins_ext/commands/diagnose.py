@@ -33,6 +33,11 @@ _EXAMPLES = """examples:
 _WITHOUT = ("compare", "resume", "resume_from_checkpoint", "label", "early_stopping")
 """Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go."""
 
+_HELP = {
+    "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",
+    "overwrite": "write into an output folder that is not empty",
+}
+
 _LOG_WIDTH = 140
 """Columns of a log file, which has no terminal to ask."""
 
@@ -67,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = requests.parser("pins-ext diagnose", _ABOUT, _EXAMPLES, _WITHOUT)
     parser.add_fields("diagnosis", DiagnosisOptions)
+    parser.retell(_HELP)
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))

@@ -36,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError."""
         raise UsageError(message)
 
+    def retell(self, texts: Mapping[str, str]) -> None:
+        """Other help for flags that mean something of their own here, by name."""
+        for action in self._actions:
+            action.help = texts.get(action.dest, action.help)
+
     def add_fields(
         self,
         title: str,
