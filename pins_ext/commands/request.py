@@ -194,7 +194,7 @@ class Request:
         if not self.run.recipe or not own_length or {"warmup", "cooldown", "warmup_steps"} <= self.given:
             return None
         return (
-            f"--{own_length.pop().replace('_', '-')} replaces the recipe's length, so its warm-up and cool-down, "
+            f"--{min(own_length).replace('_', '-')} replaces the recipe's length, so its warm-up and cool-down, "
             "numbers of steps, give way to the defaults, shares of training"
         )
 
