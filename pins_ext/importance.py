@@ -147,7 +147,7 @@ class Importance:
     def count_accepted(self, part: int, scaling: Scaling, given: bool) -> None:
         """One more gradient in a part's window, unless it was not finite; `given`: any weight had one of its own."""
         accepted = self.accepted[part]
-        finite = torch.ones_like(accepted) if scaling.found_inf is None else 1 - scaling.found_inf
+        finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).to(accepted.dtype)
         accepted += finite
         if given:
             self.seen |= finite > 0

@@ -354,7 +354,15 @@ class Pruner:
         self.frozen = True
 
     def mask(self, name: str) -> Tensor:
-        """Boolean mask of one parameter (True = keep), of its shape; a copy."""
+        """Boolean mask of one parameter (True = keep), of its shape; a copy.
+
+        Raises:
+            ValueError: the parameter is not pruned.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"{name!r} is not pruned; Pruner.names lists the parameters that are, as {self.names[0]!r}"
+            )
         i = self.names.index(name)
         return reference.unpack_bits(self.masks[i], self.parameters[i].shape)
 
