@@ -361,7 +361,7 @@ class Pruner:
         """
         if name not in self.names:
             raise ValueError(
-                f"{name!r} is not pruned; Pruner.names lists the parameters that are, as {self.names[0]!r}"
+                f"{name!r} is not pruned; Pruner.names lists what is, such as {self.names[0]!r}"
             )
         i = self.names.index(name)
         return reference.unpack_bits(self.masks[i], self.parameters[i].shape)
