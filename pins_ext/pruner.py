@@ -360,9 +360,7 @@ class Pruner:
             ValueError: the parameter is not pruned.
         """
         if name not in self.names:
-            raise ValueError(
-                f"{name!r} is not pruned; Pruner.names lists what is, such as {self.names[0]!r}"
-            )
+            raise ValueError(f"{name!r} is not pruned; Pruner.names lists what is, such as {self.names[0]!r}")
         i = self.names.index(name)
         return reference.unpack_bits(self.masks[i], self.parameters[i].shape)
 
