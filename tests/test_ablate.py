@@ -245,7 +245,8 @@ def test_a_cell_in_a_process_of_its_own_stops_on_a_signal_and_resumes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one.yaml").write_text("methods: {pins: {teacher: none}}\nseeds: [5]")
-    length = ["--max-steps", "400", "--eval-strategy", "no", "--save-strategy", "no"]
+    # So many that the cell is not through before a busy test process has read its first line.
+    length = ["--max-steps", "1200", "--eval-strategy", "no", "--save-strategy", "no"]
     command = ["ablate", str(tmp_path / "one.yaml"), *flags(tiny, tmp_path / "out"), *length]
     cell = tmp_path / "out" / "pins" / "seed=5"
 
@@ -261,8 +262,8 @@ def test_a_cell_in_a_process_of_its_own_stops_on_a_signal_and_resumes(
     assert main(command) == 0
     log = cell.with_name("seed=5.log").read_text()
     assert f"resuming from {checkpoint.name}" in log
-    assert "step   400/400" in log
-    assert json.loads((cell / "metrics.json").read_text())["total_steps"] == 400
+    assert "step  1200/1200" in log
+    assert json.loads((cell / "metrics.json").read_text())["total_steps"] == 1200
 
 
 def test_shipped_grids_are_whole(capsys: pytest.CaptureFixture[str]) -> None:

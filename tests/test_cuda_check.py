@@ -32,6 +32,13 @@ def test_outcomes(status: int, optional: int | None, outcome: str) -> None:
     assert "said" in log
 
 
+def ended(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] == "Z"
+    except OSError:
+        return True
+
+
 def test_a_late_stage_ends_with_all_that_it_started(tmp_path: Path) -> None:
     child = tmp_path / "child"
     begin = time.perf_counter()
@@ -45,8 +52,8 @@ time.sleep(60)
     result, output, _ = run(code, seconds=4)
     assert time.perf_counter() - begin < 30
     assert (result.outcome, output) == ("timed out", "begun\n")
-    state = Path(f"/proc/{child.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Killed is not yet gone where the machine is busy.
+    assert any(ended(child.read_text()) or time.sleep(0.1) for _ in range(100))
 
 
 def test_a_missing_tool_could_not_start() -> None:

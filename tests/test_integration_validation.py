@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("asked", "said"),
     [
         ((), ()),
-        (("--teacher", "best"), ("the teacher was chosen on",)),
+        (("--teacher", "best"), ("the teacher (--teacher best)",)),
         (("--load-best-model-at-end", "--save-steps", "6"), ("load_best_model_at_end",)),
         (("--early-stopping", "2", "--save-steps", "6"), ("early stopping", "load_best_model_at_end")),
         (("--lr-scheduler-type", "reduce_lr_on_plateau"), ("reduce_lr_on_plateau",)),
