@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,3 +53,23 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     triton_kernels.register(library, "CPU")
     yield "cpu"
     library._destroy()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and labelled files."""
+    from classifier import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run of the command that nothing happened to."""
+    from classifier import flags
+
+    from pins_ext.cli import main
+
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    assert main(["train", *flags(tiny, output), "--test-file", f"{tiny}/test.csv"]) == 0
+    return output

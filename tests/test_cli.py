@@ -9,27 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier import WORDS, flags, make_tiny, weights
+from classifier import WORDS, flags, weights
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from pins_ext.cli import main
 from pins_ext.commands import request as requests
 from pins_ext.commands.compare import three
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and labelled files."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of a run that nothing happened to."""
-    output = tmp_path_factory.mktemp("unbroken") / "run"
-    assert main(["train", *flags(tiny, output), "--test-file", f"{tiny}/test.csv"]) == 0
-    return output
 
 
 def test_the_result_is_an_ordinary_checkpoint_with_its_zeros(unbroken: Path) -> None:

@@ -8,18 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from classifier import flags, make_tiny
+from classifier import flags
 
 from pins_ext.cli import main
 from pins_ext.commands.diagnosis.summary import agreements, fraction_ratios, reading
 from pins_ext.diagnosis.changes import FRACTIONS, Change
 from pins_ext.diagnosis.exchanges import Exchange, Exchanges, Stratum
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and labelled files."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_a_diagnosis_is_written(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from classifier import flags, make_tiny
+from classifier import flags
 
 from pins_ext.cli import COMMANDS, main
 from pins_ext.commands import options
@@ -16,12 +16,6 @@ from pins_ext.commands import request as requests
 from pins_ext.commands.errors import UsageError
 from pins_ext.config import PruneConfig
 from pins_ext.tasks.recipes import RECIPES
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and labelled files."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def parsed(*argv: str) -> requests.Request:

@@ -14,25 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classifier import assert_same, flags, make_tiny
+from classifier import assert_same, flags
 
 from pins_ext.cli import main
 from pins_ext.integrations.saving import newest_complete
 from pins_ext.pruner import Pruner
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and labelled files."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of a run that nothing happened to."""
-    output = tmp_path_factory.mktemp("unbroken") / "run"
-    assert main(["train", *flags(tiny, output), "--test-file", f"{tiny}/test.csv"]) == 0
-    return output
 
 
 def test_other_people_s_files_are_not_touched(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,6 @@ from bert import (
     stock,
     weights,
 )
-from classifier import make_tiny
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from pins_ext.integrations.transformers import (
@@ -33,11 +32,6 @@ from pins_ext.integrations.transformers import (
     refuse_unsupported,
 )
 from pins_ext.teacher import SelfRegularizer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def command_line(tiny: Path, output: Path, *more: str) -> list[str]:

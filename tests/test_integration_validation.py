@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from classifier import flags, make_tiny
+from classifier import flags
 
 from pins_ext.cli import main
 
 KNOWN = "the validation set, which training therefore has seen"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.causal import IGNORED, CausalTask
 from pins_ext.tasks.metrics import evaluate_texts
+from pins_ext.tasks.task import encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,13 +78,7 @@ class DataToTextTask(CausalTask):
                 "labels": [labels[: self.max_length] for _, labels in rows],
             }
 
-        return examples.map(
-            encode,
-            batched=True,
-            remove_columns=examples.column_names,
-            keep_in_memory=True,
-            desc=f"tokenising {split} examples",
-        )
+        return encoded(examples, encode, split)
 
     def reduce_logits(self, logits: Any, labels: Tensor) -> Tensor:
         """Returns nothing of a batch's logits, int64 [batch, 1]: the score is that of generated texts."""

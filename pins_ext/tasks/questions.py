@@ -15,7 +15,7 @@ from pins_ext.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_QUESTION = 64
 """Tokens of a question that are kept (Devlin et al. 2019)."""
@@ -45,17 +45,9 @@ class QuestionTask(Task):
     metrics: tuple[str, ...] = ("f1", "exact_match")
 
     auto_class = "AutoModelForQuestionAnswering"
+    fast_tokenizer_tells = "where a token is in its text"
     # SQuAD's own scores count from 0 to 100.
     points = 1.0
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuses a tokenizer that does not say where in the text a token is, or that cannot pad."""
-        if not tokenizer.is_fast:
-            raise TaskError(
-                f"the tokenizer {tokenizer.name_or_path} is not a fast one and can't say where a token is in its text: "
-                "save its fast version (tokenizer.json) beside the model"
-            )
-        super().check_tokenizer(tokenizer)
 
     def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         """Returns windows with the positions of the first right answer, or of the first token where it has none.
@@ -117,13 +109,6 @@ class QuestionTask(Task):
                 f"room for {room} tokens of context; choose a smaller one, or a larger --max-length"
             )
         return self.doc_stride
-
-    @property
-    def collator(self) -> DataCollatorWithPadding:
-        """Pads each batch to its longest window."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(self.fitted_tokenizer())
 
     def compute_metrics(
         self, prediction: EvalPrediction, split: str = "validation", model: PreTrainedModel | None = None

@@ -9,11 +9,11 @@ import numpy as np
 
 from pins_ext.tasks.labels import Labels, class_shares
 from pins_ext.tasks.metrics import evaluate
-from pins_ext.tasks.task import Task
+from pins_ext.tasks.task import Task, encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,7 @@ class SequenceTask(Task):
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=self.max_length))
 
-        texts = [column for column in examples.column_names if column != "labels"]
-        return examples.map(
-            encode, batched=True, remove_columns=texts, keep_in_memory=True, desc=f"tokenising {split} examples"
-        )
-
-    @property
-    def collator(self) -> DataCollatorWithPadding:
-        """Pads each batch to its longest input."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(self.fitted_tokenizer())
+        return encoded(examples, encode, split, keep=("labels",))
 
     def compute_metrics(
         self, prediction: EvalPrediction, split: str = "validation", model: PreTrainedModel | None = None

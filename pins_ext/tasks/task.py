@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
+
+
+def encoded(
+    examples: Dataset,
+    encode: Callable[[dict[str, list[Any]]], Mapping[str, list[Any]]],
+    split: str,
+    keep: Collection[str] = (),
+) -> Dataset:
+    """Returns what `encode` makes of batches of examples, held in memory, with the columns to keep beside it."""
+    return examples.map(
+        encode,
+        batched=True,
+        remove_columns=[name for name in examples.column_names if name not in keep],
+        keep_in_memory=True,
+        desc=f"tokenising {split} examples",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +82,9 @@ class Task(ABC):
     tokenizer_kwargs: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What `from_pretrained` of the tokenizer needs."""
 
+    fast_tokenizer_tells: ClassVar[str | None] = None
+    """What only a fast tokenizer can say, where this family needs to hear it."""
+
     training_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Trainer arguments that fit this family better than the command's own defaults."""
 
@@ -74,11 +93,6 @@ class Task(ABC):
     @abstractmethod
     def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         """Returns the model's inputs and labels, cut at `max_length`, not yet padded, held in memory."""
-
-    @property
-    @abstractmethod
-    def collator(self) -> Any:
-        """Makes a batch of inputs, padded to the longest."""
 
     @abstractmethod
     def compute_metrics(
@@ -112,6 +126,13 @@ class Task(ABC):
         places = getattr(model.config, "max_position_embeddings", None)
         if places is not None and 0 < places < self.max_length:
             raise TaskError(f"the model has {places} positions, fewer than --max-length {self.max_length}: choose less")
+
+    @property
+    def collator(self) -> Any:
+        """Makes a batch of inputs, padded to the longest."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(self.fitted_tokenizer())
 
     def reduce_logits(self, logits: Any, labels: Tensor) -> Any:
         """Returns what `compute_metrics` needs of a batch's outputs; only that is kept of an evaluation."""
@@ -185,6 +206,11 @@ class Task(ABC):
         Raises:
             TaskError: with what to do about it.
         """
+        if self.fast_tokenizer_tells is not None and not tokenizer.is_fast:
+            raise TaskError(
+                f"the tokenizer {tokenizer.name_or_path} is not a fast one and can't say {self.fast_tokenizer_tells}: "
+                "save its fast version (tokenizer.json) beside the model"
+            )
         if tokenizer.pad_token is None:
             raise TaskError(
                 f"the tokenizer {tokenizer.name_or_path} has no padding token; set tokenizer.pad_token (often the "

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.labels import Labels
 from pins_ext.tasks.metrics import evaluate_entities
-from pins_ext.tasks.task import Task
+from pins_ext.tasks.task import Task, encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +49,7 @@ class TokenTask(Task):
     metrics: tuple[str, ...] = ("f1", "precision", "recall")
 
     auto_class = "AutoModelForTokenClassification"
+    fast_tokenizer_tells = "which word a token belongs to"
     # Byte-level tokenizers mark the space before a word; words that come one by one have none.
     tokenizer_kwargs = MappingProxyType({"add_prefix_space": True})
 
@@ -62,34 +62,19 @@ class TokenTask(Task):
         """Returns the tags as the model's config keeps them."""
         return self.tags.model_kwargs()
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuses a tokenizer that does not say which word a token is of, or that cannot pad."""
-        if not tokenizer.is_fast:
-            raise TaskError(
-                f"the tokenizer {tokenizer.name_or_path} is not a fast one and can't say which word a token belongs "
-                "to: save its fast version (tokenizer.json) beside the model"
-            )
-        super().check_tokenizer(tokenizer)
-
     def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         """Returns token ids; the first token of each word carries the word's tag, all others are ignored."""
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
-            firsts = [first_tokens(encoded.word_ids(i)) for i in range(len(batch["tags"]))]
+            tokens = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
+            firsts = [first_tokens(tokens.word_ids(i)) for i in range(len(batch["tags"]))]
             labels = [
                 [IGNORED if word is None else tags[word] for word in words]
                 for words, tags in zip(firsts, batch["tags"], strict=True)
             ]
-            return {**encoded, "labels": labels, WORDS: [[w for w in words if w is not None] for words in firsts]}
+            return {**tokens, "labels": labels, WORDS: [[w for w in words if w is not None] for words in firsts]}
 
-        return examples.map(
-            encode,
-            batched=True,
-            remove_columns=examples.column_names,
-            keep_in_memory=True,
-            desc=f"tokenising {split} examples",
-        )
+        return encoded(examples, encode, split)
 
     @property
     def collator(self) -> DataCollatorForTokenClassification:
