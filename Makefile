@@ -34,7 +34,7 @@ demo: install ## the main job: fine-tune and prune a pretrained transformer to 8
 demo-short: install ## the same in about a minute, for a quick look and for CI: too few steps for good numbers
 	$(BIN)/pins-ext train --max-steps 30 --output-dir runs/demo-short --overwrite
 
-GPU_CODE_CHECKS := tests/test_triton_compile.py tests/test_cuda_compile.py tests/test_cuda_host.py
+GPU_CODE_CHECKS := tests/triton/test_triton_compile.py tests/cuda/test_cuda_compile.py tests/cuda/test_cuda_host.py
 
 test: install lint ## all tests that need no GPU; by name those of GPU code: Triton interpreted (chosen per process), compiled
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -v --tb=short -m "interpret"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pins_ext import ops
 
+from .baselines import selection_cases
 from .data import Draw, Problem
-from .peers import selection_cases
 from .protocol import Case
 from .suite import Group, rotations, run_alone
 

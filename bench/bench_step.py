@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pins_ext.config import PruneConfig
 from pins_ext.optim import PinsAdamW
-from pins_ext.pruner import Pruner
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.pruner import Pruner
 
+from .baselines import EagerStep
 from .data import Draw, Problem
-from .peers import EagerStep
 from .protocol import Case
 from .suite import Group, run_alone
 

@@ -14,15 +14,15 @@ import torch
 from rich.console import Console
 
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
-from pins_ext.commands.options import Formatter
+from pins_ext.runs.options import Formatter
 
 from . import bench_importance, bench_pack, bench_select, bench_step, bench_update, machine
+from .contention import QUIET
 from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
-from .neighbours import QUIET
 from .protocol import Limits
 from .records import Run
 from .roofline import draw
-from .show import DISTURBED, Screen, key_of, targets_table
+from .screen import DISTURBED, Screen, key_of, targets_table
 from .suite import Group, run
 from .targets import lines
 

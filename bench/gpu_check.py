@@ -129,14 +129,14 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     install = [python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", "."]
     yield Stage("build", install, 180, build, needed=True)
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "gpu"]
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if ON_GPU.search(path.read_text()))
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if ON_GPU.search(path.read_text()))
     # A process for each: an illegal access makes the GPU unusable for the rest of its process.
     files.sort(key=lambda path: "cuda" not in path.name)
     for path in files:
-        yield Stage(f"tests: {path.stem}", [*pytest, f"tests/{path.name}"], 120)
+        yield Stage(f"tests: {path.stem}", [*pytest, str(path.relative_to(ROOT))], 120)
     # Without torch's caching, every tensor is an allocation of its own, whose end the sanitizer sees.
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    small = [*pytest, "tests/test_cuda_gpu.py", "-k", "test_small_case"]
+    small = [*pytest, "tests/cuda/test_cuda_gpu.py", "-k", "test_small_case"]
     memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     yield Stage("compute-sanitizer", [*memcheck, *small], 75, uncached, optional=99)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import memory
-from .neighbours import Neighbours
+from .contention import Neighbours
 
 _BLOCK_SECONDS = 0.5
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 from . import memory
+from .contention import Neighbours
 from .data import Problem
-from .neighbours import Neighbours
 from .protocol import Case, Limits, bandwidth_cases, measure, reason, repeatable
 from .records import Record, record_of
 

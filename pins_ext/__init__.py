@@ -14,16 +14,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pins_ext import integrations, ops, optim
-    from pins_ext.config import PruneConfig
-    from pins_ext.integrations.peft import merge_lora
-    from pins_ext.pruner import Pruner
-    from pins_ext.teacher import SelfRegularizer
+    from pins_ext.integrations.lora import merge_lora
+    from pins_ext.pruning.config import PruneConfig
+    from pins_ext.pruning.pruner import Pruner
+    from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 _HOME = {
-    "PruneConfig": "config",
-    "Pruner": "pruner",
-    "SelfRegularizer": "teacher",
-    "merge_lora": "integrations.peft",
+    "PruneConfig": "pruning.config",
+    "Pruner": "pruning.pruner",
+    "SelfRegularizer": "regularization.self_regularizer",
+    "merge_lora": "integrations.lora",
 }
 _MODULES = ("integrations", "ops", "optim")
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pins_ext import ops
 
 if TYPE_CHECKING:
-    from pins_ext.pruner import Pruner
+    from pins_ext.pruning.pruner import Pruner
 
 
 @dataclass(frozen=True)

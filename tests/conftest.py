@@ -68,7 +68,7 @@ def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a run of the command that nothing happened to."""
     from classifier import flags
 
-    from pins_ext.cli import main
+    from pins_ext.cli.main import main
 
     output = tmp_path_factory.mktemp("unbroken") / "run"
     assert main(["train", *flags(tiny, output), "--test-file", f"{tiny}/test.csv"]) == 0

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import WordLevelTrainer
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from pins_ext.tasks.areas import area_names, read_areas
+from pins_ext.tasks.sources.areas import area_names, read_areas
 
 _WORDS = 8000
 _LENGTH = 32

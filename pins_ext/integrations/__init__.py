@@ -1,6 +1,6 @@
 """Pruning inside other people's trainers.
 
-transformers has the callback and the fused optimizers for any Trainer, loss a base for Trainers of one's own, peft the
+transformers has the callback and the fused optimizers for any Trainer, loss a base for Trainers of one's own, lora the
 merge of adapters that keeps zeros, trainer a Trainer that resumes exactly.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("loss", "peft", "random_state", "saving", "timing", "trainer", "transformers")
+_MODULES = ("callback", "lora", "loss", "timing", "trainer", "transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from pins_ext.integrations.transformers import PinsCallback
+from pins_ext.integrations.callback import PinsCallback
 
 
 class SelfRegularizedLoss(Trainer):

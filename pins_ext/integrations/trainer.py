@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from pins_ext.integrations import random_state
-from pins_ext.integrations.saving import (
+from pins_ext.files import random_state
+from pins_ext.files.atomic import (
     IncompleteError,
     clear_leftovers,
     newest_complete,
@@ -21,7 +21,7 @@ from pins_ext.integrations.saving import (
     rotate,
     written_aside,
 )
-from pins_ext.integrations.transformers import PinsCallback
+from pins_ext.integrations.callback import PinsCallback
 
 EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
 

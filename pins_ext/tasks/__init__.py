@@ -6,8 +6,8 @@ Importing this is quick: datasets, transformers, scikit-learn and scipy are impo
 
 from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.load import load_task, task_name, task_names
-from pins_ext.tasks.minilm import minilm_folder
 from pins_ext.tasks.recipes import RECIPES, Recipe
+from pins_ext.tasks.sources.minilm import minilm_folder
 from pins_ext.tasks.task import Task
 
 __all__ = [

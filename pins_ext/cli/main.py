@@ -1,0 +1,86 @@
+"""The command `pins-ext`: finds the subcommand, runs it, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pins_ext import __version__
+from pins_ext.runs.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    StoppedError,
+    one_line,
+)
+
+COMMANDS = {
+    "train": ("pins_ext.cli.train", "fine-tune and prune a language model, evaluate, save, report"),
+    "plan": ("pins_ext.cli.plan", "what train would do: tensors, memory, schedule, conflicts"),
+    "ablate": ("pins_ext.cli.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
+    "diagnose": ("pins_ext.cli.diagnose", "how well first order predicts what pruning does to the loss"),
+    "report": ("pins_ext.cli.report", "the HTML report of a run, or of several side by side"),
+    "verify": ("pins_ext.cli.verify", "load a result with plain transformers and check that it holds"),
+    "doctor": ("pins_ext.cli.doctor", "what this installation can do, and what falls back to what"),
+    "bench": ("pins_ext.bench", "time the operators against PyTorch's"),
+}
+"""Name -> the module whose `main(argv) -> int | None` runs it, and what it does. Imported when asked for."""
+
+_HELP = """Iterative global pruning of pretrained language models during fine-tuning.
+
+usage: pins-ext COMMAND [flags]
+
+{commands}
+
+start here:
+  pins-ext train                          the demo: dense, PINS and magnitude pruning on real text, in minutes
+  pins-ext train --task glue/rte --model bert-base-uncased --sparsity 0.8 --output-dir runs/rte
+  pins-ext COMMAND --help                 its flags, with examples
+
+exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; without arguments, that of the process.
+
+    Returns:
+        The exit code.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {n:<10}{about}" for n, (_, about) in COMMANDS.items())))
+        return EXIT_OK
+    if name in ("-V", "--version"):
+        print(f"pins-ext {__version__}")
+        return EXIT_OK
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
+    except BrokenPipeError:
+        # Whoever read our output has seen enough: `pins-ext train --help | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except StoppedError as stop:
+        return _fail(str(stop), stop.exit_code, name)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED, name)
+    except Exception as error:
+        if "--debug" in rest:
+            raise
+        if isinstance(error, CommandError):
+            return _fail(str(error), error.exit_code, name)
+        return _fail(f"{one_line(error)}  (--debug shows where)", EXIT_FAILED, name)
+
+
+def _fail(message: str, code: int, command: str = "") -> int:
+    print(f"pins-ext{command and ' ' + command}: {message}", file=sys.stderr)
+    return code

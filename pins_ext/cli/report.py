@@ -1,0 +1,50 @@
+"""`pins-ext report`: write the HTML report of a run again, or compare several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pins_ext.files.atomic import SaveError, write_file
+from pins_ext.runs.errors import EXIT_OK, UsageError
+from pins_ext.runs.folder import results_in
+from pins_ext.runs.html import REPORT, RecordError, read_record, render
+from pins_ext.runs.options import Parser
+
+_ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
+
+examples:
+  pins-ext report runs/rte                             writes runs/rte/report.html
+  pins-ext report runs/demo                            the three runs of a comparison again
+  pins-ext report runs/rte-80 -o cells.html            every cell of an ablation
+  pins-ext report runs/dense runs/pins -o compare.html
+"""
+
+_OUTPUT = "where to; by default report.html in the folder, or, for several folders, compare-N-runs.html in the first"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = Parser(prog="pins-ext report", description=_ABOUT)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
+    parser.add_argument("-o", "--output", metavar="FILE", help=_OUTPUT)
+    parser.add_argument("--title", metavar="TEXT", help="heading")
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    given = vars(parser.parse_args(argv))
+    asked = [Path(run) for run in given["runs"]]
+    folders = [folder for each in asked for folder in results_in(each)]
+    try:
+        records = [read_record(folder) for folder in folders]
+    except RecordError as error:
+        raise UsageError(str(error)) from error
+    name = REPORT if len(asked) == 1 else f"compare-{len(folders)}-runs.html"
+    output = Path(given["output"]) if "output" in given else asked[0] / name
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} into: make it, or choose another")
+    try:
+        write_file(output, render(records, given.get("title")))
+    except SaveError as error:
+        raise UsageError(str(error)) from error
+    print(output)
+    return EXIT_OK

@@ -1,0 +1,76 @@
+"""`pins-ext train`: fine-tune and prune a language model, evaluate, save, report; without arguments, the demo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pins_ext.runs import request as requests
+from pins_ext.runs.errors import EXIT_OK, UsageError
+
+_ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
+regression, entities, question answering, language modelling or data-to-text. The result is an ordinary checkpoint
+whose zeros are exact, with metrics.json, the pruner's state and report.html beside it.
+
+Without a model and data it runs the demo: the embedded MiniLM on English prose from Python's own documentation, trained
+dense, pruned by PINS and pruned by magnitude with the same budget, and compared in a table."""
+
+_EXAMPLES = """examples:
+  pins-ext train                                              the demo, a few minutes on two cores
+  pins-ext train --max-steps 30                               the demo, shortened
+  pins-ext train --task glue/rte --model bert-base-uncased --recipe --output-dir runs/rte
+  pins-ext train --train-file mine.csv --sparsity 0.9 --num-train-epochs 5 --output-dir runs/mine
+  pins-ext train --task wnut17 --data-dir wnut17 --output-dir runs/wnut17      train.conll, dev.conll, test.conll
+  pins-ext train --task squad --model bert-base-uncased --doc-stride 128 --output-dir runs/squad
+  pins-ext train --task wikitext2 --model gpt2 --max-length 512 --output-dir runs/wikitext2
+  pins-ext train --config rte.yaml --learning-rate 1e-4       flags from a file, and one typed
+  pins-ext train --output-dir runs/rte --resume               go on after Ctrl-C or a crash, to the same last bit
+  pins-ext train --task glue/rte --compare                    any task, against dense and magnitude"""
+
+
+_LOG_WIDTH = 120
+"""Columns of a log file, which has no terminal to ask."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = requests.parser("pins-ext train", _ABOUT, _EXAMPLES)
+    asked = vars(parser.parse_known_args(argv)[0])
+    if "help" in asked or "help_all" in asked:
+        print(requests.help_text(parser, everything="help_all" in asked))
+        return EXIT_OK
+    _refuse_several_processes()
+    request = requests.parse(parser, argv)
+
+    from rich.console import Console
+
+    from pins_ext.runs.compare import compare
+    from pins_ext.runs.folder import RunFolder
+    from pins_ext.runs.run import finished, run
+    from pins_ext.runs.summary import print_summary
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    remembered = RunFolder(Path(request.run.output_dir).absolute()).remembered()
+    if request.resume is not None and remembered:
+        request = requests.parse(parser, [*remembered, *argv])
+    record = finished(request)
+    if record is not None:
+        console.print("this run is complete; there is nothing to resume")
+    elif request.compares:
+        compare(request, console)
+        return EXIT_OK
+    else:
+        record, _ = run(request, console)
+    print_summary([record], [Path(request.run.output_dir)], console)
+    return EXIT_OK
+
+
+def _refuse_several_processes() -> None:
+    """Ranks that a launcher has started would all write the same result folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "pins-ext train runs in one process: start it without accelerate launch and torchrun. A Trainer script of "
+            "your own prunes under both with PinsCallback"
+        )

@@ -1,1 +1,0 @@
-"""What each subcommand of `pins-ext` does; `pins_ext.cli` finds it."""

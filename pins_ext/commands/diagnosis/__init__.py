@@ -1,1 +1,0 @@
-"""The parts of `pins-ext diagnose`: the run that is watched, its summary, files and picture."""

@@ -1,0 +1,361 @@
+"""Pruning inside the Hugging Face Trainer: a callback for any Trainer; `trainer.PinsTrainer` also saves safely.
+
+Trainer(..., callbacks=[PinsCallback(PruneConfig(sparsity=0.8))])
+Trainer(..., callbacks=[...], optimizer_cls_and_kwargs=optimizer(args))    # the same, in the optimizer's own pass
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import OptimizerNames
+
+from pins_ext.files.atomic import write_file
+from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
+from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from pins_ext.regularization.self_regularizer import SelfRegularizer
+
+PRUNER_FILE = "pins_pruner.safetensors"
+TEACHER_FILE = "pins_teacher.safetensors"
+ORIGIN_FILE = "pins_origin.json"
+
+TARGET_TOLERANCE = 0.01
+"""How far from its final sparsity a model may be and still become the best one (released code: |r - rF| <= .01)."""
+
+MASK_ENTRY = "mask_sparsity"
+"""An entry of the Trainer's history with this key was made right after a mask was applied."""
+
+_LOGGED = ("sparsity", "target_sparsity", "nan")
+_LOGGED_OF_A_MASK = ("threshold", "churn")
+
+
+class PinsCallback(TrainerCallback):
+    """Prunes the model of a Trainer, and finalizes it when training ends.
+
+    Logs carry sparsity, target_sparsity and nan (scores that are NaN), from the first mask on threshold and churn
+    (share of mask bits that the last one flipped), and what pruning cost since the last log: pruning_ms, the mean per
+    step, and pruning_share of the step's time. The history gets an entry for every new mask. A model that is not at
+    its target sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets
+    the pruner's own file.
+
+    Works in one process and under DistributedDataParallel (`accelerate launch`, torchrun): every rank prunes, and the
+    first writes. DeepSpeed and FSDP are refused.
+
+    A Trainer doesn't tell its callbacks which checkpoint it resumes from: with one elsewhere than
+    `output_dir/checkpoint-N`, pass `resume_from`. A stock Trainer removes old checkpoints before this callback writes
+    into the new one, so keep two (`save_total_limit >= 2`).
+
+    Args:
+        config: what to prune, how much and when; None prunes nothing.
+        self_regularizer: adds the distance from an earlier checkpoint of the model to its loss.
+        resume_from: the folder of the checkpoint that training resumes from.
+
+    Attributes:
+        pruner: the running pruner, from the start of training on. final: what `Pruner.finalize` returned.
+        timer: of the steps. pruning_seconds: host time spent in pruning and in counting zeros for the log so far, the
+            fused update apart.
+        regularizes_forward: whether the self-regularizer replaces the loss in the model's own outputs; a Trainer with
+            `SelfRegularizedLoss` switches it off.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig | None,
+        self_regularizer: SelfRegularizer | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        self.config, self.self_regularizer = config, self_regularizer
+        self.resume_from = Path(resume_from) if resume_from is not None else None
+        self.pruner: Pruner | None = None
+        self.final: dict[str, Any] | None = None
+        self.at_target = config is None
+        self.timer = StepTimer()
+        self.pruning_seconds = 0.0
+        self.saves_in_on_save = True
+        self.regularizes_forward = True
+        self._run = uuid.uuid4().hex
+        self._stats: dict[str, Any] = {}
+        self._best_before: tuple[Any, ...] | None = None
+        self._at_last_log = (0, 0.0, 0.0, 0.0)
+        self._plain_seconds: float | None = None
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach to the model and its optimizer; on resuming, go on from the checkpoint's own state."""
+        refuse_unsupported(args)
+        self._come_before_reporters()
+        if model is None or optimizer is None:
+            raise ValueError("PinsCallback needs the Trainer's model and optimizer")
+        if self.pruner is not None:
+            self.pruner.detach()
+        if self.config is not None:
+            self.pruner = Pruner(model, optimizer, self.config, total_steps=state.max_steps)
+        if self.self_regularizer is not None:
+            self.self_regularizer.set_total_steps(state.max_steps)
+            if self.regularizes_forward:
+                self.self_regularizer.attach(model)
+            if self.pruner is not None and self.self_regularizer.score_gradient == "task":
+                self.self_regularizer.track_task_gradients(self.pruner.names)
+                self.pruner.score_gradients = self.self_regularizer.take_task_gradients
+        if state.global_step > 0:
+            self._restore(args, state)
+        else:
+            state.log_history.append({"step": 0, "pins_run": self._run})  # type: ignore[dict-item]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget a best model that was not at the target."""
+        self._forget_early_best(state)
+        self.timer.on_step_begin(args, state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there and clipped."""
+        self.timer.on_pre_optimizer_step(args, state, control)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights are updated and masked."""
+        self.timer.on_optimizer_step(args, state, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimizer has stepped and the weights are masked: note a new mask, take a new teacher if one is due."""
+        if self.pruner is not None and _has_new_mask(self.pruner):
+            stats, schedule, t = self.stats(), self.pruner.schedule, self.pruner.step - 1
+            entry = {"step": state.global_step, MASK_ENTRY: stats["sparsity"]}
+            entry["target_sparsity"] = 1 - schedule.remaining_ratio(t)
+            state.log_history.append(entry | {name: stats[name] for name in ("threshold", "churn")})
+        if self.self_regularizer is not None:
+            self.self_regularizer.step(state.global_step)
+        self.timer.on_step_end(args, state, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the pruner's statistics to what the Trainer logs and keeps in its history."""
+        if self.pruner is None or logs is None or not {"loss", "eval_loss"} & logs.keys():
+            return
+        stats = self.stats()
+        if "loss" in logs:
+            of_a_mask = _LOGGED_OF_A_MASK if stats["threshold"] is not None else ()
+            shown = {name: stats[name] for name in (*_LOGGED, *of_a_mask)} | self._overhead(optimizer)
+            masks = [entry for entry in state.log_history if MASK_ENTRY in entry]
+            logs.update({MASK_ENTRY: masks[-1][MASK_ENTRY]} if masks else {})
+        else:
+            shown = {"eval_sparsity": stats["sparsity"]}
+        logs.update(shown)
+        state.log_history[-1].update(shown)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note whether this model may become the best one; show its score to the teacher policy that asks for it."""
+        if self.pruner is not None:
+            self.at_target = abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
+            state.log_history[-1]["at_target"] = self.at_target
+            if not self.at_target:
+                self._best_before = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
+        if self.self_regularizer is not None and metrics:
+            score = _score(args, metrics)
+            if score is not None:
+                self.self_regularizer.evaluated(score)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring the model to its target to the last weight, whichever way training ended, and verify it."""
+        if self.self_regularizer is not None:
+            self.self_regularizer.detach()
+        if self.pruner is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has put the best model's weights back; its masks belong to them.
+            self.pruner.load(Path(state.best_model_checkpoint) / PRUNER_FILE)
+        self.final = self.pruner.finalize()
+        self._stats = {}
+
+    @property
+    def config_sparsity(self) -> float:
+        """The sparsity that a finished model has."""
+        return 1 - self.pruner.schedule.final_ratio if self.pruner is not None else 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """`Pruner.stats`, taken at most once per step."""
+        assert self.pruner is not None
+        if self._stats.get("step") != self.pruner.step:
+            begin = time.perf_counter()
+            self._stats = self.pruner.stats()
+            self.pruning_seconds += self._stats["ms"] / 1e3 + time.perf_counter() - begin
+        return self._stats
+
+    def _overhead(self, optimizer: Optimizer | None) -> dict[str, float]:
+        """What pruning cost per step since the last log: pruning_ms and pruning_share of the step's wall time."""
+        now = (self.timer.steps, self.timer.seconds, self.timer.optimizer_seconds, self.pruning_seconds)
+        steps, step, optimizer_step, outside = (x - before for x, before in zip(now, self._at_last_log, strict=True))
+        self._at_last_log = now
+        if not steps or not step:
+            return {}
+        if self._plain_seconds is None and optimizer is not None and self.pruner is not None:
+            self._plain_seconds = plain_step_seconds(optimizer, self.pruner.model)
+        seconds = pruning_seconds(outside / steps, optimizer_step / steps, self._plain_seconds)
+        return {"pruning_ms": 1e3 * seconds, "pruning_share": seconds * steps / step}
+
+    def _come_before_reporters(self) -> None:
+        """Move to the front of the Trainer's callbacks.
+
+        A Trainer places the reporters of `report_to` before its user's callbacks and hands one dict of logs along: what
+        is added behind them reaches no reporter. A callback isn't told the list that it is in, so this asks the handler
+        that is calling.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
+                return
+            frame = frame.f_back
+
+    def _forget_early_best(self, state: TrainerState) -> None:
+        if self._best_before is not None:
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best_before
+            self._best_before = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the pruner's and the teacher's state into the checkpoint that a stock Trainer has just written."""
+        self._forget_early_best(state)
+        if not self.saves_in_on_save:
+            return
+        if args.should_save:
+            self.save(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
+        if args.distributed_state is not None:
+            # The other ranks may read it as soon as training ends, for the best model.
+            args.distributed_state.wait_for_everyone()
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write what resuming needs into a checkpoint folder; the file that tells where it came from is last."""
+        if self.pruner is not None:
+            self.pruner.save(folder / PRUNER_FILE)
+        if self.self_regularizer is not None:
+            self.self_regularizer.save(folder / TEACHER_FILE)
+        write_file(folder / ORIGIN_FILE, json.dumps({"run": self._run, "step": step}))
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Load from the checkpoint that the Trainer resumed from.
+
+        Raises:
+            ValueError: it holds no pruner state, or that of another run or step.
+        """
+        folder = self.resume_from or Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        runs: list[Any] = [entry["pins_run"] for entry in state.log_history if "pins_run" in entry]
+        try:
+            origin = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            origin = {}
+        if not runs or origin != {"run": runs[-1], "step": state.global_step}:
+            raise ValueError(
+                f"training resumes at step {state.global_step}, but {folder} does not hold that step of this run with "
+                f"PinsCallback in it; pass the checkpoint's folder as PinsCallback(resume_from=...)"
+            )
+        self._run = runs[-1]
+        if self.pruner is not None:
+            self.pruner.load(folder / PRUNER_FILE)
+            self.at_target = abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
+            if not self.at_target:
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if self.self_regularizer is not None:
+            self.self_regularizer.load(folder / TEACHER_FILE)
+
+
+def _has_new_mask(pruner: Pruner) -> bool:
+    """Whether the step that has just ended applied a mask of its own, not merely the last one again."""
+    t, schedule = pruner.step - 1, pruner.schedule
+    return schedule.mask_due(t) and (t % schedule.delta_t == 0 or t == schedule.final_start)
+
+
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Raise ValueError for a way of training in which pruning would silently do the wrong thing."""
+    launched = args.distributed_state.distributed_type if args.distributed_state is not None else None
+    if args.deepspeed or launched == "DEEPSPEED":
+        raise ValueError("DeepSpeed steps its optimizer inside backward, where pruning can't follow: train without it")
+    if args.fsdp or launched == "FSDP":
+        raise ValueError(
+            "FSDP is not supported by PinsCallback yet: train on one device or with DistributedDataParallel "
+            "(accelerate launch without an FSDP configuration)"
+        )
+
+
+def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, Any]]:
+    """What a Trainer takes as `optimizer_cls_and_kwargs`: the optimizer of `args.optim` with pruning in its own pass.
+
+    The Trainer builds it over its usual two groups, so biases and norms get no weight decay. This is also the way that
+    a Trainer accepts under FSDP, which forbids `optimizers=`; PinsCallback itself refuses FSDP so far.
+
+    Returns:
+        PinsAdamW with the learning rate, betas and eps of `args` for adamw_torch and adamw_torch_fused (the default);
+        PinsSGD with the learning rate and `optim_args` (momentum, dampening, nesterov) for sgd.
+
+    Raises:
+        ValueError: any other `args.optim`: leave `optimizer_cls_and_kwargs` out, and PinsCallback follows its hooks.
+    """
+    fused: dict[Any, type[FusedOptimizer]] = {torch.optim.AdamW: PinsAdamW, torch.optim.SGD: PinsSGD}
+    stock, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    if stock not in fused:
+        raise ValueError(
+            f"--optim {OptimizerNames(args.optim).value} has no pruning pass of its own (adamw_torch, "
+            f"adamw_torch_fused and sgd have): leave optimizer_cls_and_kwargs out, "
+            "and PinsCallback follows that optimizer by its hooks"
+        )
+    return fused[stock], {name: value for name, value in options.items() if name != "fused"}
+
+
+def _score(args: TrainingArguments, metrics: Mapping[str, float]) -> float | None:
+    """The evaluation's score, higher is better: the best model's metric, else accuracy, else the negative loss."""
+    name = args.metric_for_best_model or ("eval_accuracy" if "eval_accuracy" in metrics else "eval_loss")
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if name not in metrics:
+        return None
+    greater = args.greater_is_better if args.metric_for_best_model else not name.endswith("loss")
+    return metrics[name] if greater else -metrics[name]

@@ -1,0 +1,58 @@
+"""The operators: `torch.ops.pins_ext.*` for CPU and CUDA, their fake versions, and typed wrappers.
+
+Schemas are defined in csrc/ops.cpp, CPU kernels in csrc/cpu, the CUDA update in csrc/cuda; the other CUDA kernels are
+Triton's and are registered here. Every operator works on a list of tensors of any size in one call, and knows each
+tensor's place in the concatenation of all full, unsharded tensors (its global index), which decides ties and seeds
+stochastic rounding; so results depend neither on sharding nor on launch order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
+from pins_ext.ops.layout import CHUNK, Layout, Shard
+from pins_ext.ops.masks import mask_bytes, new_mask
+from pins_ext.ops.select import (
+    BINS,
+    CANDIDATES,
+    MAX_INDEX,
+    MAX_KEY,
+    SAMPLES,
+    bracket_around,
+    bracket_of,
+    narrow,
+    score_of_key,
+    select,
+)
+from pins_ext.triton_kernels import register as register_triton
+
+CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
+SCORES = ("product", "identity", "deviation", "magnitude")
+
+__all__ = [
+    "BINS",
+    "CANDIDATES",
+    "CHUNK",
+    "CRITERIA",
+    "MAX_INDEX",
+    "MAX_KEY",
+    "SAMPLES",
+    "SCORES",
+    "Layout",
+    "Shard",
+    "bracket_around",
+    "bracket_of",
+    "mask_bytes",
+    "narrow",
+    "new_mask",
+    "score_of_key",
+]
+
+_library = torch.library.Library("pins_ext", "IMPL")
+for _key in ("CPU", "CUDA"):
+    _library.impl("select", select, _key)
+# Triton itself is imported when the first CUDA tensor arrives.
+register_triton(_library)
+
+from pins_ext.ops import fakes  # noqa: E402, F401  (after the operators that they stand for)

@@ -1,0 +1,84 @@
+"""Where each tensor of a list lies among all weights, and the work list that kernels walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 16384
+"""Weights per row of a work list; csrc/layout.h kChunk and triton_kernels/criterion.py say the same."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where a local tensor lies in its full, unsharded tensor.
+
+    Args:
+        full: sizes of the full tensor. start: first index of the local tensor in each dimension.
+    """
+
+    full: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of a list of tensors among all weights: the `layout` and `chunks` arguments of every list operator.
+
+    Attributes:
+        rows: int64 [n, 13]: global base, full sizes [4], local sizes [4], start per dimension [4].
+        chunks: int64 [m, 2]: (tensor, local offset).
+        total: number of weights of all full tensors: the global index of the end.
+    """
+
+    rows: Tensor
+    chunks: Tensor
+    total: int
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], shards: Sequence[Shard | None] | None = None, base: int = 0) -> Layout:
+        """Lay the tensors out one after another from global index `base`.
+
+        Args:
+            tensors: local tensors, contiguous, in parameter order, all on one device.
+            shards: per tensor, where it lies in its full tensor; None where it is whole.
+
+        Raises:
+            ValueError: a shard that needs more than four dimensions or does not fit its full tensor.
+        """
+        device = tensors[0].device if tensors else torch.device("cpu")
+        rows = torch.zeros(len(tensors), 13, dtype=torch.int64)
+        chunks = []
+        for i, tensor in enumerate(tensors):
+            shard = shards[i] if shards else None
+            full, local, start = _collapse(tuple(tensor.shape), shard)
+            rows[i] = torch.tensor([base, *full, *local, *start])
+            base += full[0] * full[1] * full[2] * full[3]
+            offsets = torch.arange(0, tensor.numel(), CHUNK)
+            chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
+        work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
+        return Layout(rows.to(device), work.to(device), base)
+
+
+def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, ...], ...]:
+    """Full sizes, local sizes and starts in four right-aligned dimensions, whole trailing dimensions merged."""
+    full = shard.full if shard else local
+    start = shard.start if shard else (0,) * len(local)
+    if not len(full) == len(start) == len(local) or any(s + n > f for f, n, s in zip(full, local, start, strict=True)):
+        raise ValueError(f"a local tensor of shape {local} at {start} does not fit a full tensor of shape {full}")
+    dims: list[list[int]] = [[1, 1, 0]]
+    for f, n, s in zip(reversed(full), reversed(local), reversed(start), strict=True):
+        f_in, n_in, _ = dims[-1]
+        if f_in == n_in:
+            dims[-1] = [f * f_in, n * n_in, s * f_in]
+        else:
+            dims.append([f, n, s])
+    if len(dims) > 4:
+        raise ValueError(
+            f"a shard of shape {local} of {full} is split in {len(dims)} dimensions; at most 4 are supported"
+        )
+    dims += [[1, 1, 0]] * (4 - len(dims))
+    return tuple(tuple(column) for column in zip(*reversed(dims), strict=True))

@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM while training: finish the step, save a checkpoint, stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pins_ext.runs.errors import StoppedError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first signal into a checkpoint and a clean end; a second one ends at once.
+
+    Nothing half-written can be left behind either way: checkpoints and results are renamed into place when complete.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.training = self.finished = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over, and give them back afterwards."""
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.training or self.finished or self.received is not None:
+            raise StoppedError("stopped", number)
+        self.received = number
+        print("\nstopping after this step; once more to stop without saving", file=sys.stderr, flush=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on there is something worth saving."""
+        self.training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint of this step."""
+        if self.received is not None:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """It is on the disk: stop."""
+        if self.received is not None:
+            raise StoppedError(f"stopped at step {state.global_step}", self.received)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on a signal stops at once: what follows is short and leaves nothing behind when it is cut off."""
+        self.finished = True

@@ -1,0 +1,378 @@
+"""What `pins-ext train` and `plan` are asked for: every flag, from the command line and from files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.runs import options
+from pins_ext.runs.errors import UsageError
+from pins_ext.tasks.arguments import TaskArguments, TaskError
+from pins_ext.tasks.load import EMBEDDED, task_name
+from pins_ext.tasks.recipes import RECIPES, recipe_for
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+T = TypeVar("T")
+
+NEWEST = "newest"
+"""`--resume` without a checkpoint: the newest whole one."""
+
+
+def _flag(default: Any, help: str, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run as a whole."""
+
+    model: str | None = _flag(
+        None,
+        "model to start from; its head is made if the task needs another: hub name or folder "
+        "[the embedded MiniLM; language modelling and data-to-text need one named]",
+        "NAME|DIR",
+    )
+    random_init: bool = _flag(False, "random weights of the model's architecture: config.json and tokenizer are enough")
+    output_dir: str = _flag(
+        "",
+        "folder of the result; it appears when complete, an earlier one moves to DIR.1 [runs/TASK, or runs/demo]",
+        "DIR",
+    )
+    optimizer: str = _flag("adamw", "adamw, fused with pruning, or one of the Trainer's --optim, with hooks", "NAME")
+    dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
+    label: str | None = _flag(None, "the run's name in tables and reports")
+    compare: bool | None = _flag(
+        None, "also train dense and by magnitude, with the same budget; on where no model and no data are named"
+    )
+    recipe: bool | str = _flag(
+        False,
+        f"published settings where no flag says otherwise: the task's own, or one of {', '.join(RECIPES)}",
+        "NAME",
+    )
+    early_stopping: int | None = _flag(None, "stop after N evaluations at the target without a better one", "N")
+
+
+@dataclass(frozen=True)
+class RegularizerOptions:
+    """Self-regularization: the model is held near an earlier checkpoint of itself."""
+
+    teacher: str = _flag(
+        "latest", "latest, best (reads the evaluation set), ema, none, or a fixed model: hub name or folder", "WHICH"
+    )
+    teacher_weight: str | float = _flag("adaptive", "adaptive, or a constant factor of the distance", "adaptive|X")
+    temperature: float = _flag(2.0, "softens both distributions of the distance")
+    score_gradient: str = _flag("joint", "weights are scored by this loss's gradient", None, ("joint", "task"))
+    teacher_every: int | None = _flag(None, "steps between snapshots; if not given, a twentieth of training")
+    teacher_init: str | None = _flag(None, "teacher before the first snapshot: hub name or folder", "NAME|DIR")
+    ema_decay: float | None = _flag(None, "weight of the old average; if not given, 1 - 1 / teacher-every")
+
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+"""Where this command differs from the Trainer's own defaults: it evaluates, and it can always resume."""
+
+COMMON_TRAINING = {
+    "num_train_epochs": "passes over the training data [3]",
+    "max_steps": "optimizer steps, instead of epochs",
+    "learning_rate": "peak learning rate [5e-5]",
+    "lr_scheduler_type": "linear, cosine, constant and others [linear]",
+    "warmup_steps": "steps, or share of training, up to the peak learning rate [0]",
+    "per_device_train_batch_size": "examples per step [16]",
+    "gradient_accumulation_steps": "batches per optimizer step [1]",
+    "weight_decay": "decoupled weight decay [0]",
+    "max_grad_norm": "clip gradients, before importance is taken from them [1]",
+    "logging_steps": "steps between log lines and points of the pictures [10]",
+    "eval_steps": "steps, or share of training, between evaluations [0.1]",
+    "save_steps": "steps, or share of training, between checkpoints [0.1]",
+    "load_best_model_at_end": "keep the best model; only one at the target sparsity can be it",
+    "metric_for_best_model": "what best means [the task's main metric]",
+    "seed": "of everything random, stochastic rounding included [42]",
+}
+
+
+def _recipe(text: str) -> bool | str:
+    """A recipe's name, or whether to use the task's own."""
+    if text in RECIPES:
+        return text
+    try:
+        return options.truth(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"there is no recipe {text!r}; there are {', '.join(RECIPES)}") from error
+
+
+_PARSERS = {
+    "sparsity": options.share,
+    "initial_sparsity": options.share,
+    "warmup": options.steps_or_share,
+    "cooldown": options.steps_or_share,
+    "scope": options.groups,
+    "min_density": options.densities,
+    "max_density": options.densities,
+}
+
+_INCIDENTAL = (
+    "label", "compare", "output_dir", "save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to",
+    "run_name", "disable_tqdm", "dataloader_num_workers", "per_device_eval_batch_size",
+)  # fmt: skip
+"""Flags that a resumed run may change: they leave its weights alone."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed and validated request.
+
+    Attributes:
+        run, task, regularizer, pruning: our flags; pruning is None where the sparsity asked for is 0.
+        training: TrainingArguments by name, the Trainer's own defaults left out.
+        overwrite, resume: what to do with what is there; resume is NEWEST or a checkpoint's folder.
+        given: names of the flags that were given, in a file or typed. tokens: those flags as they would be typed.
+    """
+
+    run: RunOptions
+    task: TaskArguments
+    regularizer: RegularizerOptions
+    pruning: PruneConfig | None
+    training: Mapping[str, Any]
+    overwrite: bool = False
+    resume: str | None = None
+    given: frozenset[str] = frozenset()
+    tokens: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a run's weights, as plain data."""
+        ours = [self.run, self.task, self.regularizer]
+        flat = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}  # type: ignore[call-overload]
+        flat |= {f"pruning {k}": v for k, v in (self.pruning.to_dict() if self.pruning else {}).items()}
+        flat |= self.training
+        return json.loads(json.dumps({k: v for k, v in flat.items() if k not in _INCIDENTAL}, default=str))
+
+    @property
+    def label(self) -> str:
+        """The run's name: the one that was given, or what the run is."""
+        if self.run.label:
+            return self.run.label
+        if self.pruning is None:
+            return "dense"
+        name = "PINS" if self.pruning.criterion == "pins" else str(self.pruning.criterion)
+        return f"{name} {100 * self.pruning.sparsity:g} %"
+
+    @property
+    def regularizes(self) -> bool:
+        """Whether there may be a teacher: a dense run has one only where it was asked for."""
+        return self.regularizer.teacher != "none" and (self.pruning is not None or "teacher" in self.given)
+
+    @property
+    def needs_evaluations(self) -> str | None:
+        """The flag that decides something by evaluations on the way, if one was given."""
+        flags = {
+            "--teacher best": self.regularizes and self.regularizer.teacher == "best",
+            "--early-stopping": self.run.early_stopping,
+            "--load-best-model-at-end": self.training.get("load_best_model_at_end"),
+        }
+        return next((flag for flag, on in flags.items() if on), None)
+
+    @property
+    def recipe_note(self) -> str | None:
+        """What a recipe says that does not apply, because its numbers of steps belong to its own length."""
+        own_length = {"max_steps", "num_train_epochs"} & self.given
+        if not self.run.recipe or not own_length or {"warmup", "cooldown", "warmup_steps"} <= self.given:
+            return None
+        return (
+            f"--{min(own_length).replace('_', '-')} replaces the recipe's length, so its warm-up and cool-down, "
+            "numbers of steps, give way to the defaults, shares of training"
+        )
+
+    @property
+    def compares(self) -> bool:
+        """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for."""
+        return _compares(self.run, self.given) and self.pruning is not None
+
+    def training_arguments(self, output_dir: Path) -> TrainingArguments:
+        """The Trainer's arguments, writing to this folder.
+
+        Raises:
+            UsageError: the Trainer refuses them.
+        """
+        import torch
+        from transformers import TrainingArguments
+
+        if self.training.get("deepspeed"):
+            raise UsageError("DeepSpeed steps inside backward, where pruning can't follow: train without --deepspeed")
+        optim = {} if self.run.optimizer == "adamw" else {"optim": self.run.optimizer}
+        # Without a GPU torch warns of every loader that pins its memory.
+        fixed = {"output_dir": str(output_dir), "disable_tqdm": True}
+        pin = {"dataloader_pin_memory": torch.cuda.is_available()}
+        try:
+            return TrainingArguments(**{**pin, **self.training, **optim, **fixed})
+        except (ValueError, TypeError, ImportError, KeyError) as error:
+            raise UsageError(" ".join(str(error).split())) from error
+
+
+def parser(prog: str, about: str, examples: str, without: Iterable[str] = ()) -> options.Parser:
+    """The parser of our own flags; the Trainer's are parsed after them.
+
+    Args:
+        without: flags of train that have no meaning for this command, by name: not listed, and refused.
+    """
+    made = options.Parser(without, prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
+    made.add_fields("run", RunOptions, parse={"recipe": _recipe})
+    _add_control(made.add_argument_group("control"), made.without)
+    made.add_fields("task", TaskArguments)
+    made.add_fields("pruning", PruneConfig, skip=("seed",), parse=_PARSERS)
+    made.add_fields("self-regularization", RegularizerOptions, parse={"teacher_weight": options.word_or_number})
+    return made
+
+
+def _add_control(parser: Any, without: Collection[str]) -> None:
+    """Flags about this call of the command; a run doesn't remember them."""
+    parser.add_argument("--config", action="append", metavar="FILE", help="YAML or JSON of flags; typed flags win")
+    text = "go on with an unfinished run, from its newest whole checkpoint or from this one"
+    if "resume" not in without:
+        parser.add_argument("--resume", nargs="?", const=NEWEST, metavar="CHECKPOINT", help=text)
+        parser.add_argument("--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
+    text = "replace what is in the output folder, when done; without it an earlier result moves to DIR.1"
+    if "overwrite" not in without:
+        parser.add_argument("--overwrite", action="store_true", help=text)
+    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("--help-all", action="store_true", help="show every flag of the Trainer too")
+
+
+def help_text(made: options.Parser, everything: bool) -> str:
+    """Our flags, and the Trainer's most used ones or all of them."""
+    if everything:
+        training = _training_parser()
+        title = "training: every flag of the Trainer"
+    else:
+        training = options.Parser(prog="", usage=argparse.SUPPRESS)
+        title = "training: the Trainer's most used flags; --help-all lists the others"
+        for name, text in COMMON_TRAINING.items():
+            training.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=text)
+    listed = training.format_help().split(":\n", 1)[1]
+    return f"{made.format_help()}\n{title}:\n{listed}"
+
+
+def parse(made: options.Parser, argv: Sequence[str]) -> Request:
+    """Parse and validate. Typed flags win over files, files over the task's recommendation, that over defaults.
+
+    Raises:
+        UsageError: an unknown flag or a bad value; the message names it.
+    """
+    controls = options.Parser(prog=made.prog)
+    _add_control(controls, made.without)
+    control, typed_tokens = controls.parse_known_args(options.normalised(argv))
+    options.refuse_foreign(made, typed_tokens)
+    files = vars(control).get("config", [])
+    tokens = [token for file in files for token in options.file_tokens(Path(file), made.without)] + typed_tokens
+    ours, others = made.parse_known_args(tokens)
+    given = vars(ours)
+    typed = _training_flags(others, made)
+    run = _build(RunOptions, given)
+    if isinstance(run.recipe, str) and not {"task", "train_file"} & set(given):
+        given["task"] = RECIPES[run.recipe].task
+    task = _build(TaskArguments, given)
+    if not run.output_dir:
+        place = Path("runs", "demo" if _compares(run, given) else _task_name(task).removeprefix("glue/"))
+        run = dataclasses.replace(run, output_dir=str(place))
+    recommended = _recommended(run, task, own_length=bool({"max_steps", "num_train_epochs"} & set(typed)))
+    training = TRAINING_DEFAULTS | recommended | typed
+    pruning = _build(PruneConfig, training | given)
+    parts = (TaskArguments, PruneConfig, RegularizerOptions)
+    names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
+    request = Request(
+        run=run,
+        task=_build(TaskArguments, recommended | given),
+        regularizer=_build(RegularizerOptions, recommended | given),
+        pruning=pruning if pruning.sparsity > 0 else None,
+        training={name: value for name, value in training.items() if name not in names},
+        overwrite="overwrite" in control,
+        resume=getattr(control, "resume", None),
+        given=frozenset(given) | frozenset(typed),
+        tokens=tuple(tokens),
+    )
+    if request.needs_evaluations and request.training.get("eval_strategy") == "no":
+        raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
+    return request
+
+
+def _compares(run: RunOptions, given: Collection[str]) -> bool:
+    if run.compare is not None:
+        return run.compare
+    return not {"model", "task", "train_file", "data_dir"} & set(given)
+
+
+def _task_name(task: TaskArguments) -> str:
+    """As RECIPES has it; "files" for files of the user's own."""
+    try:
+        return task_name(task)
+    except TaskError as error:
+        raise UsageError(str(error)) from error
+
+
+def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict[str, Any]:
+    """Settings of a recipe: the one that is named, the task's own on request, and for the embedded task always.
+
+    Args:
+        own_length: the user says how long to train, so the recipe's numbers of steps don't apply.
+
+    Raises:
+        UsageError: the task's own recipe was asked for and there is none.
+    """
+    task_name = _task_name(task)
+    name = run.recipe if isinstance(run.recipe, str) else recipe_for(task_name)
+    if task_name != EMBEDDED and not run.recipe:
+        return {}
+    if name is None:
+        raise UsageError(f"--recipe: there is none for this task; by name there are {', '.join(RECIPES)}")
+    return RECIPES[name].flags(own_length)
+
+
+def _build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from those of the values that are its fields; what it refuses is a usage error."""
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    try:
+        return cls(**{name: value for name, value in values.items() if name in names})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _training_flags(tokens: list[str], made: options.Parser) -> dict[str, Any]:
+    """TrainingArguments that were given, by name."""
+    parser = _training_parser()
+    known, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        flags = [flag for p in (made, parser) for action in p._actions for flag in action.option_strings]
+        raise options.unknown(unknown[0], [flag for flag in flags if "_" not in flag])
+    return vars(known)
+
+
+def _training_parser() -> argparse.ArgumentParser:
+    """A parser of the Trainer's flags that remembers only what was given."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    class TrainingParser(HfArgumentParser):
+        error = options.Parser.error
+
+    parser = TrainingParser(TrainingArguments, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+        action.help = action.help and " ".join(action.help.split())
+        dashed = [flag for flag in action.option_strings if "_" not in flag]
+        action.option_strings = dashed or action.option_strings
+    return parser

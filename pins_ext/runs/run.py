@@ -1,0 +1,131 @@
+"""One run, start to end: prepare, train, evaluate, write the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pins_ext.files.atomic import SaveError, newest_complete, write_file
+from pins_ext.integrations.callback import PRUNER_FILE
+from pins_ext.runs.errors import CommandError, StoppedError, UsageError, one_line
+from pins_ext.runs.folder import RunFolder
+from pins_ext.runs.html import RECORD, REPORT, read_record, render
+from pins_ext.runs.interrupt import StopOnSignal
+from pins_ext.runs.prepare import Prepared, prepare
+from pins_ext.runs.progress import Watch
+from pins_ext.runs.record import make_record
+from pins_ext.runs.request import NEWEST, Request
+from pins_ext.runs.start import SayWhatStarts
+from pins_ext.tasks import Task
+from pins_ext.tasks.load import EMBEDDED
+
+
+def run(request: Request, console: Console, task: Task | None = None) -> tuple[dict[str, Any], Task]:
+    """Train, evaluate and write the result folder.
+
+    Args:
+        task: one that an earlier run has loaded already.
+
+    Returns:
+        The run's record and its task.
+
+    Raises:
+        UsageError: the request can't be done; nothing was trained. CommandError: training or saving failed.
+        StoppedError: by a signal; the message says how to go on.
+    """
+    folder = RunFolder(Path(request.run.output_dir).absolute(), request.overwrite)
+    stop = StopOnSignal()
+    watch = Watch(console, request.label)
+    with folder.opened(resume=request.resume is not None), stop.listening():
+        try:
+            model = request.run.model or "the embedded MiniLM"
+            data = request.task.train_file or request.task.task or EMBEDDED
+            console.print(f"{request.label}: {model} on {data}", soft_wrap=True, markup=False)
+            prepared = prepare(request, folder.work, task, (watch, stop))
+            folder.remember(prepared.request)
+            # What the task has to say was said by the run that loaded it.
+            prepared.trainer.add_callback(SayWhatStarts(prepared, console, task.notes if task is not None else ()))
+            record = _train(prepared, folder, console)
+        except StoppedError as error:
+            raise StoppedError(f"{error}; {_whereabouts(folder)}", error.signal) from error
+        except SaveError as error:
+            raise CommandError(f"{error}; {_whereabouts(folder)}") from error
+        except ValueError as error:
+            # What is refused before the first step is the request: patterns, schedule, densities, a checkpoint.
+            if stop.training:
+                raise
+            raise UsageError(" ".join(str(error).split())) from error
+        finally:
+            watch.close()
+    return record, prepared.task
+
+
+def finished(request: Request) -> dict[str, Any] | None:
+    """The record of a run that is to be resumed and has nothing left to do."""
+    folder = RunFolder(Path(request.run.output_dir).absolute())
+    if request.resume is None or not folder.finished or folder.work.exists():
+        return None
+    return read_record(folder.result)
+
+
+def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str, Any]:
+    trainer, task, resume = prepared.trainer, prepared.task, prepared.request.resume
+    checkpoint: str | bool | None = resume
+    if resume == NEWEST:
+        newest, passed = newest_complete(folder.work)
+        for reason in passed:
+            console.print(f"passed over: {reason}", soft_wrap=True)
+        checkpoint = str(newest) if newest is not None else None
+        console.print(f"resuming from {newest.name if newest else 'the start: there is no checkpoint'}", soft_wrap=True)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - begin
+    metrics = _evaluated_already(prepared) or trainer.evaluate()
+    if task.test is not None:
+        model = cast(PreTrainedModel, trainer.model)
+        trainer.compute_metrics = partial(task.compute_metrics, split="test", model=model)
+        metrics |= trainer.evaluate(task.test, metric_key_prefix="test")
+    record = make_record(prepared, metrics, seconds)
+    with folder.publishing(lambda text: console.print(text, soft_wrap=True, markup=False)) as result:
+        cast(PreTrainedModel, trainer.model).save_pretrained(result)
+        cast(PreTrainedTokenizerBase, task.tokenizer).save_pretrained(result)
+        if prepared.pins.pruner is not None:
+            prepared.pins.pruner.save(result / PRUNER_FILE)
+        (result / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+        try:
+            report = render([record])
+        except Exception as error:
+            # A picture that can't be drawn is no reason to lose a trained model.
+            console.print(f"no report: {one_line(error)}; try again with pins-ext report", soft_wrap=True)
+        else:
+            write_file(result / REPORT, report)
+    return record
+
+
+def _evaluated_already(prepared: Prepared) -> dict[str, Any] | None:
+    """The metrics of an evaluation at the last step, if it was one of this very model.
+
+    After it training may put the best model's weights back, and finalizing may prune anew. That only ever sets weights
+    to zero: with as many zeros as before, none has changed.
+    """
+    trainer, final = prepared.trainer, prepared.pins.final
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        return None
+    if final is not None and last.get("eval_sparsity") != final["sparsity"]:
+        return None
+    return {name: value for name, value in last.items() if name.startswith("eval_") or name == "epoch"}
+
+
+def _whereabouts(folder: RunFolder) -> str:
+    """What is left on the disk after an unfinished run."""
+    newest, _ = newest_complete(folder.work)
+    if newest is None:
+        return "no checkpoint was written"
+    return f"{folder.work} holds {newest.name}: go on from there with --resume"

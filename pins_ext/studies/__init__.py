@@ -1,0 +1,1 @@
+"""What several runs, or one run watched closely, show: ablations and diagnosis."""

@@ -1,0 +1,162 @@
+"""The flags of the command: how they are read, and what is refused, in one clear line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from classifier import flags
+
+from pins_ext.cli.main import COMMANDS, main
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.runs import options
+from pins_ext.runs import request as requests
+from pins_ext.runs.errors import UsageError
+from pins_ext.tasks.recipes import RECIPES
+
+
+def parsed(*argv: str) -> requests.Request:
+    return requests.parse(requests.parser("pins-ext train", "", ""), argv)
+
+
+def test_every_pruning_option_is_a_flag() -> None:
+    text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=False)
+    for name in PruneConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in text
+    assert "--deepspeed" not in text
+
+
+def test_help_all_lists_the_trainer_s_flags() -> None:
+    text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=True)
+    for flag in ("--adam-beta1", "--torch-empty-cache-steps", "--ddp-timeout"):
+        assert flag in text
+
+
+def test_values_are_read_as_they_are_meant() -> None:
+    asked = parsed(
+        "--train_file", "x.csv", "--warmup", "7", "--cooldown", "0.25", "--scope", "a=*attention*,b=*inter*;*output*",
+        "--min-density", "*.query.*=0.2,*.key.*=0.1", "--max-density", "0.9", "--exclude", "*.0.*", "*.1.*",
+        "--seed=5", "--teacher-weight", "0.5", "--mask-optimizer-state", "--bf16", "no", "--optimizer", "sgd",
+    )  # fmt: skip
+    config = asked.pruning
+    assert config is not None
+    assert (config.warmup, config.cooldown, config.seed) == (7, 0.25, 5)
+    assert config.scope == {"a": ("*attention*",), "b": ("*inter*", "*output*")}
+    assert config.min_density == {"*.query.*": 0.2, "*.key.*": 0.1}
+    assert config.max_density == {"*": 0.9}
+    assert config.exclude == ("*.0.*", "*.1.*")
+    assert config.mask_optimizer_state
+    assert asked.regularizer.teacher_weight == 0.5
+    assert asked.training["bf16"] is False
+    assert asked.training_arguments(Path("runs")).optim == "sgd"
+    assert parsed("--train-file", "x.csv", "--scope", '{"a": ["*"]}').pruning.scope == {"a": ("*",)}  # type: ignore[union-attr]
+
+
+def test_flags_come_from_files_too(tmp_path: Path) -> None:
+    yaml = tmp_path / "a.yaml"
+    yaml.write_text(
+        "sparsity: 0.6\nlearning_rate: 1e-4\ntrain_file: x.csv\nexclude: ['*.0.*']\nmask_optimizer_state: true\n"
+    )
+    asked = parsed("--config", str(yaml), "--sparsity", "0.7")
+    assert asked.pruning is not None
+    assert asked.pruning.sparsity == 0.7
+    assert asked.pruning.mask_optimizer_state
+    assert asked.pruning.exclude == ("*.0.*",)
+    assert asked.training["learning_rate"] == 1e-4
+    (tmp_path / "b.json").write_text(json.dumps({"scope": {"a": ["*"]}, "train_file": "x.csv", "label": None}))
+    assert parsed("--config", str(tmp_path / "b.json")).pruning.scope == {"a": ("*",)}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("- a", "must map flags"), ("a: [", "is not YAML"), ("nonsense: 1", "unknown flag --nonsense")],
+)
+def test_a_bad_file_of_flags_is_refused(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(UsageError, match=reason):
+        parsed("--config", str(tmp_path / "a.yaml"))
+    with pytest.raises(UsageError, match="No such file"):
+        parsed("--config", str(tmp_path / "absent.yaml"))
+
+
+def test_recipes_give_way_to_flags() -> None:
+    demo = parsed()
+    assert demo.compares
+    assert demo.run.output_dir == str(Path("runs", "demo"))
+    assert demo.training["max_steps"] == RECIPES["stdlib"].steps
+    short = parsed("--max-steps", "30")
+    assert short.compares
+    assert short.pruning is not None
+    assert short.pruning.warmup == 0.1
+    rte = parsed("--task", "rte", "--recipe")
+    assert rte.pruning is not None
+    assert (rte.pruning.beta2, rte.pruning.warmup, rte.training["num_train_epochs"]) == (0.99, 200, 20)
+    assert not rte.compares
+    assert parsed("--task", "glue/rte").training.get("num_train_epochs") is None
+    with pytest.raises(UsageError, match="there is none for this task"):
+        parsed("--train-file", "x.csv", "--recipe")
+
+
+def test_options_are_quick_to_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in COMMANDS)
+    assert main(["--version"]) == 0
+    code = "import sys, pins_ext.cli.main as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_options_refuse_what_they_cannot_read() -> None:
+    with pytest.raises(UsageError, match="true or false expected"):
+        parsed("--mask-optimizer-state", "perhaps")
+    with pytest.raises(UsageError, match="a number expected"):
+        parsed("--cooldown", "long")
+    with pytest.raises(UsageError, match="JSON object expected"):
+        parsed("--scope", "{broken")
+    assert options.normalised(["--a_b=c_d", "e_f"]) == ["--a-b=c_d", "e_f"]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--sparsity", "1.0"), r"sparsity must be in \[0, 1\)"),
+        (("--sparsity", "much"), "argument --sparsity: a number expected, got 'much'"),
+        (("--sparsity", "80"), "a share of 1 expected, got '80': did you mean 0.8?"),
+        (("--sparsity", "80%"), "did you mean 0.8?"),
+        (("--sparcity", "0.5"), "unknown flag --sparcity; did you mean --sparsity?"),
+        (("--learning-rat", "0.5"), "did you mean --learning-rate?"),
+        (("extra",), "unexpected argument 'extra'"),
+        (("--exclude", "*nothing*"), "the pattern '*nothing*' matches no parameter"),
+        (("--warmup", "10", "--cooldown", "10"), "the schedule is longer than training"),
+        (("--model", "no/such/model"), "--model no/such/model"),
+        (("--train-file", "absent.csv"), "absent.csv"),
+        (("--eval-strategy", "sometimes"), "sometimes"),
+        (("--deepspeed", "x.json"), "DeepSpeed"),
+        (("--teacher-weight", "-1"), "weight must be 'adaptive' or a number"),
+        (("--resume", "nowhere"), "nowhere holds no readable checkpoint.json"),
+        (("--optimizer", "best"), "best"),
+        (("--teacher", "best", "--eval-strategy", "no"), "--teacher best decides by evaluations on the way"),
+        (("--teacher", "best", "--eval-steps", "12"), "the first evaluation is due at step 12 of 12"),
+        (("--early-stopping", "2", "--eval-strategy", "no"), "--early-stopping decides by evaluations"),
+        (("--min-density", "0.9"), "min_density"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], more: tuple[str, ...], reason: str
+) -> None:
+    assert main(["train", *flags(tiny, tmp_path / "run", *more)]) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("pins-ext train: ")
+    assert reason.replace("\\", "") in said[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+    assert main(["prune"]) == 2
+    assert "unknown command 'prune'; there are train, plan, ablate" in capsys.readouterr().err

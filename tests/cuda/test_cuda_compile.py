@@ -1,0 +1,155 @@
+"""What nvcc and ptxas say of csrc/cuda, for sm_80 and sm_90: no GPU needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm_80", "sm_90")
+
+# Streams that an access of a kernel reads and writes, but for ipt.
+READS = {"AdamWStep": 5, "SgdStep": 4}  # p g shadow and the moments
+WRITES = {"AdamWStep": 4, "SgdStep": 3}
+# Fused multiply-adds that the optimizer asks for, per weight: none may come from the compiler.
+FUSED = {"AdamWStep": 3, "SgdStep": 4}
+# 65536 registers for 7 blocks of 128 threads where everything is float32, for 6 otherwise; the mask alone fills the
+# multiprocessor with 2048 threads.
+REGISTERS = {
+    "update_kernel": 80,
+    "update_kernel float float": 72,
+    "apply_mask_kernel": 32,
+    "write_addresses_kernel": 32,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation: "update_kernel", ("AdamWStep", "float", "BFloat16")."""
+
+    name: str
+    types: tuple[str, ...]
+
+    @staticmethod
+    def of(demangled: str) -> Kernel:
+        name, arguments = re.search(r"(\w+_kernel)(?:<(.*?)>)?\(", demangled).groups()
+        return Kernel(name, tuple(argument.split("::")[-1] for argument in (arguments or "").split(", ") if argument))
+
+    @property
+    def width(self) -> int:
+        """Weights per access."""
+        return 4 if self.types[len(self.types) // 2] == "float" else 8
+
+
+def demangled(*command: str | Path) -> str:
+    """The output of a command, C++ names in full."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return subprocess.run(["c++filt"], input=done.stdout, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The object file of update.cu with PTX, and the compiler's report."""
+    nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is missing: csrc/cuda cannot be compiled")
+    assert '"--fmad=false"' in (ROOT / "setup.py").read_text()
+    include = Path(torch.__file__).parent / "include"
+    output = tmp_path_factory.mktemp("cuda") / "update.o"
+    flags = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+    flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
+    return output, demangled(nvcc, *flags, "-c", "csrc/cuda/update.cu", "-o", output)
+
+
+@pytest.fixture(scope="session")
+def cuobjdump() -> str:
+    found = shutil.which("cuobjdump", path="/usr/local/cuda/bin") or shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump is missing, and Triton, which carries one, too")
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+@pytest.fixture(scope="session")
+def sass(compiled: tuple[Path, str], cuobjdump: str) -> dict[tuple[str, Kernel], str]:
+    """Machine code per architecture and kernel."""
+    code: dict[tuple[str, Kernel], str] = {}
+    for part in re.split(r"code for (?=sm_)", demangled(cuobjdump, "-sass", compiled[0]))[1:]:
+        for function in part.split("Function : ")[1:]:
+            code[part.split()[0], Kernel.of(function)] = function
+    return code
+
+
+@pytest.fixture(scope="session")
+def ptx(compiled: tuple[Path, str], cuobjdump: str) -> dict[Kernel, str]:
+    return {Kernel.of(part): part for part in demangled(cuobjdump, "-ptx", compiled[0]).split(".entry ")[1:]}
+
+
+def test_every_kernel_is_there(sass: dict[tuple[str, Kernel], str]) -> None:
+    kernels = {kernel for _, kernel in sass}
+    storage, state = ("float", "BFloat16", "Float16"), ("float", "BFloat16")
+    updates = {Kernel("update_kernel", (step, p, s)) for step in READS for p in storage for s in state}
+    masks = {Kernel("apply_mask_kernel", (p,)) for p in storage[:2]}
+    assert kernels == updates | masks | {Kernel("write_addresses_kernel", ())}
+    assert set(sass) == {(architecture, kernel) for architecture in ARCHITECTURES for kernel in kernels}
+
+
+def test_no_spills_and_registers_within_bounds(compiled: tuple[Path, str], sass: dict[tuple[str, Kernel], str]) -> None:
+    report = re.findall(
+        r"entry function '(.+?)' for '(sm_\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        compiled[1],
+        re.DOTALL,
+    )
+    assert len(report) == len(sass)
+    for name, architecture, *numbers in report:
+        kernel = Kernel.of(name)
+        stack, stores, loads, registers = map(int, numbers)
+        assert (stack, stores, loads) == (0, 0, 0), (kernel, architecture)
+        bound = REGISTERS.get(" ".join((kernel.name, *kernel.types[1:])), REGISTERS[kernel.name])
+        assert registers <= bound, (kernel, architecture)
+
+
+def test_accesses_are_global_and_sixteen_bytes_wide(sass: dict[tuple[str, Kernel], str]) -> None:
+    for (architecture, kernel), code in sass.items():
+        opcodes = Counter(re.findall(r"\b(?:LDG|STG|LD|ST|LDL|STL)\.[\w.]+", code))
+        case = (kernel, architecture, dict(opcodes))
+        assert not [opcode for opcode in opcodes if re.match(r"(LD|ST|LDL|STL)\.", opcode)], case
+        if kernel.name == "write_addresses_kernel":
+            continue
+        if kernel.name == "apply_mask_kernel":
+            reads, writes = 1, 1
+        else:
+            step, _, state = kernel.types
+            ipt = kernel.width * (4 if state == "float" else 2) // 16  # 16-byte accesses of ipt; 0: one of 8 bytes
+            reads, writes = READS[step] + ipt, WRITES[step] + ipt
+        assert sum(n for opcode, n in opcodes.items() if re.match(r"LDG\.E\.128", opcode)) >= reads, case
+        assert sum(n for opcode, n in opcodes.items() if re.match(r"STG\.E\.128", opcode)) >= writes, case
+
+
+def test_arithmetic_is_ieee_and_uncontracted(ptx: dict[Kernel, str]) -> None:
+    assert len(ptx) == 15
+    for kernel, code in ptx.items():
+        assert not re.findall(r"\S*(?:\.ftz|\.approx|div\.full)\S*", code), kernel
+        fused = len(re.findall(r"\bfma\.rn\.f32\b", code))
+        # Once per weight of an access, and once for a lone weight.
+        expected = FUSED[kernel.types[0]] * (kernel.width + 1) if kernel.name == "update_kernel" else 0
+        assert fused == expected, kernel
+
+
+def test_the_object_needs_only_the_stable_interface(compiled: tuple[Path, str]) -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is missing")
+    symbols = demangled(nm, "--undefined-only", compiled[0])
+    assert " w aoti_torch_get_current_cuda_stream" in symbols
+    assert not re.findall(r" U (?:c10|at|torch::jit|caffe2)::.*", symbols)

@@ -1,0 +1,193 @@
+"""A good call of every operator, and bad arguments with what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import masks_of, rng_of, tensors
+from torch import Tensor
+
+from pins_ext import ops
+
+SIZES = [5, 0, 700]
+
+Arguments = tuple[list[Any], dict[str, Any]]
+
+
+def lists(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    return [[t.abs() for t in tensors(SIZES, dtype, seed=s)] for s in range(count)]
+
+
+def tables() -> tuple[Tensor, Tensor]:
+    layout = ops.Layout.of(tensors(SIZES, torch.float32))
+    return layout.rows, layout.chunks
+
+
+def counting() -> dict[str, Tensor]:
+    return {"bracket": torch.tensor([0, 2**32 - 1, 16, 0, 0]), "counts": torch.zeros(1 + ops.BINS, dtype=torch.int64)}
+
+
+def accumulate() -> Arguments:
+    ipt, params, grads = lists(3)
+    scalars = {"grad_scale": torch.ones(1), "clip": torch.ones(1), "found_inf": torch.zeros(1)}
+    return [ipt, params, grads, *tables(), torch.ones(3), torch.ones(1), rng_of(0), "pins"], scalars
+
+
+def fold() -> Arguments:
+    return [*lists(3, torch.bfloat16), *tables(), torch.ones(1), rng_of(0), 0.85, 0.95], counting()
+
+
+def sample() -> Arguments:
+    return [*lists(2), *tables(), "product", 16], {}
+
+
+def count() -> Arguments:
+    return [counting()["counts"], *lists(2), *tables(), "product", counting()["bracket"]], {}
+
+
+def collect() -> Arguments:
+    found, candidates = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
+    return [found, candidates, *lists(2), *tables(), "product", counting()["bracket"]], {}
+
+
+def tie_index() -> Arguments:
+    return [*lists(2), *tables(), "product", torch.tensor([5, 5, 0, 1, 1])], {}
+
+
+def select() -> Arguments:
+    return [*lists(2), *tables(), "product", torch.tensor(300)], {}
+
+
+def pack() -> Arguments:
+    a, b = lists(2)
+    stats = torch.zeros(3, 3, dtype=torch.int64)
+    return [masks_of(a)[1], stats, a, b, *tables(), "product", torch.tensor([[3200000000, 0]])], {}
+
+
+def adamw() -> Arguments:
+    params, mean, square, ipt, shadow, grads = lists(6)
+    rest = [*tables(), torch.ones(3, 8), torch.ones(1), rng_of(0), "pins"]
+    return [params, mean, square, ipt, shadow, grads, masks_of(params)[1], *rest], {"found_inf": torch.zeros(1)}
+
+
+def sgd() -> Arguments:
+    params, buffer, ipt, shadow, grads = lists(5)
+    rest = [*tables(), torch.ones(3, 8), torch.ones(1), rng_of(0), "pins"]
+    return [params, buffer, ipt, shadow, grads, masks_of(params)[1], *rest], {}
+
+
+def apply_mask() -> Arguments:
+    (params,) = lists(1)
+    return [params, masks_of(params)[1], *tables()], {}
+
+
+CALLS: dict[str, Callable[[], Arguments]] = {
+    "accumulate_": accumulate,
+    "fold_": fold,
+    "sample": sample,
+    "count_": count,
+    "collect_": collect,
+    "tie_index": tie_index,
+    "select": select,
+    "pack_": pack,
+    "masked_adamw_": adamw,
+    "masked_sgd_": sgd,
+    "apply_mask_": apply_mask,
+}
+
+
+# ---- bad arguments: (operator, position or keyword, what to put there, what the message says) ---
+
+LAYOUT, CHUNKS = tables()
+
+
+def replaced(row: int, column: int, value: int, table: Tensor = LAYOUT) -> Tensor:
+    table = table.clone()
+    table[row, column] = value
+    return table
+
+
+REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
+    "not contiguous": (
+        "apply_mask_",
+        0,
+        [torch.ones(5), torch.ones(0), torch.ones(10, 70).t()],
+        r"params\[2\] must be contiguous, got strides \(1, 70\)",
+    ),
+    "dtype": (
+        "accumulate_",
+        1,
+        lists(1, torch.float64)[0],
+        r"params\[0\] must be float32 or bfloat16 or float16, got float64",
+    ),
+    "state dtype": (
+        "fold_",
+        0,
+        lists(1, torch.float16)[0],
+        r"exp_avg_ipt\[0\] must be float32 or bfloat16, got float16",
+    ),
+    "mixed dtypes": (
+        "apply_mask_",
+        0,
+        [torch.ones(5), torch.ones(0), torch.ones(700, dtype=torch.bfloat16)],
+        r"params\[2\] is bfloat16 but params\[0\] is float32",
+    ),
+    "dtypes of two lists": (
+        "accumulate_",
+        2,
+        lists(1, torch.bfloat16)[0],
+        r"grads must have the dtype of params \(float32\), got bfloat16",
+    ),
+    "moments": ("masked_adamw_", 2, lists(1, torch.float16)[0], "exp_avg_sq must have the dtype of params"),
+    "length": ("fold_", 2, [torch.ones(5)], "ipt must have 3 tensors, one per row of layout, got 1"),
+    "size": ("pack_", 3, tensors([5, 0, 701], torch.float32), r"b\[2\] must have 700 elements, got 701"),
+    "mask size": (
+        "apply_mask_",
+        1,
+        [torch.zeros(n, dtype=torch.uint8) for n in (8, 0, 87)],
+        r"masks\[2\] must have 88 bytes for 700 weights, got 87",
+    ),
+    "mask dtype": (
+        "apply_mask_",
+        1,
+        [torch.zeros(n, dtype=torch.bool) for n in (8, 0, 88)],
+        r"masks\[0\] must be uint8, got bool",
+    ),
+    "criterion": ("accumulate_", 8, "pin", "criterion must be one of pins, pins-signed, .*; got 'pin'"),
+    "score": ("count_", 5, "sum", "score must be one of product, identity, deviation, magnitude; got 'sum'"),
+    "operand too many": ("count_", 5, "identity", "b must be empty for the score 'identity', got 3 tensors"),
+    "operand missing": ("count_", 2, [], "b must have 3 tensors"),
+    "params missing": ("accumulate_", 1, [], "params may be empty only for the criterion 'precomputed', got 'pins'"),
+    "lr": ("accumulate_", 5, torch.ones(2), r"lr must have shape \(3,\), got \(2,\)"),
+    "accepted": ("fold_", 5, torch.ones(2), "accepted must have one element, got 2"),
+    "clip": ("accumulate_", "clip", torch.ones(1, dtype=torch.float64), "clip must be float32, got float64"),
+    "rng": ("accumulate_", 7, torch.ones(2), "rng must be int64, got float32"),
+    "hyper": ("masked_adamw_", 9, torch.ones(3, 7), r"hyper must have shape \(3, 8\), got \(3, 7\)"),
+    "momentum without buffer": ("masked_sgd_", 1, [], r"momentum_buffer is empty, but hyper\[0\] has momentum 1"),
+    "counts": ("count_", 0, torch.zeros(7, dtype=torch.int64), r"counts must have shape \(65537,\), got \(7,\)"),
+    "bracket": ("count_", 6, torch.tensor([0, 2**32 - 1, 15, 0, 0]), "does not fit 65536 bins"),
+    "counts without bracket": ("fold_", "bracket", None, "bracket and counts come together or not at all"),
+    "threshold shape": (
+        "pack_",
+        7,
+        torch.zeros(2, 2, dtype=torch.int64),
+        r"threshold must have shape \(1, 2\), got \(2, 2\)",
+    ),
+    "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
+    "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
+    "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
+    "layout columns": ("apply_mask_", 2, LAYOUT[:, :12].clone(), r"layout must have shape \(3, 13\), got \(3, 12\)"),
+    "layout place": ("apply_mask_", 2, replaced(2, 12, 1), r"layout\[2\] puts 700 at 1 of 700 in dimension 3"),
+    "layout size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
+    "chunk of no tensor": ("apply_mask_", 3, replaced(1, 0, 3, CHUNKS), r"chunks\[1\] is \(3, 0\), which is no chunk"),
+    "chunk of an empty tensor": (
+        "apply_mask_",
+        3,
+        replaced(1, 0, 1, CHUNKS),
+        r"chunks\[1\] is \(1, 0\), which is no chunk",
+    ),
+    "chunk offset": ("apply_mask_", 3, replaced(1, 1, 64, CHUNKS), r"chunks\[1\] is \(2, 64\), which is no chunk"),
+    "chunk twice": ("apply_mask_", 3, replaced(1, 0, 0, CHUNKS), r"chunks\[1\] must come after chunks\[0\]"),
+}

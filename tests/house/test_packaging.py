@@ -1,0 +1,87 @@
+"""What the built module needs and the wheel contains. Reuses the object files of the installed build."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pins_ext import _C
+
+ROOT = Path(__file__).parents[2]
+
+# Beside the C shims of torch's stable ABI and Python's: C, C++ and compiler runtimes, which version their symbols, and
+# names of the C++ standard library, which torch's own libraries may serve before libstdc++ does.
+STABLE = re.compile(r"aoti_torch_\w+|torch_\w+|Py\w+|_?_ITM_\w+|__gmon_start__|_Z(T[TVIS])?N?K?S[tosabid]\w*")
+RUNTIME = re.compile(r"\w+@@?(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+")
+
+
+def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
+    """(kind, name) of each symbol, as nm prints them."""
+    lines = subprocess.run(["nm", *options, str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [(line.split()[-2], line.split()[-1]) for line in lines if line.strip()]
+
+
+def test_the_module_needs_only_stable_symbols() -> None:
+    needed = [name for _, name in symbols(Path(_C.__file__), "-D", "--undefined-only")]
+    assert any(name.startswith("aoti_torch_") for name in needed)
+    assert [name for name in needed if not (STABLE.fullmatch(name) or RUNTIME.fullmatch(name))] == []
+
+
+def test_the_module_is_for_every_python_and_exports_one_function() -> None:
+    path = Path(_C.__file__)
+    assert path.name == "_C.abi3.so"
+    functions = [name for kind, name in symbols(path, "-D", "--defined-only") if kind == "T"]
+    assert functions == ["PyInit__C"]
+
+
+def test_instruction_set_units_share_nothing() -> None:
+    """A weak symbol compiled for AVX-512 could be the one that the linker keeps for everybody."""
+    objects = sorted((ROOT / "build" / "objects" / "csrc" / "cpu").glob("isa_*.o"))
+    if not objects:
+        pytest.skip("the module was not built in this checkout")
+    assert len(objects) == 3
+    for path in objects:
+        shared = [name for kind, name in symbols(path, "--defined-only") if kind not in "tdbr"]
+        assert len([name for name in shared if name.endswith("kernelsE")]) == len(shared) <= 1
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of this checkout, built aside."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(out), "build", "--build-base", str(out)]
+    command += ["bdist_wheel", "--skip-build", "--dist-dir", str(out), "--bdist-dir", str(out / "bdist")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (path,) = out.glob("*.whl")
+    assert "-cp310-abi3-" in path.name
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_one_module_and_no_foreign_package(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"pins_ext"}
+    assert [name for name in names if name.endswith(".so")] == ["pins_ext/_C.abi3.so"]
+    for name in (
+        "pins_ext/ops/select.py",
+        "pins_ext/triton_kernels/criterion.py",
+        "pins_ext/bench/__init__.py",
+        "pins_ext/studies/grids/rte-80.yaml",
+    ):
+        assert name in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))]
+
+
+def test_the_wheel_says_what_it_needs(wheel: zipfile.ZipFile) -> None:
+    (path,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = wheel.read(path).decode()
+    assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Dist: torch>=2.10" in metadata
+    assert re.search(r'Requires-Dist: triton; platform_system == "Linux"', metadata)
+    (path,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    assert "pins-ext = pins_ext.cli.main:main" in wheel.read(path).decode()

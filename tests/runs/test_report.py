@@ -1,0 +1,163 @@
+"""The HTML report: all that was recorded is in it, nothing is loaded from outside, odd records don't break it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pins_ext.runs import charts
+from pins_ext.runs import html as report
+
+KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+
+
+def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[str, Any]:
+    """The record of a made-up run."""
+    history, masks = [], []
+    for step in range(10, steps + 1, 10):
+        progress = min(1.0, max(0.0, (step / steps - 0.1) / 0.6))
+        target = 0.8 * (1 - (1 - progress) ** 3)
+        history.append({"step": step, "loss": 1.9 * math.exp(-step / 90) + 0.4})
+        masks.append(
+            {
+                "step": step,
+                "sparsity": target,
+                "target_sparsity": target,
+                "threshold": 1e-9 * (1 + 20 * target**3),
+                "churn": 0.04 * math.exp(-step / 80),
+            }
+        )
+    tensors = {
+        f"bert.encoder.layer.{layer}.{kind}.weight": {"weights": 1000, "zeros": 700 + 20 * layer + 15 * k}
+        for layer in range(6)
+        for k, kind in enumerate(KINDS)
+    }
+    evaluations = [
+        {"step": step, "eval_accuracy": 0.4 + step / 600, "at_target": step > 140} for step in range(50, steps + 1, 50)
+    ]
+    made = {
+        "format": report.FORMAT,
+        "version": 1,
+        "label": label,
+        "created": "2026-11-20T10:00:00+00:00",
+        "model": {"name": "all-MiniLM-L6-v2"},
+        "data": {"task": "prose", "baseline": {"eval_accuracy": 0.27}, "baseline_name": "majority class"},
+        "total_steps": steps,
+        "config": {"pruning": {"sparsity": 0.8, "delta_t": 10}, "training": {"learning_rate": 1e-4}},
+        "schedule": [{"step": m["step"], "target_sparsity": m["target_sparsity"]} for m in masks],
+        "history": history,
+        "masks": masks,
+        "evaluations": evaluations,
+        "final": {
+            "metric": "eval_accuracy",
+            "metrics": {"eval_accuracy": 0.71, "eval_loss": 0.9, "eval_runtime": 3.0},
+            "weights": 24000,
+            "zeros": 19200,
+            "tensors": tensors,
+        },
+        "timings": {"train_seconds": 44.0, "step_ms": 210.0, "pruning_ms": 6.1, "pruning_share": 0.029},
+        "versions": {"pins_ext": "0.1.0", "torch": "2.13.0"},
+    }
+    return made | changes
+
+
+def dense(label: str = "dense") -> dict[str, Any]:
+    """A run that pruned nothing."""
+    history = [{"step": entry["step"], "loss": entry["loss"]} for entry in record()["history"]]
+    final = {"metric": "eval_accuracy", "metrics": {"eval_accuracy": 0.74}, "weights": 0, "zeros": 0, "tensors": {}}
+    return record(
+        label, schedule=[], history=history, masks=[], final=final, timings={"train_seconds": 40.0, "step_ms": 190.0}
+    )
+
+
+def test_one_run_shows_every_picture_and_number() -> None:
+    html = report.render([record()])
+    for title in ("Sparsity", "Training loss", "Evaluation", "Threshold", "Mask churn", "Sparsity per tensor"):
+        assert f"<b>{title}" in html
+    for text in ("19,200 of 24,000 weights are zero", "80.00 %", "0.7100", "2.9 %", "majority class", "delta-t"):
+        assert text in html
+
+
+def test_runs_are_drawn_side_by_side() -> None:
+    html = report.render([record(), record("magnitude 80 %"), dense()], title="Demo")
+    assert html.count("<b>Training loss</b>") == 1
+    assert html.count("<b>Sparsity per tensor") == 2
+    results = html[html.index("<h2>Results") : html.index("<h2>Training")]
+    for label in ("PINS 80 %", "magnitude 80 %", "dense", "majority class"):
+        assert f"<td>{label}</td>" in results
+
+
+def test_an_accuracy_has_a_standard_error() -> None:
+    data = record()["data"] | {"examples": {"train": 9, "validation": 677}}
+    made = [record(data=data), record(data=data, final=record()["final"] | {"metrics": {"eval_accuracy": 0.5362}})]
+    # sqrt(.71 * .29 / 677) and sqrt(.5362 * .4638 / 677)
+    assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in report.render(made)
+    other = record()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
+    assert report.standard_error([record(data=data, final=other)]) == ""
+    assert report.standard_error([record()]) == ""
+
+
+def test_equal_labels_are_numbered() -> None:
+    html = report.render([record(), record()])
+    assert "PINS 80 % (1)" in html
+    assert "PINS 80 % (2)" in html
+
+
+def test_the_page_loads_nothing() -> None:
+    html = report.render([record(), dense()])
+    namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
+    assert not re.search(r"(src|href)=[\"'](?!#)|url\((?!#)|@import|<script|https?://", namespaces)
+
+
+def test_pictures_are_well_formed_and_repeatable() -> None:
+    first, second = charts.pictures([record()]), charts.pictures([record()])
+    assert [p.svg for p in first] == [p.svg for p in second]
+    for picture in first:
+        assert ElementTree.fromstring(picture.svg).tag.endswith("svg")
+
+
+def test_pictures_of_one_page_share_no_ids() -> None:
+    # Groups are named figure_1, axes_1 and so on and nothing refers to them; clips and markers are referred to.
+    named = [set(re.findall(r'id="([mp][0-9a-f]{10})"', p.svg)) for p in charts.pictures([record(), record("other")])]
+    assert sum(map(len, named)) == len(set().union(*named)) > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule": [], "history": [], "masks": [], "evaluations": []},
+        {"masks": [{"step": 1, "sparsity": 0.0, "target_sparsity": 0.0, "threshold": float("nan"), "churn": None}]},
+        {"timings": {}, "versions": {}, "config": {}, "data": {}, "model": {}},
+        {"label": "<script>alert(1)</script>"},
+    ],
+)
+def test_odd_records_render(changes: dict[str, Any]) -> None:
+    html = report.render([record(**changes)])
+    assert html.endswith("</html>\n")
+    assert "<script" not in html
+
+
+def test_unnumbered_tensors_are_bars() -> None:
+    tensors = {"left.weight": {"weights": 10, "zeros": 9}, "right.weight": {"weights": 4, "zeros": 1}}
+    final = record()["final"] | {"tensors": tensors}
+    assert "left.weight" in charts.pictures([record(final=final)])[-1].svg
+
+
+def test_records_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(report.RecordError, match=r"has no metrics\.json"):
+        report.read_record(tmp_path)
+    file = tmp_path / report.RECORD
+    file.write_text("{")
+    with pytest.raises(report.RecordError, match="not JSON"):
+        report.read_record(tmp_path)
+    file.write_text('{"format": "other"}')
+    with pytest.raises(report.RecordError, match="not written by pins-ext"):
+        report.read_record(tmp_path)
+    file.write_text(json.dumps(record()))
+    assert report.read_record(tmp_path) == report.read_record(file) == record()
