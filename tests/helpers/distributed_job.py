@@ -1,4 +1,4 @@
-"""What each rank of tests/distributed/test_distributed.py does, under `accelerate launch`; and one process alone, to compare."""
+"""What each rank of test_distributed.py does, under `accelerate launch`; and one process alone, to compare."""
 
 from __future__ import annotations
 
