@@ -1,5 +1,5 @@
 // Checks of the list operators, for CPU and CUDA. They name the argument: "params[3] must be contiguous, got strides
-// (1, 64)". Data is looked at only where `check_tables` says so, and only on the CPU.
+// (1, 64)". They read metadata alone; what the tables hold is checked by csrc/cpu/work.h, on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +18,8 @@ namespace pins_ext {
 using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Device = torch::stable::Device;
+using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 template <class... Parts>
@@ -70,6 +72,12 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+inline std::string device_name(const Device& device) {
+  if (device.type() == DeviceType::CPU) return "the CPU";
+  if (device.type() == DeviceType::CUDA) return "cuda:" + std::to_string(device.index());
+  return "device type " + std::to_string(static_cast<int>(device.type()));
+}
+
 using Dtypes = std::initializer_list<ScalarType>;
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16};
@@ -87,20 +95,28 @@ inline std::string dtype_names(Dtypes allowed) {
   return names;
 }
 
-// A contiguous tensor on this kind of device; sparse ones have a dispatch key of their own and never get here. `name` is
-// a callable, so that a passing check builds no string.
+// A contiguous tensor on the device of the tables; sparse ones have a dispatch key of their own and never get here.
+// `name` is a callable, so that a passing check builds no string.
 template <class Name>
-void check_tensor(const Name& name, const Tensor& tensor, DeviceType device, Dtypes allowed) {
-  PINS_CHECK(tensor.device().type() == device, name(), " must be on the ", device == DeviceType::CPU ? "CPU" : "GPU",
-             " like the rest, got a tensor on device type ", static_cast<int>(tensor.device().type()));
+void check_tensor(const Name& name, const Tensor& tensor, const Device& device, Dtypes allowed) {
+  PINS_CHECK(tensor.device() == device, name(), " must be on ", device_name(device), " like places, got ",
+             device_name(tensor.device()));
   ScalarType dtype = tensor.scalar_type();
   PINS_CHECK(is_one_of(dtype, allowed), name(), " must be ", dtype_names(allowed), ", got ", dtype_name(dtype));
   PINS_CHECK(tensor.is_contiguous(), name(), " must be contiguous, got strides ", joined(tensor.strides()));
 }
 
+// A list argument under its name; empty where it is not wanted.
+struct List {
+  const char* name;
+  const Tensors& tensors;
+
+  bool given() const { return !tensors.empty(); }
+};
+
 // A list of n tensors of one dtype.
-inline void check_list(const char* list, const Tensors& tensors, size_t n, DeviceType device, Dtypes allowed) {
-  PINS_CHECK(tensors.size() == n, list, " must have ", n, " tensors, one per row of layout, got ", tensors.size());
+inline void check_list(const char* list, const Tensors& tensors, size_t n, const Device& device, Dtypes allowed) {
+  PINS_CHECK(tensors.size() == n, list, " must have ", n, " tensors, one per row of places, got ", tensors.size());
   for (size_t i = 0; i < n; ++i) {
     check_tensor([&] { return item(list, i); }, tensors[i], device, allowed);
     PINS_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), item(list, i), " is ",
@@ -110,7 +126,8 @@ inline void check_list(const char* list, const Tensors& tensors, size_t n, Devic
 }
 
 // The same, or an empty list where this operand is not wanted. Returns whether it is there.
-inline bool check_optional_list(const char* list, const Tensors& tensors, size_t n, DeviceType device, Dtypes allowed) {
+inline bool check_optional_list(const char* list, const Tensors& tensors, size_t n, const Device& device,
+                                Dtypes allowed) {
   if (tensors.empty()) return false;
   check_list(list, tensors, n, device, allowed);
   return true;
@@ -122,7 +139,14 @@ inline void check_same_dtype(const char* list, const Tensors& tensors, const cha
              dtype_name(like[0].scalar_type()), "), got ", dtype_name(tensors[0].scalar_type()));
 }
 
-// `numel[i]` weights in tensor i, as the layout says.
+inline std::vector<int64_t> numels_of(const Tensors& tensors) {
+  std::vector<int64_t> numel;
+  numel.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) numel.push_back(tensor.numel());
+  return numel;
+}
+
+// `numel[i]` weights in tensor i.
 inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ",
@@ -141,7 +165,7 @@ inline void check_masks(const Tensors& masks, const std::vector<int64_t>& numel)
 
 // A tensor of known shape, or nothing.
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, ScalarType dtype,
-                        DeviceType device) {
+                        const Device& device) {
   check_tensor([&] { return name; }, tensor, device, {dtype});
   auto sizes = tensor.sizes();
   bool same = static_cast<size_t>(tensor.dim()) == shape.size();
@@ -150,10 +174,18 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
 }
 
 // A scalar: one element, whatever its number of dimensions.
-inline void check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype, DeviceType device) {
+inline void check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype, const Device& device) {
   if (!tensor.has_value()) return;
   check_tensor([&] { return name; }, *tensor, device, {dtype});
   PINS_CHECK(tensor->numel() == 1, name, " must have one element, got ", tensor->numel());
+}
+
+// The shapes of the two tables that every list operator takes. Returns the number of tensors.
+inline int64_t check_tables(const Tensor& places, const Tensor& chunks, const Device& device) {
+  const int64_t n = places.dim() > 0 ? places.size(0) : 0;
+  check_shape("places", places, {n, 13}, ScalarType::Long, device);
+  check_shape("chunks", chunks, {chunks.dim() > 0 ? chunks.size(0) : 0, 2}, ScalarType::Long, device);
+  return n;
 }
 
 // The position of `value` among the names of an option; their order is that of the enum.

@@ -2,7 +2,7 @@
 // fake (meta) versions from pins_ext/ops.py.
 //
 // Common arguments of a list operator over n tensors:
-//   layout    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
+//   places    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
 //   chunks    int64 [m, 2]   work list: (tensor, local offset); a chunk is kChunk weights, less at a tensor's end
 //   rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
 //   accepted  float32 [1]    gradients accepted in this window before this step
@@ -18,42 +18,42 @@
 
 STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
-      "accumulate_(Tensor(a!)[] ipt, Tensor[] params, Tensor[] grads, Tensor layout, Tensor chunks, Tensor lr, "
+      "accumulate_(Tensor(a!)[] ipt, Tensor[] params, Tensor[] grads, Tensor places, Tensor chunks, Tensor lr, "
       "Tensor accepted, Tensor rng, str criterion, *, Tensor? grad_scale=None, Tensor? clip=None, "
       "Tensor? found_inf=None, Tensor? pointers=None) -> ()");
   m.def(
-      "fold_(Tensor(a!)[] exp_avg_ipt, Tensor(b!)[] exp_avg_unc, Tensor[] ipt, Tensor layout, Tensor chunks, "
+      "fold_(Tensor(a!)[] exp_avg_ipt, Tensor(b!)[] exp_avg_unc, Tensor[] ipt, Tensor places, Tensor chunks, "
       "Tensor accepted, Tensor rng, float beta1, float beta2, *, Tensor? bracket=None, Tensor(c!)? counts=None, "
       "Tensor? pointers=None) -> ()");
   m.def(
-      "sample(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, int size, *, Tensor? pointers=None) "
+      "sample(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, int size, *, Tensor? pointers=None) "
       "-> Tensor");
   m.def(
-      "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
+      "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> ()");
   m.def(
-      "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, "
+      "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
       "Tensor bracket, *, Tensor? pointers=None) -> ()");
   m.def(
-      "tie_index(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor bracket, *, "
+      "tie_index(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> Tensor");
   m.def(
-      "select(Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
+      "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
       "Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
   m.def(
-      "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor layout, Tensor chunks, str score, "
+      "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
       "Tensor threshold, *, Tensor? pointers=None) -> ()");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] ipt, "
-      "Tensor(e!)[] shadow, Tensor[] grads, Tensor[] masks, Tensor layout, Tensor chunks, Tensor hyper, "
+      "Tensor(e!)[] shadow, Tensor[] grads, Tensor[] masks, Tensor places, Tensor chunks, Tensor hyper, "
       "Tensor accepted, Tensor rng, str criterion, bool clear_state=False, *, Tensor? grad_scale=None, "
       "Tensor? clip=None, Tensor? found_inf=None, Tensor? pointers=None) -> ()");
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffer, Tensor(c!)[] ipt, Tensor(d!)[] shadow, "
-      "Tensor[] grads, Tensor[] masks, Tensor layout, Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, "
+      "Tensor[] grads, Tensor[] masks, Tensor places, Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, "
       "str criterion, bool clear_state=False, *, Tensor? grad_scale=None, Tensor? clip=None, Tensor? found_inf=None, "
       "Tensor? pointers=None) -> ()");
-  m.def("apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor layout, Tensor chunks, *, Tensor? pointers=None) -> ()");
+  m.def("apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> ()");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }

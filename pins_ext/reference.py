@@ -3,7 +3,7 @@
 Slow, short, and literal. Tensors are computed in float32 whatever they are stored in; a bfloat16 state is rounded
 stochastically with integer arithmetic, so that the result is the same on every device. Source of the formulas:
 Ren & Zhu, "Pruning Pre-trained Language Models with Principled Importance and Self-regularization", Findings of
-ACL 2023; smoothing and schedule: Zhang et al., "PLATON", ICML 2022. csrc/criterion.h is the same in C++.
+ACL 2023; smoothing and schedule: Zhang et al., "PLATON", ICML 2022. csrc/criterion.inl is the same in C++.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, VECTOR
         valid = tl.arange(0, BLOCK_SIZE) < left
         unit = tl.where(valid, unit, 0)
         past = tl.where(valid, past, NOWHERE)
-    # Any order will do, and so the compiler need not move the keys to the layout it prefers for atomics.
+    # Any order will do, and so the compiler need not move the keys to the places it prefers for atomics.
     past = tl.reshape(past, [BLOCK_SIZE // THREADS, THREADS], can_reorder=True)
     bins = ((past + 1) >> shift).to(tl.int32)
     one = tl.full(bins.shape, 1, tl.int64)

@@ -1,4 +1,4 @@
-"""The maths of one weight in Triton: csrc/criterion.h function by function, same names, same order of operations.
+"""The maths of one weight in Triton: csrc/criterion.inl function by function, same names, same order of operations.
 
 Launch every kernel with `enable_fp_fusion=False`. bfloat16 crosses memory as uint16 and is converted and rounded with
 integer operations on the fp32 bits, which the interpreter, the compiler and C++ do alike. The header's rounding to

@@ -70,7 +70,7 @@ def _accumulate_block(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _accumulate_kernel(
-    pointers_ptr, layout_ptr, chunks_ptr, lr_ptr, accepted_ptr, rng_ptr, grad_scale_ptr, clip_ptr, found_inf_ptr,
+    pointers_ptr, places_ptr, chunks_ptr, lr_ptr, accepted_ptr, rng_ptr, grad_scale_ptr, clip_ptr, found_inf_ptr,
     n_tensors, n_chunks,
     CRITERION: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _accumulate_kernel(
     grad_scale = None if grad_scale_ptr is None else tl.load(grad_scale_ptr)
     clip = None if clip_ptr is None else tl.load(clip_ptr)
     for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         ipt = address_of(pointers_ptr, n_tensors, 0, tensor)
         params = address_of(pointers_ptr, n_tensors, 1, tensor)
         grads = address_of(pointers_ptr, n_tensors, 2, tensor)
@@ -94,7 +94,7 @@ def _accumulate_kernel(
         scalars = n, tl.load(lr_ptr + tensor), key0, key1
         vectors = vector_end(ipt | params | grads, length, BLOCK_SIZE)
         if STATE == "bfloat16":
-            origin = run_of(layout_ptr, tensor)
+            origin = run_of(places_ptr, tensor)
             vectors = tl.where(origin >= 0, vectors, 0)
         for start in range(0, vectors, BLOCK_SIZE):
             index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
@@ -103,11 +103,11 @@ def _accumulate_kernel(
                 CRITERION, DTYPE, STATE, BLOCK_SIZE, True,
             )  # fmt: skip
         if STATE == "bfloat16":
-            place = place_of(layout_ptr, tensor, origin, offset + vectors)
+            place = place_of(places_ptr, tensor, origin, offset + vectors)
         for start in range(vectors, length, TAIL):
             index = None
             if STATE == "bfloat16":
-                index, place = walk_block(layout_ptr, tensor, place)
+                index, place = walk_block(places_ptr, tensor, place)
             _accumulate_block(
                 addresses, offset + start, length - start, index, scalars, grad_scale, clip,
                 CRITERION, DTYPE, STATE, TAIL, False,
@@ -118,7 +118,7 @@ def accumulate(
     ipt: list[Tensor],
     params: list[Tensor],
     grads: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     lr: Tensor,
     accepted: Tensor,
@@ -131,23 +131,23 @@ def accumulate(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::accumulate_`: take the gradients of one step into the window's mean score."""
-    check_tables(layout, chunks)
+    check_tables(places, chunks)
     check_option("criterion", criterion, CRITERIA)
-    state = check_list("ipt", ipt, STATES, layout)
-    dtype = check_list("grads", grads, FLOATS, layout)
+    state = check_list("ipt", ipt, STATES, places)
+    dtype = check_list("grads", grads, FLOATS, places)
     if params:
-        check_list("params", params, FLOATS, layout)
-    elif len(layout) and criterion != "precomputed":
+        check_list("params", params, FLOATS, places)
+    elif len(places) and criterion != "precomputed":
         raise RuntimeError(f"params may be empty only for the criterion 'precomputed', got '{criterion}'")
     check_like("grads", grads, "params", params)
     check_like("grads", grads, "ipt", ipt, dtype=False)
-    check_shape("lr", lr, torch.float32, (len(layout),), layout)
-    check_shape("rng", rng, torch.int64, (2,), layout)
+    check_shape("lr", lr, torch.float32, (len(places),), places)
+    check_shape("rng", rng, torch.int64, (2,), places)
     for name, x in (("accepted", accepted), ("grad_scale", grad_scale), ("clip", clip), ("found_inf", found_inf)):
-        check_scalar(name, x, layout)
-    table = pointer_table(pointers, layout, ipt, params, grads)
+        check_scalar(name, x, places)
+    table = pointer_table(pointers, places, ipt, params, grads)
     launch_chunks(
-        _accumulate_kernel, layout, chunks, table, layout, chunks, lr, accepted, rng, grad_scale, clip, found_inf,
+        _accumulate_kernel, places, chunks, table, places, chunks, lr, accepted, rng, grad_scale, clip, found_inf,
         CRITERION=criterion, DTYPE=dtype, STATE=state, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def _fold_block(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _fold_kernel(
-    pointers_ptr, layout_ptr, chunks_ptr, accepted_ptr, rng_ptr, bracket_ptr, counts_ptr,
+    pointers_ptr, places_ptr, chunks_ptr, accepted_ptr, rng_ptr, bracket_ptr, counts_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n_tensors, n_chunks,
     STATE: tl.constexpr, UNC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -207,14 +207,14 @@ def _fold_kernel(
         bracket = load_bracket(bracket_ptr)
         tally = no_tally()
     for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         exp_avg_ipt = address_of(pointers_ptr, n_tensors, 0, tensor)
         exp_avg_unc = address_of(pointers_ptr, n_tensors, 1, tensor)
         ipt = address_of(pointers_ptr, n_tensors, 2, tensor)
         addresses = exp_avg_ipt, exp_avg_unc, ipt
         vectors = tl.where(accepted, vector_end(exp_avg_ipt | exp_avg_unc | ipt, length, BLOCK_SIZE), 0)
         if STATE == "bfloat16":
-            origin = run_of(layout_ptr, tensor)
+            origin = run_of(places_ptr, tensor)
             vectors = tl.where(origin >= 0, vectors, 0)
         units = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
@@ -225,11 +225,11 @@ def _fold_kernel(
         if bracket_ptr is not None:
             tally = add_units(tally, units)
         if STATE == "bfloat16":
-            place = place_of(layout_ptr, tensor, origin, offset + vectors)
+            place = place_of(places_ptr, tensor, origin, offset + vectors)
         for start in range(vectors, length, TAIL):
             index = None
             if STATE == "bfloat16":
-                index, place = walk_block(layout_ptr, tensor, place)
+                index, place = walk_block(places_ptr, tensor, place)
             key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, TAIL, False)
             if bracket_ptr is not None:
                 tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
@@ -241,7 +241,7 @@ def fold(
     exp_avg_ipt: list[Tensor],
     exp_avg_unc: list[Tensor],
     ipt: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     accepted: Tensor,
     rng: Tensor,
@@ -253,24 +253,24 @@ def fold(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::fold_`: end a window, and count the new scores if a bracket says where."""
-    check_tables(layout, chunks)
-    state = check_list("exp_avg_ipt", exp_avg_ipt, STATES, layout)
+    check_tables(places, chunks)
+    state = check_list("exp_avg_ipt", exp_avg_ipt, STATES, places)
     if exp_avg_unc:
-        check_list("exp_avg_unc", exp_avg_unc, STATES, layout)
-    check_list("ipt", ipt, STATES, layout)
+        check_list("exp_avg_unc", exp_avg_unc, STATES, places)
+    check_list("ipt", ipt, STATES, places)
     check_like("exp_avg_unc", exp_avg_unc, "exp_avg_ipt", exp_avg_ipt)
     check_like("ipt", ipt, "exp_avg_ipt", exp_avg_ipt)
-    check_scalar("accepted", accepted, layout)
-    check_shape("rng", rng, torch.int64, (2,), layout)
-    check_shape("bracket", bracket, torch.int64, (5,), layout)
-    check_shape("counts", counts, torch.int64, (1 + BINS,), layout)
+    check_scalar("accepted", accepted, places)
+    check_shape("rng", rng, torch.int64, (2,), places)
+    check_shape("bracket", bracket, torch.int64, (5,), places)
+    check_shape("counts", counts, torch.int64, (1 + BINS,), places)
     if (bracket is None) != (counts is None):
         raise RuntimeError("bracket and counts come together or not at all")
-    table = pointer_table(pointers, layout, exp_avg_ipt, exp_avg_unc, ipt)
+    table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, ipt)
     if bracket is not None and counts is not None:
         counts.mul_(bracket[4])
     launch_chunks(
-        _fold_kernel, layout, chunks, table, layout, chunks, accepted, rng, bracket, counts,
+        _fold_kernel, places, chunks, table, places, chunks, accepted, rng, bracket, counts,
         beta1, 1 - beta1, beta2, 1 - beta2,
         STATE=state, UNC=bool(exp_avg_unc), BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip

@@ -21,11 +21,11 @@ TAIL = tl.constexpr(512)
 
 
 @triton.jit
-def chunk_of(chunks_ptr, layout_ptr, chunk):
+def chunk_of(chunks_ptr, places_ptr, chunk):
     """Tensor (int64), offset of its first weight (int64) and number of weights (int32) of a chunk."""
     tensor = tl.load(chunks_ptr + 2 * chunk)
     offset = tl.load(chunks_ptr + 2 * chunk + 1)
-    local = layout_ptr + ROW * tensor + 5
+    local = places_ptr + ROW * tensor + 5
     numel = tl.load(local) * tl.load(local + 1) * tl.load(local + 2) * tl.load(local + 3)
     return tensor, offset, tl.minimum(numel - offset, CHUNK).to(tl.int32)
 
@@ -93,20 +93,20 @@ def load_float(address, first, left, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constex
 
 
 @triton.jit
-def run_of(layout_ptr, tensor):
+def run_of(places_ptr, tensor):
     """Global index of a tensor's first weight if all its full sizes but the last are 1: it is one run; otherwise -1."""
-    row = layout_ptr + ROW * tensor
+    row = places_ptr + ROW * tensor
     is_run = tl.load(row + 1) * tl.load(row + 2) * tl.load(row + 3) == 1
     return tl.where(is_run, tl.load(row) + tl.load(row + 12), -1)
 
 
 @triton.jit
-def place_of(layout_ptr, tensor, origin, local):
+def place_of(places_ptr, tensor, origin, local):
     """Place of one local weight: its global index, and its indices in the last three local sizes; all int64.
 
     Unravel in the local sizes, add the start, ravel in the full sizes. `origin`: what `run_of` says.
     """
-    row = layout_ptr + ROW * tensor
+    row = places_ptr + ROW * tensor
     if origin >= 0:
         zero = tl.full([], 0, tl.int64)
         place = origin + local, zero, zero, local
@@ -132,9 +132,9 @@ def wraps_of(at, size, steps, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def walk(layout_ptr, tensor, place, steps, LIMIT: tl.constexpr):
+def walk(places_ptr, tensor, place, steps, LIMIT: tl.constexpr):
     """The places `steps` (uint32, less than LIMIT) local weights on; past the tensor's end, anything."""
-    row = layout_ptr + ROW * tensor
+    row = places_ptr + ROW * tensor
     index, i1, i2, i3 = place
     f1, f2, f3 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     l1, l2, l3 = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
@@ -153,16 +153,16 @@ def run_index(origin, first, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def walk_block(layout_ptr, tensor, place):
+def walk_block(places_ptr, tensor, place):
     """Global indices, int64 [TAIL], from a place on, and the place after them."""
-    index = walk(layout_ptr, tensor, place, tl.arange(0, TAIL).to(tl.uint32), 2 * TAIL)[0]
-    return index, walk(layout_ptr, tensor, place, tl.full([], TAIL, tl.uint32), 2 * TAIL)
+    index = walk(places_ptr, tensor, place, tl.arange(0, TAIL).to(tl.uint32), 2 * TAIL)[0]
+    return index, walk(places_ptr, tensor, place, tl.full([], TAIL, tl.uint32), 2 * TAIL)
 
 
 @triton.jit
-def local_rank(layout_ptr, tensor, index):
+def local_rank(places_ptr, tensor, index):
     """How many local weights of a tensor have a global index below `index`: the first ones, local order is global."""
-    row = layout_ptr + ROW * tensor
+    row = places_ptr + ROW * tensor
     rest = tl.maximum(index - tl.load(row), 0)
     full = tl.load(row + 2) * tl.load(row + 3) * tl.load(row + 4)
     local = tl.load(row + 6) * tl.load(row + 7) * tl.load(row + 8)

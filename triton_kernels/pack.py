@@ -41,7 +41,7 @@ def _pack_block(masks, first, left, keep, BITS: tl.constexpr, BLOCK_SIZE: tl.con
 
 @triton.jit(do_not_specialize=["threshold_stride", "n_tensors", "n_chunks"])
 def _pack_kernel(
-    stats_ptr, threshold_ptr, threshold_stride, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    stats_ptr, threshold_ptr, threshold_stride, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """bit = not (key < t or key == t and global_index < tie), with the tensor's threshold (t, tie). Rows: masks, a, b.
@@ -49,14 +49,14 @@ def _pack_kernel(
     stats[tensor] += (kept, flipped, keys of NaN).
     """
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         masks = address_of(pointers_ptr, n_tensors, 0, tensor)
         a = address_of(pointers_ptr, n_tensors, 1, tensor)
         b = address_of(pointers_ptr, n_tensors, 2, tensor)
         threshold = tl.load(threshold_ptr + tensor * threshold_stride).to(tl.uint32)
         tie = tl.load(threshold_ptr + tensor * threshold_stride + 1)
         # Ties before this weight of the chunk are pruned.
-        pruned = local_rank(layout_ptr, tensor, tie) - offset
+        pruned = local_rank(places_ptr, tensor, tie) - offset
         first_kept = tl.where(pruned <= 0, 0, tl.where(pruned >= CHUNK, CHUNK, pruned.to(tl.int32)))
         vectors = vector_end(masks | a | b, length, BLOCK_SIZE)
         changes = tl.zeros([BLOCK_SIZE // 32], tl.int32)
@@ -89,7 +89,7 @@ def pack(
     stats: Tensor,
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     threshold: Tensor,
@@ -97,19 +97,19 @@ def pack(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::pack_`: overwrite the masks, one bit per weight, and stats int64 [n, 3] (kept, flipped, NaN)."""
-    check_tables(layout, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, layout)
-    check_list("masks", masks, (torch.uint8,), layout)
+    check_tables(places, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, places)
+    check_list("masks", masks, (torch.uint8,), places)
     for i, (mask, x) in enumerate(zip(masks, a, strict=True)):
         size = -(-x.numel() // 64) * 8
         if mask.numel() != size:
             raise RuntimeError(f"masks[{i}] must have {size} bytes for {x.numel()} weights, got {mask.numel()}")
-    check_shape("stats", stats, torch.int64, (len(layout), 3), layout)
-    rows = len(layout) if threshold.dim() and len(threshold) == len(layout) else 1
-    check_shape("threshold", threshold, torch.int64, (rows, 2), layout)
-    table = pointer_table(pointers, layout, masks, a, b)
+    check_shape("stats", stats, torch.int64, (len(places), 3), places)
+    rows = len(places) if threshold.dim() and len(threshold) == len(places) else 1
+    check_shape("threshold", threshold, torch.int64, (rows, 2), places)
+    table = pointer_table(pointers, places, masks, a, b)
     stats.zero_()
     launch_chunks(
-        _pack_kernel, layout, chunks, stats, threshold, 2 * (rows > 1), table, layout, chunks,
+        _pack_kernel, places, chunks, stats, threshold, 2 * (rows > 1), table, places, chunks,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip

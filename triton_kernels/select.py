@@ -31,16 +31,16 @@ BLOCK_SIZE = 1024
 SAMPLE_BLOCK = 256
 
 
-def check_scores(a: list[Tensor], b: list[Tensor], score: str, layout: Tensor) -> tuple[str, str | None]:
+def check_scores(a: list[Tensor], b: list[Tensor], score: str, places: Tensor) -> tuple[str, str | None]:
     """Check the lists that a score reads; their dtypes' names, None for `b` where it is not read."""
     check_option("score", score, SCORES)
     if score in ("product", "deviation"):
-        dtype_a, dtype_b = check_list("a", a, STATES, layout), check_list("b", b, STATES, layout)
+        dtype_a, dtype_b = check_list("a", a, STATES, places), check_list("b", b, STATES, places)
         check_like("b", b, "a", a)
         return dtype_a, dtype_b
     if b:
         raise RuntimeError(f"b must be empty for the score '{score}', got {len(b)} tensors")
-    return check_list("a", a, FLOATS, layout), None
+    return check_list("a", a, FLOATS, places), None
 
 
 # ---- sample --------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def _sample_kernel(
 def sample(
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     size: int,
@@ -96,18 +96,18 @@ def sample(
     pointers: Tensor | None = None,
 ) -> Tensor:
     """`pins_ext::sample`: int64 [size], keys of a stratified sample of the local weights; zeros if there are none."""
-    check_tables(layout, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, layout)
-    table = pointer_table(pointers, layout, a, b)
+    check_tables(places, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, places)
+    table = pointer_table(pointers, places, a, b)
     if size < 1:
         raise RuntimeError(f"size must be at least 1, got {size}")
     total = sum(x.numel() for x in a)
     if not total:
-        return layout.new_zeros(size)
-    keys = layout.new_empty(size)
-    ends = layout[:, 5:9].prod(1).cumsum(0)
+        return places.new_zeros(size)
+    keys = places.new_empty(size)
+    ends = places[:, 5:9].prod(1).cumsum(0)
     launch(
-        _sample_kernel, layout, triton.cdiv(size, SAMPLE_BLOCK), keys, table, ends, len(layout), total, size,
+        _sample_kernel, places, triton.cdiv(size, SAMPLE_BLOCK), keys, table, ends, len(places), total, size,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=SAMPLE_BLOCK,
     )  # fmt: skip
     return keys
@@ -118,7 +118,7 @@ def sample(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _count_kernel(
-    counts_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    counts_ptr, bracket_ptr, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """counts[0] += #{key < lo}, counts[1 + ((key - lo) >> shift)] += 1 for lo <= key <= hi. Rows: a, b."""
@@ -126,7 +126,7 @@ def _count_kernel(
     end = tl.where(tl.load(bracket_ptr + 4) == 1, 0, n_chunks)
     tally = no_tally()
     for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
         vectors = vector_end(a | b, length, BLOCK_SIZE)
@@ -145,7 +145,7 @@ def count(
     counts: Tensor,
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     bracket: Tensor,
@@ -153,14 +153,14 @@ def count(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::count_`: one counting pass; a resolved bracket leaves `counts` as they are."""
-    check_tables(layout, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, layout)
-    check_shape("counts", counts, torch.int64, (1 + BINS,), layout)
-    check_shape("bracket", bracket, torch.int64, (5,), layout)
-    table = pointer_table(pointers, layout, a, b)
+    check_tables(places, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, places)
+    check_shape("counts", counts, torch.int64, (1 + BINS,), places)
+    check_shape("bracket", bracket, torch.int64, (5,), places)
+    table = pointer_table(pointers, places, a, b)
     counts.mul_(bracket[4])
     launch_chunks(
-        _count_kernel, layout, chunks, counts, bracket, table, layout, chunks,
+        _count_kernel, places, chunks, counts, bracket, table, places, chunks,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def _inside_chunk(
 
 @triton.jit(do_not_specialize=["size", "n_tensors", "n_chunks"])
 def _collect_kernel(
-    found_ptr, candidates_ptr, size, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    found_ptr, candidates_ptr, size, bracket_ptr, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """candidates[:, j] = (key, global index) of the weights with lo <= key <= hi, in any order; found[0] = how many.
@@ -198,7 +198,7 @@ def _collect_kernel(
     lo, hi = tl.load(bracket_ptr).to(tl.uint32), tl.load(bracket_ptr + 1).to(tl.uint32)
     end = tl.where(tl.load(bracket_ptr + 4) == 1, 0, n_chunks)
     for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
         total = _inside_chunk(a, b, offset, length, lo, hi, SCORE, A, B, BLOCK_SIZE)
@@ -206,7 +206,7 @@ def _collect_kernel(
         if total > 0:
             slot = tl.atomic_add(found_ptr, total.to(tl.int64), sem="relaxed")
             if slot + total <= size:
-                run = run_of(layout_ptr, tensor)
+                run = run_of(places_ptr, tensor)
                 for start in range(0, length, TAIL):
                     lane = tl.arange(0, TAIL)
                     key = order_key(load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False))
@@ -214,7 +214,7 @@ def _collect_kernel(
                     first = tl.min(left)
                     while first < TAIL:
                         tl.store(candidates_ptr + slot, tl.max(tl.where(lane == first, key, 0)).to(tl.int64))
-                        index = place_of(layout_ptr, tensor, run, offset + start + first)[0]
+                        index = place_of(places_ptr, tensor, run, offset + start + first)[0]
                         tl.store(candidates_ptr + size + slot, index)
                         slot += 1
                         left = tl.where(lane == first, TAIL, left)
@@ -226,7 +226,7 @@ def collect(
     candidates: Tensor,
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     bracket: Tensor,
@@ -234,16 +234,16 @@ def collect(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::collect_`: the weights inside a bracket; with more than fit, found[0] says so and some are missing."""
-    check_tables(layout, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, layout)
+    check_tables(places, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, places)
     size = candidates.shape[-1]
-    check_shape("found", found, torch.int64, (1,), layout)
-    check_shape("candidates", candidates, torch.int64, (2, size), layout)
-    check_shape("bracket", bracket, torch.int64, (5,), layout)
-    table = pointer_table(pointers, layout, a, b)
+    check_shape("found", found, torch.int64, (1,), places)
+    check_shape("candidates", candidates, torch.int64, (2, size), places)
+    check_shape("bracket", bracket, torch.int64, (5,), places)
+    table = pointer_table(pointers, places, a, b)
     found.zero_()
     launch_chunks(
-        _collect_kernel, layout, chunks, found, candidates, size, bracket, table, layout, chunks,
+        _collect_kernel, places, chunks, found, candidates, size, bracket, table, places, chunks,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip
 
@@ -253,14 +253,14 @@ def collect(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _tie_count_kernel(
-    ties_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    ties_ptr, bracket_ptr, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """ties[chunk] = #{key == lo}, unless the rank asks for no tie. Rows: a, b."""
     tie = tl.load(bracket_ptr).to(tl.uint32)
     end = tl.where(tl.load(bracket_ptr + 3) <= 0, 0, n_chunks)
     for chunk in range(tl.program_id(0), end, tl.num_programs(0)):
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
         total = _inside_chunk(a, b, offset, length, tie, tie, SCORE, A, B, BLOCK_SIZE)
@@ -269,7 +269,7 @@ def _tie_count_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _tie_locate_kernel(
-    index_ptr, at_ptr, ends_ptr, bracket_ptr, pointers_ptr, layout_ptr, chunks_ptr, n_tensors, n_chunks,
+    index_ptr, at_ptr, ends_ptr, bracket_ptr, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """index[0] = global index of the tie of this rank, which is in chunk at[0]; left as it is if there is none.
@@ -280,7 +280,7 @@ def _tie_locate_kernel(
     rank = tl.load(bracket_ptr + 3)
     chunk = tl.load(at_ptr)
     if rank > 0 and chunk < n_chunks:
-        tensor, offset, length = chunk_of(chunks_ptr, layout_ptr, chunk)
+        tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
         before = tl.load(ends_ptr + chunk - 1, mask=chunk > 0, other=0)
@@ -292,13 +292,13 @@ def _tie_locate_kernel(
             is_it = (ties == 1) & (before + tl.cumsum(ties) == rank + 1)
             found = tl.maximum(found, tl.max(tl.where(is_it, offset + start + lane, -1)))
             before += tl.sum(ties)
-        tl.store(index_ptr, place_of(layout_ptr, tensor, run_of(layout_ptr, tensor), found)[0])
+        tl.store(index_ptr, place_of(places_ptr, tensor, run_of(places_ptr, tensor), found)[0])
 
 
 def tie_index(
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     bracket: Tensor,
@@ -309,19 +309,19 @@ def tie_index(
 
     Ranks go by global index. 0 if the rank is not positive; the largest int64 if there are no more ties than that.
     """
-    check_tables(layout, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, layout)
-    check_shape("bracket", bracket, torch.int64, (5,), layout)
-    table = pointer_table(pointers, layout, a, b)
+    check_tables(places, chunks)
+    dtype_a, dtype_b = check_scores(a, b, score, places)
+    check_shape("bracket", bracket, torch.int64, (5,), places)
+    table = pointer_table(pointers, places, a, b)
     rank = bracket[3:4]
     index = torch.where(rank <= 0, 0, torch.iinfo(torch.int64).max)
-    ties = layout.new_zeros(len(chunks))
+    ties = places.new_zeros(len(chunks))
     constants = {"SCORE": score, "A": dtype_a, "B": dtype_b, "BLOCK_SIZE": BLOCK_SIZE}
-    launch_chunks(_tie_count_kernel, layout, chunks, ties, bracket, table, layout, chunks, **constants)
+    launch_chunks(_tie_count_kernel, places, chunks, ties, bracket, table, places, chunks, **constants)
     ends = ties.cumsum(0)
     at = torch.searchsorted(ends, rank, right=True)
     launch(
-        _tie_locate_kernel, layout, 1, index, at, ends, bracket, table, layout, chunks, len(layout), len(chunks),
+        _tie_locate_kernel, places, 1, index, at, ends, bracket, table, places, chunks, len(places), len(chunks),
         **constants,
     )  # fmt: skip
     return index

@@ -39,46 +39,46 @@ def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
         raise RuntimeError(f"{name} must be one of {', '.join(allowed)}; got '{value}'")
 
 
-def _check(name: str, x: Tensor, dtypes: Sequence[torch.dtype], layout: Tensor) -> None:
-    if x.device != layout.device:
-        raise RuntimeError(f"{name} must be on {layout.device} like layout, got {x.device}")
+def _check(name: str, x: Tensor, dtypes: Sequence[torch.dtype], places: Tensor) -> None:
+    if x.device != places.device:
+        raise RuntimeError(f"{name} must be on {places.device} like places, got {x.device}")
     if x.dtype not in dtypes:
         raise RuntimeError(f"{name} must be {' or '.join(map(name_of, dtypes))}, got {name_of(x.dtype)}")
     if not x.is_contiguous():
         raise RuntimeError(f"{name} must be contiguous, got strides {x.stride()}")
 
 
-def check_shape(name: str, x: Tensor | None, dtype: torch.dtype, shape: Sequence[int], layout: Tensor) -> None:
+def check_shape(name: str, x: Tensor | None, dtype: torch.dtype, shape: Sequence[int], places: Tensor) -> None:
     """Check a tensor of known shape, or None."""
     if x is not None:
-        _check(name, x, (dtype,), layout)
+        _check(name, x, (dtype,), places)
         if x.shape != tuple(shape):
             raise RuntimeError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
-def check_scalar(name: str, x: Tensor | None, layout: Tensor) -> None:
+def check_scalar(name: str, x: Tensor | None, places: Tensor) -> None:
     """Check a float32 scalar, one element of any shape, or None."""
     if x is not None:
-        _check(name, x, (torch.float32,), layout)
+        _check(name, x, (torch.float32,), places)
         if x.numel() != 1:
             raise RuntimeError(f"{name} must have one element, got {x.numel()}")
 
 
-def check_tables(layout: Tensor, chunks: Tensor) -> None:
+def check_tables(places: Tensor, chunks: Tensor) -> None:
     """Check the shapes of the two tables that every list operator takes."""
-    check_shape("layout", layout, torch.int64, (*layout.shape[:1], 13), layout)
-    check_shape("chunks", chunks, torch.int64, (*chunks.shape[:1], 2), layout)
+    check_shape("places", places, torch.int64, (*places.shape[:1], 13), places)
+    check_shape("chunks", chunks, torch.int64, (*chunks.shape[:1], 2), places)
 
 
-def check_list(name: str, tensors: list[Tensor], dtypes: Sequence[torch.dtype], layout: Tensor) -> str:
-    """Check a list of one tensor per row of the layout, all of one dtype. Its name; "float32" if the list is empty."""
-    if len(tensors) != len(layout):
-        raise RuntimeError(f"{name} must have {len(layout)} tensors, one per row of layout, got {len(tensors)}")
-    device, dtype = layout.device, tensors[0].dtype if tensors else torch.float32
+def check_list(name: str, tensors: list[Tensor], dtypes: Sequence[torch.dtype], places: Tensor) -> str:
+    """Check a list of one tensor per row of the places, all of one dtype. Its name; "float32" if the list is empty."""
+    if len(tensors) != len(places):
+        raise RuntimeError(f"{name} must have {len(places)} tensors, one per row of places, got {len(tensors)}")
+    device, dtype = places.device, tensors[0].dtype if tensors else torch.float32
     for i, x in enumerate(tensors):
         # One look at the tensors that are right: there may be thousands.
         if x.dtype != dtype or dtype not in dtypes or x.device != device or not x.is_contiguous():
-            _check(f"{name}[{i}]", x, dtypes, layout)
+            _check(f"{name}[{i}]", x, dtypes, places)
             raise RuntimeError(f"{name}[{i}] is {name_of(x.dtype)} but {name}[0] is {name_of(dtype)}")
     return name_of(dtype)
 
@@ -102,41 +102,41 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def pointer_table(pointers: Tensor | None, layout: Tensor, *lists: list[Tensor]) -> Tensor:
+def pointer_table(pointers: Tensor | None, places: Tensor, *lists: list[Tensor]) -> Tensor:
     """Addresses int64 [lists, n] on the device, as given or uploaded from pinned memory; the row of an empty list is 0.
 
     Raises:
         RuntimeError: `pointers` has another shape, or is missing while a CUDA graph is being captured.
     """
-    shape = len(lists), len(layout)
+    shape = len(lists), len(places)
     if pointers is not None:
-        check_shape("pointers", pointers, torch.int64, shape, layout)
+        check_shape("pointers", pointers, torch.int64, shape, places)
         return pointers
     rows = [[x.data_ptr() for x in tensors] if tensors else [0] * shape[1] for tensors in lists]
-    if layout.device.type != "cuda":
+    if places.device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int64).view(shape)
-    with _on(layout.device):
+    with _on(places.device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "pointers must be given while a CUDA graph is captured: a replay would upload the table from memory "
                 "that is no longer its own"
             )
         # The allocator of pinned memory waits for the copy before it hands the same memory out again; we need not.
-        return torch.tensor(rows, dtype=torch.int64, pin_memory=True).view(shape).to(layout.device, non_blocking=True)
+        return torch.tensor(rows, dtype=torch.int64, pin_memory=True).view(shape).to(places.device, non_blocking=True)
 
 
-def launch(kernel: Any, layout: Tensor, grid: int, *args: object, **constants: object) -> None:
-    """Launch on the layout's device and its current stream."""
-    with _on(layout.device):
+def launch(kernel: Any, places: Tensor, grid: int, *args: object, **constants: object) -> None:
+    """Launch on the tables' device and its current stream."""
+    with _on(places.device):
         kernel[(grid,)](*args, **constants, **OPTIONS)
 
 
-def launch_chunks(kernel: Any, layout: Tensor, chunks: Tensor, *args: object, **constants: object) -> None:
+def launch_chunks(kernel: Any, places: Tensor, chunks: Tensor, *args: object, **constants: object) -> None:
     """Launch programs that share the chunks, if there are any; the numbers of tensors and chunks follow `args`."""
     if not len(chunks):
         return
     programs = INTERPRETED_PROGRAMS
-    if layout.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(layout.device)
+    if places.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(places.device)
         programs = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
-    launch(kernel, layout, min(len(chunks), programs), *args, len(layout), len(chunks), **constants)
+    launch(kernel, places, min(len(chunks), programs), *args, len(places), len(chunks), **constants)

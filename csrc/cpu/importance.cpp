@@ -7,13 +7,11 @@
 namespace pins_ext::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads, const Tensor& layout,
+void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads, const Tensor& places,
                  const Tensor& chunks, const Tensor& lr, const Tensor& accepted, const Tensor& rng,
                  const std::string& criterion, const OptionalTensor& grad_scale, const OptionalTensor& clip,
                  const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const size_t n = work.tensors();
   const int kind = option("criterion", criterion, kCriteria);
   check_list("ipt", ipt, n, kCpu, kStateDtypes);
@@ -28,23 +26,27 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   }
   check_shape("lr", lr, {static_cast<int64_t>(n)}, ScalarType::Float, kCpu);
   check_scalar("accepted", accepted, ScalarType::Float, kCpu);
-  const Rounding rounding = check_rng(rng);
-  const StepScalars step = check_step_scalars(grad_scale, clip, found_inf);
-  if (step.found_inf) return;
+  check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
+  check_scalar("grad_scale", grad_scale, ScalarType::Float, kCpu);
+  check_scalar("clip", clip, ScalarType::Float, kCpu);
+  check_scalar("found_inf", found_inf, ScalarType::Float, kCpu);
+  if (is_set(found_inf)) return;
 
   const Operand ipt_at(ipt), params_at(params), grads_at(grads);
   const float* lrs = static_cast<const float*>(lr.const_data_ptr());
   const float count = value_of(accepted);
+  const Gradient gradient = gradient_of(grad_scale, clip);
+  const Rounding rounding = rounding_of(rng);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     kernels().accumulate[kind]({work.run(chunk), ipt_at.at(chunk), params_at.at(chunk), grads_at.at(chunk),
-                                step.gradient, lrs[chunk.tensor], count, rounding});
+                                gradient, lrs[chunk.tensor], count, rounding});
   });
 }
 
-void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& ipt, const Tensor& layout,
+void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& ipt, const Tensor& places,
            const Tensor& chunks, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
            const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const size_t n = work.tensors();
   check_list("exp_avg_ipt", exp_avg_ipt, n, kCpu, kStateDtypes);
   const bool with_unc = check_optional_list("exp_avg_unc", exp_avg_unc, n, kCpu, kStateDtypes);
@@ -55,10 +57,11 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
     check_numel(name, *list, work.numel);
   }
   check_scalar("accepted", accepted, ScalarType::Float, kCpu);
-  const Rounding rounding = check_rng(rng);
+  check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
   PINS_CHECK(bracket.has_value() == counts.has_value(), "bracket and counts come together or not at all");
 
   const Operand mean_at(exp_avg_ipt), unc_at(exp_avg_unc), ipt_at(ipt);
+  const Rounding rounding = rounding_of(rng);
   const bool moves = value_of(accepted) != 0.0f;
   auto fold_chunk = [&](const Chunk& chunk) {
     if (!moves) return;

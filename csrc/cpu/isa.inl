@@ -1,8 +1,8 @@
 // The body of an ISA unit: every loop and the table of them. Included inside an anonymous namespace after the choice of
 // instruction set, so that no symbol compiled for a newer CPU can serve an older one.
-#include "../criterion.h"
-#include "../optimizer.h"
-#include "../layout.h"
+#include "../criterion.inl"
+#include "../optimizer.inl"
+#include "../layout.inl"
 #include "block.inl"
 #include "importance.inl"
 #include "select.inl"

@@ -16,7 +16,7 @@ struct Span {
   Dtype dtype = Dtype::float32;
 };
 
-// The weights of a chunk: `count` from local index `offset` on of the tensor with this row of the layout table.
+// The weights of a chunk: `count` from local index `offset` on of the tensor with this row of places.
 struct Run {
   const int64_t* place;
   int64_t offset;

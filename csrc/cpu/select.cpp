@@ -11,8 +11,6 @@
 namespace pins_ext::cpu {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // The operands of a score, checked.
 struct Scored {
   int kind;
@@ -44,12 +42,12 @@ double jitter(int64_t stratum) {
 // Samples whose cache misses overlap: one at a time, a sample of 65536 takes as long as a pass over 85 M weights.
 constexpr int64_t kSampleBatch = 64;
 
-Tensor sample(const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks, const std::string& score,
+Tensor sample(const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks, const std::string& score,
               int64_t size, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const Scored scored = check_scores(work, a, b, score);
   PINS_CHECK(size >= 1, "size must be at least 1, got ", size);
-  Tensor result = torch::stable::new_empty(layout, {size}, ScalarType::Long);
+  Tensor result = torch::stable::new_empty(places, {size}, ScalarType::Long);
   int64_t* target = static_cast<int64_t*>(result.data_ptr());
   // starts[i]: weights before tensor i.
   std::vector<int64_t> starts(1, 0);
@@ -85,9 +83,9 @@ Tensor sample(const Tensors& a, const Tensors& b, const Tensor& layout, const Te
   return result;
 }
 
-void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks,
+void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks,
             const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const Scored scored = check_scores(work, a, b, score);
   if (check_bracket(bracket).resolved) return;
   const auto count = kernels().count[scored.kind];
@@ -105,10 +103,10 @@ int64_t inside(const Work& work, const Scored& scored, const Chunk& chunk, const
 }
 
 // Keys and global indices of the weights inside the bracket, in any order; past the size nothing is written.
-void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, const Tensors& b, const Tensor& layout,
+void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, const Tensors& b, const Tensor& places,
               const Tensor& chunks, const std::string& score, const Tensor& bracket,
               const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const Scored scored = check_scores(work, a, b, score);
   const CheckedBracket checked = check_bracket(bracket);
   const int64_t size = candidates.dim() > 1 ? candidates.size(1) : 0;
@@ -150,12 +148,12 @@ int64_t index_of_tie(const Work& work, const Scored& scored, const Chunk& chunk,
   return global_index(work.places[chunk.tensor], chunk.offset + i);
 }
 
-Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& layout, const Tensor& chunks,
+Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks,
                  const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const Scored scored = check_scores(work, a, b, score);
   const CheckedBracket checked = check_bracket(bracket);
-  Tensor result = torch::stable::new_empty(layout, {1}, ScalarType::Long);
+  Tensor result = torch::stable::new_empty(places, {1}, ScalarType::Long);
   int64_t& index = *static_cast<int64_t*>(result.data_ptr());
   index = 0;
   if (checked.rank <= 0) return result;
@@ -192,10 +190,10 @@ int64_t weights_before(const Place& place, const Run& run, int64_t index) {
   return low;
 }
 
-void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& layout,
+void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
            const Tensor& chunks, const std::string& score, const Tensor& threshold,
            const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   const int64_t n = static_cast<int64_t>(work.tensors());
   const Scored scored = check_scores(work, a, b, score);
   check_list("masks", masks, n, kCpu, {ScalarType::Byte});

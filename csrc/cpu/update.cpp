@@ -1,106 +1,65 @@
 // masked_adamw_, masked_sgd_ and apply_mask_ on the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include "../update_call.h"
 #include "work.h"
 
 namespace pins_ext::cpu {
 namespace {
 
-#include "../optimizer.h"
-
-using OptionalTensor = std::optional<Tensor>;
-
-// The arguments that both optimizers share.
-struct UpdateArguments {
-  const Tensors &params, &ipt, &shadow, &grads, &masks;
-  const Tensor &layout, &chunks, &hyper, &accepted, &rng;
-  const std::string& criterion;
-  bool clear_state;
-  const OptionalTensor &grad_scale, &clip, &found_inf;
-};
-
-Work check_update(const UpdateArguments& args) {
-  const Work work = check_work(args.layout, args.chunks);
-  const size_t n = work.tensors();
-  check_list("params", args.params, n, kCpu, kParamDtypes);
-  check_list("grads", args.grads, n, kCpu, kParamDtypes);
-  check_optional_list("ipt", args.ipt, n, kCpu, kStateDtypes);
-  check_optional_list("shadow", args.shadow, n, kCpu, kParamDtypes);
-  check_same_dtype("grads", args.grads, "params", args.params);
-  check_same_dtype("shadow", args.shadow, "params", args.params);
-  for (auto [name, list] :
-       {std::pair{"params", &args.params}, {"grads", &args.grads}, {"ipt", &args.ipt}, {"shadow", &args.shadow}}) {
-    check_numel(name, *list, work.numel);
-  }
-  check_optional_list("masks", args.masks, n, kCpu, {ScalarType::Byte});
-  check_masks(args.masks, work.numel);
-  check_shape("hyper", args.hyper, {static_cast<int64_t>(n), 8}, ScalarType::Float, kCpu);
-  check_scalar("accepted", args.accepted, ScalarType::Float, kCpu);
-  return work;
-}
-
-void check_moment(const char* name, const Tensors& moment, const Work& work, const Tensors& params) {
-  check_list(name, moment, work.tensors(), kCpu, kParamDtypes);
-  check_same_dtype(name, moment, "params", params);
-  check_numel(name, moment, work.numel);
-}
+#include "../optimizer.inl"
 
 template <size_t count>
-void update(const UpdateArguments& args, const Work& work, const Tensors& first, const Tensors& second,
-            void (*const (&table)[count])(const Update&)) {
-  const int criterion = option("criterion", args.criterion, kCriteria);
-  const Rounding rounding = check_rng(args.rng);
-  const StepScalars step = check_step_scalars(args.grad_scale, args.clip, args.found_inf);
-  if (step.found_inf) return;
-  const Operand params_at(args.params), grads_at(args.grads), first_at(first), second_at(second), ipt_at(args.ipt),
-      shadow_at(args.shadow);
-  const Masks masks_at(args.masks);
-  const float* hyper = static_cast<const float*>(args.hyper.const_data_ptr());
-  const float accepted = value_of(args.accepted);
-  const auto kernel = table[args.ipt.empty() ? kNoCriterion : criterion];
+void masked_update(const UpdateCall& call, void (*const (&table)[count])(const Update&)) {
+  const int criterion = check_update(call, kCpu);
+  const Work work = check_work(call.places, call.chunks);
+  check_numel("params", call.params, work.numel);
+  if (is_set(call.found_inf)) return;
+  const Operand params_at(call.params), grads_at(call.grads), first_at(call.moments[0].tensors),
+      second_at(call.moments.size() > 1 ? call.moments[1].tensors : Tensors{}), ipt_at(call.ipt),
+      shadow_at(call.shadow);
+  const Masks masks_at(call.masks);
+  const float* hyper = static_cast<const float*>(call.hyper.const_data_ptr());
+  const float accepted = value_of(call.accepted);
+  const Gradient gradient = gradient_of(call.grad_scale, call.clip);
+  const Rounding rounding = rounding_of(call.rng);
+  const auto kernel = table[call.ipt.empty() ? kNoCriterion : criterion];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     kernel({work.run(chunk), params_at.at(chunk), grads_at.at(chunk), first_at.at(chunk), second_at.at(chunk),
-            ipt_at.at(chunk), shadow_at.at(chunk), masks_at.at(chunk), hyper + 8 * chunk.tensor, step.gradient,
-            accepted, args.clear_state, rounding});
+            ipt_at.at(chunk), shadow_at.at(chunk), masks_at.at(chunk), hyper + 8 * chunk.tensor, gradient, accepted,
+            call.clear_state, rounding});
   });
 }
 
 void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& layout,
+                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
                    const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
                    const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
-                   const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
-  const UpdateArguments args{params,   ipt, shadow,    grads,       masks,      layout, chunks,   hyper,
-                             accepted, rng, criterion, clear_state, grad_scale, clip,   found_inf};
-  const Work work = check_update(args);
-  check_moment("exp_avg", exp_avg, work, params);
-  check_moment("exp_avg_sq", exp_avg_sq, work, params);
-  update(args, work, exp_avg, exp_avg_sq, kernels().masked_adamw);
+                   const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
+  masked_update({params, {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}, ipt, shadow, grads, masks, places, chunks,
+                 hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers},
+                kernels().masked_adamw);
 }
 
 void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                 const Tensors& grads, const Tensors& masks, const Tensor& layout, const Tensor& chunks,
+                 const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
                  bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
-                 const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
-  const UpdateArguments args{params,   ipt, shadow,    grads,       masks,      layout, chunks,   hyper,
-                             accepted, rng, criterion, clear_state, grad_scale, clip,   found_inf};
-  const Work work = check_update(args);
-  if (!momentum_buffer.empty()) {
-    check_moment("momentum_buffer", momentum_buffer, work, params);
-  } else {
-    const SgdRow* rows = static_cast<const SgdRow*>(hyper.const_data_ptr());
-    for (size_t i = 0; i < work.tensors(); ++i) {
-      PINS_CHECK(rows[i].momentum == 0.0f, "momentum_buffer is empty, but ", item("hyper", i), " has momentum ",
-                 rows[i].momentum);
-    }
+                 const OptionalTensor& found_inf, const OptionalTensor& pointers) {
+  const UpdateCall call{params, {{"momentum_buffer", momentum_buffer}}, ipt, shadow, grads, masks, places, chunks,
+                        hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers};
+  check_update(call, kCpu);
+  const SgdRow* rows = static_cast<const SgdRow*>(hyper.const_data_ptr());
+  for (size_t i = 0; momentum_buffer.empty() && i < params.size(); ++i) {
+    PINS_CHECK(rows[i].momentum == 0.0f, "momentum_buffer is empty, but ", item("hyper", i), " has momentum ",
+               rows[i].momentum);
   }
-  update(args, work, momentum_buffer, {}, kernels().masked_sgd);
+  masked_update(call, kernels().masked_sgd);
 }
 
-void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& layout, const Tensor& chunks,
+void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(layout, chunks);
+  const Work work = check_work(places, chunks);
   check_list("params", params, work.tensors(), kCpu, kParamDtypes);
   check_numel("params", params, work.numel);
   check_list("masks", masks, work.tensors(), kCpu, {ScalarType::Byte});

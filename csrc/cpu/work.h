@@ -8,10 +8,10 @@
 
 namespace pins_ext::cpu {
 
-#include "../criterion.h"
-#include "../layout.h"
+#include "../criterion.inl"
+#include "../layout.inl"
 
-constexpr DeviceType kCpu = DeviceType::CPU;
+inline const Device kCpu(DeviceType::CPU);
 
 struct Work {
   const Place* places;  // [n]
@@ -28,19 +28,16 @@ struct Work {
 };
 
 // Checks both tables and their contents: no kernel can leave a tensor that has the size its row says.
-inline Work check_work(const Tensor& layout, const Tensor& chunks) {
-  int64_t n = layout.dim() > 0 ? layout.size(0) : 0;
-  int64_t m = chunks.dim() > 0 ? chunks.size(0) : 0;
-  check_shape("layout", layout, {n, 13}, ScalarType::Long, kCpu);
-  check_shape("chunks", chunks, {m, 2}, ScalarType::Long, kCpu);
+inline Work check_work(const Tensor& places, const Tensor& chunks) {
+  const int64_t n = check_tables(places, chunks, kCpu), m = chunks.size(0);
   Work work{
-      static_cast<const Place*>(layout.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
+      static_cast<const Place*>(places.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
   work.numel.reserve(n);
   for (int64_t i = 0; i < n; ++i) {
     const Place& place = work.places[i];
     for (int d = 0; d < 4; ++d) {
       PINS_CHECK(place.local[d] >= 0 && place.start[d] >= 0 && place.start[d] + place.local[d] <= place.full[d],
-                 item("layout", i), " puts ", place.local[d], " at ", place.start[d], " of ", place.full[d],
+                 item("places", i), " puts ", place.local[d], " at ", place.start[d], " of ", place.full[d],
                  " in dimension ", d);
     }
     work.numel.push_back(numel_of(place));
@@ -49,7 +46,7 @@ inline Work check_work(const Tensor& layout, const Tensor& chunks) {
     const Chunk& chunk = work.chunks[i];
     PINS_CHECK(chunk.tensor >= 0 && chunk.tensor < n && chunk.offset >= 0 && chunk.offset % kChunk == 0 &&
                    chunk.offset < work.numel[chunk.tensor],
-               item("chunks", i), " is (", chunk.tensor, ", ", chunk.offset, "), which is no chunk of this layout");
+               item("chunks", i), " is (", chunk.tensor, ", ", chunk.offset, "), which is no chunk of these tensors");
     const Chunk& last = work.chunks[i > 0 ? i - 1 : 0];
     PINS_CHECK(i == 0 || last.tensor < chunk.tensor || (last.tensor == chunk.tensor && last.offset < chunk.offset),
                item("chunks", i), " must come after ", item("chunks", i - 1), " in order of (tensor, offset)");
@@ -102,7 +99,7 @@ void for_each_chunk(const Work& work, const F& f) {
   });
 }
 
-inline float value_of(const std::optional<Tensor>& scalar, float otherwise) {
+inline float value_of(const OptionalTensor& scalar, float otherwise) {
   return scalar.has_value() ? *static_cast<const float*>(scalar->const_data_ptr()) : otherwise;
 }
 
@@ -110,23 +107,15 @@ inline float value_of(const Tensor& scalar) { return *static_cast<const float*>(
 
 inline const int64_t* longs_of(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 
-inline Rounding check_rng(const Tensor& rng) {
-  check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
+// Of a checked `rng`.
+inline Rounding rounding_of(const Tensor& rng) {
   return {static_cast<uint32_t>(longs_of(rng)[0]), static_cast<uint32_t>(longs_of(rng)[1])};
 }
 
-// What turns a stored gradient into the one that is used, and whether this step is to be skipped.
-struct StepScalars {
-  Gradient gradient;
-  bool found_inf;
-};
-
-inline StepScalars check_step_scalars(const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip,
-                                      const std::optional<Tensor>& found_inf) {
-  check_scalar("grad_scale", grad_scale, ScalarType::Float, kCpu);
-  check_scalar("clip", clip, ScalarType::Float, kCpu);
-  check_scalar("found_inf", found_inf, ScalarType::Float, kCpu);
-  return {{value_of(grad_scale, 1.0f), value_of(clip, 1.0f)}, value_of(found_inf, 0.0f) != 0.0f};
+inline Gradient gradient_of(const OptionalTensor& grad_scale, const OptionalTensor& clip) {
+  return {value_of(grad_scale, 1.0f), value_of(clip, 1.0f)};
 }
+
+inline bool is_set(const OptionalTensor& flag) { return value_of(flag, 0.0f) != 0.0f; }
 
 }  // namespace pins_ext::cpu

@@ -13,8 +13,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace pins_ext::cuda {
 
-constexpr DeviceType kCuda = DeviceType::CUDA;
-
 inline void check_cuda(cudaError_t error, const char* what) {
   PINS_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
 }
@@ -24,12 +22,12 @@ inline void check_cuda(cudaError_t error, const char* what) {
 #define PINS_LAUNCH_CHECK(kernel) check_cuda(cudaGetLastError(), "the launch of " #kernel)
 
 // Makes the device of the tables the current one while this lives, and knows its current stream.
-class Device {
+class CurrentDevice {
  public:
-  explicit Device(const Tensor& layout) : index_(index_of(layout)), guard_(index_) {
+  explicit CurrentDevice(const Tensor& places) : guard_(checked(places).get_device_index()) {
     PINS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(places.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -41,19 +39,12 @@ class Device {
     return status != cudaStreamCaptureStatusNone;
   }
 
-  template <class Name>
-  void check_holds(const Name& name, const Tensor& tensor) const {
-    PINS_CHECK(tensor.get_device_index() == index_, name(), " must be on cuda:", index_, " like layout, got cuda:",
-               tensor.get_device_index());
-  }
-
  private:
-  static int32_t index_of(const Tensor& layout) {
-    PINS_CHECK(layout.is_cuda(), "layout must be on the GPU like the rest");
-    return layout.get_device_index();
+  static const Tensor& checked(const Tensor& places) {
+    PINS_CHECK(places.is_cuda(), "places must be on the GPU like the rest");
+    return places;
   }
 
-  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
@@ -63,7 +54,7 @@ const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-inline const float* data_of(const std::optional<Tensor>& scalar) {
+inline const float* data_of(const OptionalTensor& scalar) {
   return scalar.has_value() ? data_of<float>(*scalar) : nullptr;
 }
 

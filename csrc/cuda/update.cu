@@ -1,17 +1,17 @@
 // masked_adamw_, masked_sgd_ and apply_mask_ on a GPU: one launch for all tensors, one block per chunk.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <cstdint>
 
+#include "../update_call.h"
 #include "pointers.cuh"
 
 namespace pins_ext::cuda {
 namespace {
 
-#include "../criterion.h"
-#include "../layout.h"
-#include "../optimizer.h"
+#include "../criterion.inl"
+#include "../layout.inl"
+#include "../optimizer.inl"
 // In this order: the second is written in terms of the first.
 #include "walk.cuh"
 
@@ -70,106 +70,28 @@ void apply_mask(const Work& work, ScalarType params, unsigned blocks, cudaStream
 
 // ---- checked operators ------------------------------------------------------------------------------------------
 
-using OptionalTensor = std::optional<Tensor>;
+unsigned blocks_of(const Tensor& chunks) {
+  PINS_CHECK(chunks.size(0) <= 0x7fffffff, "chunks must have at most 2^31 - 1 rows, got ", chunks.size(0));
+  return static_cast<unsigned>(chunks.size(0));
+}
 
-// The checks of one call. What the tables and scalars hold stays on the device.
-class Checks {
- public:
-  Checks(const Device& device, const Tensors& params) : device_(device) {
-    for (const Tensor& tensor : params) numel_.push_back(tensor.numel());
-    list({"params", params}, kParamDtypes);
-  }
+Work work_of(const Tensor& pointers, const Tensor& places, const Tensor& chunks) {
+  return {data_of<int64_t>(pointers), places.size(0), data_of<Place>(places), data_of<Chunk>(chunks)};
+}
 
-  int64_t tensors() const { return static_cast<int64_t>(numel_.size()); }
-
-  // Returns the number of chunks.
-  unsigned tables(const Tensor& layout, const Tensor& chunks) const {
-    table("layout", layout, {tensors(), 13}, ScalarType::Long);
-    const int64_t count = chunks.dim() > 0 ? chunks.size(0) : 0;
-    table("chunks", chunks, {count, 2}, ScalarType::Long);
-    PINS_CHECK(count <= 0x7fffffff, "chunks must have at most 2^31 - 1 rows, got ", count);
-    return static_cast<unsigned>(count);
-  }
-
-  void table(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape, ScalarType dtype) const {
-    check_shape(name, tensor, shape, dtype, kCuda);
-    device_.check_holds([&] { return name; }, tensor);
-  }
-
-  void scalar(const char* name, const OptionalTensor& tensor) const {
-    check_scalar(name, tensor, ScalarType::Float, kCuda);
-    if (tensor.has_value()) device_.check_holds([&] { return name; }, *tensor);
-  }
-
-  void list(const Operand& list, Dtypes dtypes) const {
-    check_list(list.name, list.tensors, numel_.size(), kCuda, dtypes);
-    check_numel(list.name, list.tensors, numel_);
-    on_device(list);
-  }
-
-  void masks(const Operand& list) const {
-    check_list(list.name, list.tensors, numel_.size(), kCuda, {ScalarType::Byte});
-    check_masks(list.tensors, numel_);
-    on_device(list);
-  }
-
- private:
-  void on_device(const Operand& list) const {
-    for (size_t i = 0; i < list.tensors.size(); ++i) {
-      device_.check_holds([&] { return item(list.name, i); }, list.tensors[i]);
-    }
-  }
-
-  const Device& device_;
-  std::vector<int64_t> numel_;
-};
-
-// The arguments that both optimizers share.
-struct UpdateCall {
-  const Tensors &params, &ipt, &shadow, &grads, &masks;
-  const Tensor &layout, &chunks, &hyper, &accepted, &rng;
-  const std::string& criterion;
-  bool clear_state;
-  const OptionalTensor &grad_scale, &clip, &found_inf, &pointers;
-};
-
+// What the tables and scalars hold stays on the device and is not checked.
 template <typename Step>
-void masked_update(const UpdateCall& call, const std::array<Operand, Step::kMoments>& moments) {
-  const Device device(call.layout);
-  const Checks check(device, call.params);
-  const unsigned blocks = check.tables(call.layout, call.chunks);
-  std::vector<Operand> lists{{"params", call.params}};
-  for (const Operand& moment : moments) lists.push_back(moment);
-  lists.push_back({"ipt", call.ipt});
-  lists.push_back({"shadow", call.shadow});
-  lists.push_back({"grads", call.grads});
-  lists.push_back({"masks", call.masks});
-  using L = Lists<Step>;
-  uint32_t given = 0;
-  for (int k = 0; k < L::count; ++k) {
-    // SGD without momentum has no buffer; AdamW has both moments.
-    const bool optional = k == L::ipt || k == L::shadow || k == L::masks || (k == L::moments && Step::kMoments == 1);
-    if (optional && !lists[k].given()) continue;
-    given |= 1u << k;
-    if (k == L::masks) {
-      check.masks(lists[k]);
-    } else {
-      check.list(lists[k], k == L::ipt ? kStateDtypes : kParamDtypes);
-      if (k != L::ipt) check_same_dtype(lists[k].name, lists[k].tensors, "params", call.params);
-    }
-  }
-  check.table("hyper", call.hyper, {check.tensors(), 8}, ScalarType::Float);
-  check.table("rng", call.rng, {2}, ScalarType::Long);
-  check.scalar("accepted", call.accepted);
-  check.scalar("grad_scale", call.grad_scale);
-  check.scalar("clip", call.clip);
-  check.scalar("found_inf", call.found_inf);
-  const int criterion = option("criterion", call.criterion, kCriteria);
+void masked_update(const UpdateCall& call) {
+  const CurrentDevice device(call.places);
+  const int criterion = check_update(call, call.places.device());
+  const unsigned blocks = blocks_of(call.chunks);
   if (blocks == 0) return;
 
-  const Tensor pointers = pointer_table(device, call.layout, lists, call.pointers);
-  const UpdateArguments arguments{{data_of<int64_t>(pointers), check.tensors(), data_of<Place>(call.layout),
-                                   data_of<Chunk>(call.chunks)},
+  const std::vector<List> lists = call.lists();
+  uint32_t given = 0;
+  for (size_t k = 0; k < lists.size(); ++k) given |= static_cast<uint32_t>(lists[k].given()) << k;
+  const Tensor pointers = pointer_table(device, call.places, lists, call.pointers);
+  const UpdateArguments arguments{work_of(pointers, call.places, call.chunks),
                                   data_of<float>(call.hyper),
                                   data_of<float>(call.accepted),
                                   data_of<int64_t>(call.rng),
@@ -184,37 +106,36 @@ void masked_update(const UpdateCall& call, const std::array<Operand, Step::kMome
 }
 
 void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& layout,
+                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
                    const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
                    const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
                    const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  masked_update<AdamWStep>({params, ipt, shadow, grads, masks, layout, chunks, hyper, accepted, rng, criterion,
-                            clear_state, grad_scale, clip, found_inf, pointers},
-                           {{{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}});
+  masked_update<AdamWStep>({params, {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}, ipt, shadow, grads, masks,
+                            places, chunks, hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf,
+                            pointers});
 }
 
 // Without momentum_buffer every row of hyper must have momentum 0; that is on the device and can't be checked here.
 void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                 const Tensors& grads, const Tensors& masks, const Tensor& layout, const Tensor& chunks,
+                 const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
                  bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
                  const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  masked_update<SgdStep>({params, ipt, shadow, grads, masks, layout, chunks, hyper, accepted, rng, criterion,
-                          clear_state, grad_scale, clip, found_inf, pointers},
-                         {{{"momentum_buffer", momentum_buffer}}});
+  masked_update<SgdStep>({params, {{"momentum_buffer", momentum_buffer}}, ipt, shadow, grads, masks, places, chunks,
+                          hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers});
 }
 
-void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& layout, const Tensor& chunks,
+void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& pointers) {
-  const Device device(layout);
-  const Checks check(device, params);
-  const unsigned blocks = check.tables(layout, chunks);
-  check.masks({"masks", masks});
+  const CurrentDevice device(places);
+  const int64_t n = check_tables(places, chunks, places.device());
+  check_list("params", params, n, places.device(), kParamDtypes);
+  check_list("masks", masks, n, places.device(), {ScalarType::Byte});
+  check_masks(masks, numels_of(params));
+  const unsigned blocks = blocks_of(chunks);
   if (blocks == 0) return;
-  const Tensor table = pointer_table(device, layout, {{"params", params}, {"masks", masks}}, pointers);
-  const Work work{data_of<int64_t>(table), check.tensors(), data_of<Place>(layout),
-                  data_of<Chunk>(chunks)};
-  apply_mask(work, params[0].scalar_type(), blocks, device.stream());
+  const Tensor table = pointer_table(device, places, {{"params", params}, {"masks", masks}}, pointers);
+  apply_mask(work_of(table, places, chunks), params[0].scalar_type(), blocks, device.stream());
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What one thread of a block does to its share of a chunk: the masked optimizer step, and the mask alone.
 //
-// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.h, optimizer.h,
-// layout.h and walk.cuh, in the same namespace.
+// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.inl, optimizer.inl,
+// layout.inl and walk.cuh, in the same namespace.
 
 struct AdamWStep {
   using Row = AdamWRow;
@@ -69,7 +69,7 @@ class Update {
  public:
   PINS_HD Update(const UpdateArguments& a, const Chunk& chunk)
       : a_(a),
-        place_(a.work.layout[chunk.tensor]),
+        place_(a.work.places[chunk.tensor]),
         offset_(chunk.offset),
         n_(weights_of(place_, chunk)),
         params_(stream<P>(L::params, chunk)),
@@ -235,7 +235,7 @@ struct ApplyMask {
 template <typename T>
 PINS_HD void apply_mask_chunk(const Work& work, int64_t block, int64_t thread, int64_t threads) {
   const Chunk& chunk = work.chunks[block];
-  const int64_t n = weights_of(work.layout[chunk.tensor], chunk);
+  const int64_t n = weights_of(work.places[chunk.tensor], chunk);
   const ApplyMask<T> body{work.stream<T>(0, chunk.tensor) + chunk.offset,
                           work.stream<const uint8_t>(1, chunk.tensor) + chunk.offset / 8};
   const int64_t head = head_of(body.params);

@@ -1,7 +1,7 @@
 // How the threads of a block walk a chunk: scalar weights up to the first 16-byte boundary that all streams share,
 // then 16-byte accesses, then a scalar tail.
 //
-// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.h and layout.h, in
+// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.inl and layout.inl, in
 // the same namespace.
 
 // ---- storage ----------------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ struct alignas(sizeof(T) * width < 16 ? sizeof(T) * width : 16) Pack {
 };
 
 // Storage to fp32, exact, and fp32 to storage, to nearest even. A GPU converts in one instruction where the formulas of
-// criterion.h take six (bf16) or twelve (fp16), and the 16-bit update is short of instructions, not of bandwidth: 830
+// criterion.inl take six (bf16) or twelve (fp16), and the 16-bit update is short of instructions, not of bandwidth: 830
 // against 1020 per 8 weights on sm_90. Same bits, but for a NaN's payload.
 PINS_HD float load(float x) { return x; }
 PINS_HD float load(BFloat16 x) { return float_of_bf16(x.bits); }
@@ -123,7 +123,7 @@ class Indices {
 struct Work {
   const int64_t* pointers;  // [lists, tensors]
   int64_t tensors;
-  const Place* layout;  // [tensors]
+  const Place* places;  // [tensors]
   const Chunk* chunks;  // [blocks]
 
   template <typename T>

@@ -14,9 +14,9 @@ namespace {
 int64_t accesses = 0;
 #define PINS_ACCESS(stream) ++accesses
 
-#include "../csrc/criterion.h"
-#include "../csrc/layout.h"
-#include "../csrc/optimizer.h"
+#include "../csrc/criterion.inl"
+#include "../csrc/layout.inl"
+#include "../csrc/optimizer.inl"
 #include "../csrc/cuda/walk.cuh"
 
 #include "../csrc/cuda/update.cuh"

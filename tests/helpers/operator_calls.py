@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         r"grads must have the dtype of params \(float32\), got bfloat16",
     ),
     "moments": ("masked_adamw_", 2, lists(1, torch.float16)[0], "exp_avg_sq must have the dtype of params"),
-    "length": ("fold_", 2, [torch.ones(5)], "ipt must have 3 tensors, one per row of layout, got 1"),
+    "length": ("fold_", 2, [torch.ones(5)], "ipt must have 3 tensors, one per row of places, got 1"),
     "size": ("pack_", 3, tensors([5, 0, 701], torch.float32), r"b\[2\] must have 700 elements, got 701"),
     "mask size": (
         "apply_mask_",
@@ -178,8 +178,8 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
     "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
-    "layout columns": ("apply_mask_", 2, LAYOUT[:, :12].clone(), r"layout must have shape \(3, 13\), got \(3, 12\)"),
-    "layout place": ("apply_mask_", 2, replaced(2, 12, 1), r"layout\[2\] puts 700 at 1 of 700 in dimension 3"),
+    "layout columns": ("apply_mask_", 2, LAYOUT[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),
+    "layout place": ("apply_mask_", 2, replaced(2, 12, 1), r"places\[2\] puts 700 at 1 of 700 in dimension 3"),
     "layout size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
     "chunk of no tensor": ("apply_mask_", 3, replaced(1, 0, 3, CHUNKS), r"chunks\[1\] is \(3, 0\), which is no chunk"),
     "chunk of an empty tensor": (

@@ -145,7 +145,7 @@ def test_triton_kernels_are_imported_by_their_installed_name() -> None:
 
 def test_csrc_includes_point_down() -> None:
     """The maths include nothing; instruction set units know no torch header."""
-    for name in ("criterion.h", "optimizer.h", "layout.h"):
+    for name in ("criterion.inl", "optimizer.inl", "layout.inl"):
         assert "#include" not in (ROOT / "csrc" / name).read_text()
     for path in [
         *(ROOT / "csrc/cpu").glob("isa_*.cpp"),

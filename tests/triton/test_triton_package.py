@@ -62,7 +62,7 @@ def test_constants_are_those_of_ops() -> None:
 
 def test_criterion_mirrors_the_header() -> None:
     """The same functions in the same order, but for what only writes parameters or has an operator in Triton."""
-    header = (ROOT / "csrc" / "criterion.h").read_text()
+    header = (ROOT / "csrc" / "criterion.inl").read_text()
     source = (ROOT / "triton_kernels" / "criterion.py").read_text()
     there = list(dict.fromkeys(re.findall(r"^PINS_HD \w+ (\w+)\(", header, re.MULTILINE)))
     here = re.findall(r"^def (\w+)\(", source, re.MULTILINE)

@@ -1,21 +1,21 @@
-// Where the weights of one tensor lie among all weights: the rows of the `layout` and `chunks` tables.
+// Where the weights of one tensor lie among all weights: the rows of the `places` and `chunks` tables.
 //
 // The global index of a weight is its position in the concatenation of all full, unsharded tensors. It decides ties and
 // seeds stochastic rounding, so that results depend neither on sharding nor on launch order.
 //
-// No includes here, as in criterion.h: include after it, in the same namespace.
+// No includes here, as in criterion.inl: include after it, in the same namespace.
 
 // Weights per row of `chunks`; pins_ext/ops.py CHUNK. A chunk at a tensor's end is shorter.
 constexpr int64_t kChunk = 16384;
 
-// One row of `layout`: sizes are right-aligned, whole trailing dimensions merged.
+// One row of `places`: sizes are right-aligned, whole trailing dimensions merged.
 struct Place {
   int64_t base;      // global index of the full tensor's first weight
   int64_t full[4];   // sizes of the full tensor
   int64_t local[4];  // sizes of the local tensor
   int64_t start[4];  // first index of the local tensor in each dimension
 };
-static_assert(sizeof(Place) == 13 * sizeof(int64_t), "a row of the layout table");
+static_assert(sizeof(Place) == 13 * sizeof(int64_t), "a row of the table of places");
 
 // One row of `chunks`.
 struct Chunk {

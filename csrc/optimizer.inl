@@ -1,4 +1,4 @@
-// The optimizer step of one weight, in fp32. Include after criterion.h, in the same namespace.
+// The optimizer step of one weight, in fp32. Include after criterion.inl, in the same namespace.
 //
 // The arithmetic is that of torch's vectorised fused AdamW and of its SGD on a CPU with FMA, operation by operation:
 // lerp, addcmul and add(alpha) are fused multiply-adds there, addcdiv and the rest are not. Explicit fma survives

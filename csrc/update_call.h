@@ -1,0 +1,61 @@
+// The arguments that masked_adamw_ and masked_sgd_ share, and the checks of them, for CPU and CUDA.
+#pragma once
+
+#include "checks.h"
+
+namespace pins_ext {
+
+struct UpdateCall {
+  const Tensors& params;
+  std::vector<List> moments;  // AdamW: exp_avg, exp_avg_sq; SGD: momentum_buffer, empty without momentum
+  const Tensors &ipt, &shadow, &grads, &masks;
+  const Tensor &places, &chunks, &hyper, &accepted, &rng;
+  const std::string& criterion;
+  bool clear_state;
+  const OptionalTensor &grad_scale, &clip, &found_inf, &pointers;
+
+  // In the order of the arguments, which is that of the pointer table.
+  std::vector<List> lists() const {
+    std::vector<List> lists{{"params", params}};
+    for (const List& moment : moments) lists.push_back(moment);
+    for (const List& list : {List{"ipt", ipt}, {"shadow", shadow}, {"grads", grads}, {"masks", masks}}) {
+      lists.push_back(list);
+    }
+    return lists;
+  }
+};
+
+// All that metadata tells. Returns the criterion's number.
+inline int check_update(const UpdateCall& call, const Device& device) {
+  const int64_t n = check_tables(call.places, call.chunks, device);
+  check_list("params", call.params, n, device, kParamDtypes);
+  const std::vector<int64_t> numel = numels_of(call.params);
+  const auto check_operand = [&](const List& list, Dtypes dtypes) {
+    check_list(list.name, list.tensors, n, device, dtypes);
+    check_numel(list.name, list.tensors, numel);
+  };
+  const auto check_like_params = [&](const List& list) {
+    check_operand(list, kParamDtypes);
+    check_same_dtype(list.name, list.tensors, "params", call.params);
+  };
+  check_like_params({"grads", call.grads});
+  for (const List& moment : call.moments) {
+    // SGD without momentum has no buffer; AdamW has both moments.
+    if (moment.given() || call.moments.size() == 2) check_like_params(moment);
+  }
+  if (!call.shadow.empty()) check_like_params({"shadow", call.shadow});
+  if (!call.ipt.empty()) check_operand({"ipt", call.ipt}, kStateDtypes);
+  if (!call.masks.empty()) {
+    check_list("masks", call.masks, n, device, {ScalarType::Byte});
+    check_masks(call.masks, numel);
+  }
+  check_shape("hyper", call.hyper, {n, 8}, ScalarType::Float, device);
+  check_shape("rng", call.rng, {2}, ScalarType::Long, device);
+  check_scalar("accepted", call.accepted, ScalarType::Float, device);
+  check_scalar("grad_scale", call.grad_scale, ScalarType::Float, device);
+  check_scalar("clip", call.clip, ScalarType::Float, device);
+  check_scalar("found_inf", call.found_inf, ScalarType::Float, device);
+  return option("criterion", call.criterion, kCriteria);
+}
+
+}  // namespace pins_ext
