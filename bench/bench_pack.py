@@ -20,21 +20,21 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         draw = Draw(problem.turned(i))
         sets.append((draw.normal(0.04), *draw.states()))
     layout = ops.Layout.of(sets[0][0])
-    rows, chunks, n = layout.rows, layout.chunks, layout.total
+    places, chunks, n = layout.places, layout.chunks, layout.total
     kernels = torch.ops.pins_ext
     masks = masks_of(problem, sets[0][0], problem.ratio)
     packed = [mask.clone() for mask in masks]
-    stats = torch.zeros(len(masks), 3, dtype=torch.int64, device=rows.device)
-    wanted = torch.tensor(problem.n_prune).to(rows.device)
-    threshold = kernels.select(*sets[0][1:], rows, chunks, "product", wanted).reshape(1, 2)
+    stats = torch.zeros(len(masks), 3, dtype=torch.int64, device=places.device)
+    wanted = torch.tensor(problem.n_prune).to(places.device)
+    threshold = kernels.select(*sets[0][1:], places, chunks, "product", wanted).reshape(1, 2)
     score = ops.score_of_key(threshold)
 
     def pack(turn: int) -> None:
         _, a, b = sets[turn % len(sets)]
-        kernels.pack_(packed, stats, a, b, rows, chunks, "product", threshold)
+        kernels.pack_(packed, stats, a, b, places, chunks, "product", threshold)
 
     def apply(turn: int) -> None:
-        kernels.apply_mask_(sets[turn % len(sets)][0], masks, rows, chunks)
+        kernels.apply_mask_(sets[turn % len(sets)][0], masks, places, chunks)
 
     def both(turn: int) -> None:
         pack(turn)

@@ -19,21 +19,21 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     """Bytes counted: one read of both averages. What `select` takes beyond that time is the number of its passes."""
     sets = [Draw(problem.turned(i)).states() for i in range(rotations(problem, read_bytes(problem)))]
     layout = ops.Layout.of(sets[0][0])
-    rows, chunks, n = layout.rows, layout.chunks, layout.total
-    wanted = torch.tensor(problem.n_prune).to(rows.device)
+    places, chunks, n = layout.places, layout.chunks, layout.total
+    wanted = torch.tensor(problem.n_prune).to(places.device)
     kernels = torch.ops.pins_ext
 
     def select(turn: int) -> Tensor:
         a, b = sets[turn % len(sets)]
-        return kernels.select(a, b, rows, chunks, _KIND, wanted)
+        return kernels.select(a, b, places, chunks, _KIND, wanted)
 
     def counted(bracket: Tensor) -> tuple[Tensor, Tensor]:
-        counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=rows.device)
-        kernels.count_(counts, *sets[0], rows, chunks, _KIND, bracket)
+        counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=places.device)
+        kernels.count_(counts, *sets[0], places, chunks, _KIND, bracket)
         return bracket, counts
 
     def select_after_fold(turn: int, bracket: Tensor, counts: Tensor) -> Tensor:
-        return kernels.select(*sets[0], rows, chunks, _KIND, wanted, bracket=bracket, counts=counts.clone())
+        return kernels.select(*sets[0], places, chunks, _KIND, wanted, bracket=bracket, counts=counts.clone())
 
     threshold = select(0)
     # The counts that a fold leaves behind: around the last threshold, and three octaves beside it.
@@ -58,13 +58,13 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         ),
         Case(
             "count_",
-            lambda turn: kernels.count_(counts, *sets[turn % len(sets)], rows, chunks, _KIND, hit[0]),
+            lambda turn: kernels.count_(counts, *sets[turn % len(sets)], places, chunks, _KIND, hit[0]),
             "kernel",
             n,
             read_bytes(problem),
             outputs=lambda: [counts],
         ),
-        Case("sample", lambda turn: kernels.sample(*sets[0], rows, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n),
+        Case("sample", lambda turn: kernels.sample(*sets[0], places, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n),
     ]
     return found + (selection_cases(*sets[0], problem.n_prune) if peers else [])
 

@@ -28,17 +28,17 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     m, v = draw.normal(1e-4), draw.positive(2, -26.0, problem.dtype)
     masks = masks_of(problem, p, problem.ratio)
     layout = ops.Layout.of(p)
-    rows, chunks, n, device = layout.rows, layout.chunks, layout.total, layout.rows.device
+    places, chunks, n, device = layout.places, layout.chunks, layout.total, layout.places.device
     kernels = torch.ops.pins_ext
     adamw_hyper = _table(_adamw_row(), len(p), device)
     sgd_hyper = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(p), device)
     accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
 
     def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, rows, chunks, adamw_hyper, accepted, key, "pins")
+        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, places, chunks, adamw_hyper, accepted, key, "pins")
 
     def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_sgd_(p, m, ipt, [], g, masks, rows, chunks, sgd_hyper, accepted, key, "pins")
+        kernels.masked_sgd_(p, m, ipt, [], g, masks, places, chunks, sgd_hyper, accepted, key, "pins")
 
     plain, full = 7 * weight, 7 * weight + 2 * state + 0.125
     found = [

@@ -43,7 +43,7 @@ class FusedPruning:
     @staticmethod
     def none(layout: ops.Layout) -> FusedPruning:
         """No pruning: a plain optimizer step."""
-        device = layout.rows.device
+        device = layout.places.device
         unused = torch.zeros(2, dtype=torch.int64, device=device)
         return FusedPruning(layout, [], [], [], torch.zeros(1, device=device), unused, "pins", False)
 
@@ -301,7 +301,7 @@ class PinsAdamW(FusedOptimizer):
             pruning.shadow,
             grads,
             pruning.masks,
-            pruning.layout.rows,
+            pruning.layout.places,
             pruning.layout.chunks,
             hyper,
             pruning.accepted,
@@ -372,7 +372,7 @@ class PinsSGD(FusedOptimizer):
             pruning.shadow,
             grads,
             pruning.masks,
-            pruning.layout.rows,
+            pruning.layout.places,
             pruning.layout.chunks,
             hyper,
             pruning.accepted,

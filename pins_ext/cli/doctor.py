@@ -86,9 +86,9 @@ def _operators() -> Iterator[Finding]:
     ipt, n_prune = torch.zeros_like(p), torch.tensor([1234])
     none, rng = torch.zeros(1), torch.zeros(2, dtype=torch.int64)
     try:
-        rows, chunks = layout.rows, layout.chunks
-        torch.ops.pins_ext.accumulate_([ipt], [p], [g], rows, chunks, torch.tensor([1e-3]), none, rng, "pins")
-        key, tie = torch.ops.pins_ext.select([ipt], [], rows, chunks, "identity", n_prune).tolist()
+        places, chunks = layout.places, layout.chunks
+        torch.ops.pins_ext.accumulate_([ipt], [p], [g], places, chunks, torch.tensor([1e-3]), none, rng, "pins")
+        key, tie = torch.ops.pins_ext.select([ipt], [], places, chunks, "identity", n_prune).tolist()
     except Exception as error:
         yield Finding("operators", one_line(error), "broken")
         return

@@ -6,18 +6,18 @@ import torch
 
 
 @torch.library.register_fake("pins_ext::sample")
-def _(a, b, layout, chunks, score, size, *, pointers=None):  # type: ignore[no-untyped-def]
-    return layout.new_empty(size)
+def _(a, b, places, chunks, score, size, *, pointers=None):  # type: ignore[no-untyped-def]
+    return places.new_empty(size)
 
 
 @torch.library.register_fake("pins_ext::tie_index")
-def _(a, b, layout, chunks, score, bracket, *, pointers=None):  # type: ignore[no-untyped-def]
-    return layout.new_empty(1)
+def _(a, b, places, chunks, score, bracket, *, pointers=None):  # type: ignore[no-untyped-def]
+    return places.new_empty(1)
 
 
 @torch.library.register_fake("pins_ext::select")
-def _(a, b, layout, chunks, score, n_prune, exact=True, *, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
-    return layout.new_empty(2)
+def _(a, b, places, chunks, score, n_prune, exact=True, *, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
+    return places.new_empty(2)
 
 
 def _no_output(*args: object, **kwargs: object) -> None:

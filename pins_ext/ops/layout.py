@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 16384
-"""Weights per row of a work list; csrc/layout.h kChunk and triton_kernels/criterion.py say the same."""
+"""Weights per row of a work list; csrc/layout.inl kChunk and triton_kernels/criterion.py say the same."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of a list of tensors among all weights: the `layout` and `chunks` arguments of every list operator.
+    """The places of a list of tensors among all weights: the `places` and `chunks` arguments of every list operator.
 
     Attributes:
-        rows: int64 [n, 13]: global base, full sizes [4], local sizes [4], start per dimension [4].
+        places: int64 [n, 13]: global base, full sizes [4], local sizes [4], start per dimension [4].
         chunks: int64 [m, 2]: (tensor, local offset).
         total: number of weights of all full tensors: the global index of the end.
     """
 
-    rows: Tensor
+    places: Tensor
     chunks: Tensor
     total: int
 
@@ -50,17 +50,17 @@ class Layout:
             ValueError: a shard that needs more than four dimensions or does not fit its full tensor.
         """
         device = tensors[0].device if tensors else torch.device("cpu")
-        rows = torch.zeros(len(tensors), 13, dtype=torch.int64)
+        places = torch.zeros(len(tensors), 13, dtype=torch.int64)
         chunks = []
         for i, tensor in enumerate(tensors):
             shard = shards[i] if shards else None
             full, local, start = _collapse(tuple(tensor.shape), shard)
-            rows[i] = torch.tensor([base, *full, *local, *start])
+            places[i] = torch.tensor([base, *full, *local, *start])
             base += full[0] * full[1] * full[2] * full[3]
             offsets = torch.arange(0, tensor.numel(), CHUNK)
             chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
         work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
-        return Layout(rows.to(device), work.to(device), base)
+        return Layout(places.to(device), work.to(device), base)
 
 
 def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, ...], ...]:

@@ -81,7 +81,7 @@ class _Scored:
 
     a: list[Tensor]
     b: list[Tensor]
-    layout: Tensor
+    places: Tensor
     chunks: Tensor
     score: str
     pointers: Tensor | None
@@ -91,7 +91,7 @@ class _Scored:
 
     @property
     def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
-        return self.a, self.b, self.layout, self.chunks, self.score
+        return self.a, self.b, self.places, self.chunks, self.score
 
     def drawn(self) -> Tensor:
         """A bracket from a sample."""
@@ -108,8 +108,8 @@ class _Scored:
 
     def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
-        candidates = self.layout.new_full((2, CANDIDATES), MAX_INDEX)
-        found = self.layout.new_zeros(1)
+        candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
+        found = self.places.new_zeros(1)
         torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, pointers=self.pointers)
         if found.is_cpu:
             candidates = candidates[:, : max(1, int(found))]
@@ -145,7 +145,7 @@ def _bin_of(scored: _Scored, bracket: Tensor | None, counts: Tensor | None) -> T
 def select(
     a: list[Tensor],
     b: list[Tensor],
-    layout: Tensor,
+    places: Tensor,
     chunks: Tensor,
     score: str,
     n_prune: Tensor,
@@ -162,10 +162,10 @@ def select(
     """
     total = sum(tensor.numel() for tensor in a)
     if total == 0:
-        return torch.zeros(2, dtype=torch.int64, device=layout.device)
+        return torch.zeros(2, dtype=torch.int64, device=places.device)
     position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
-    scratch = torch.empty(1 + BINS, dtype=torch.int64, device=layout.device)
-    scored = _Scored(a, b, layout, chunks, score, pointers, position, total, scratch)
+    scratch = torch.empty(1 + BINS, dtype=torch.int64, device=places.device)
+    scored = _Scored(a, b, places, chunks, score, pointers, position, total, scratch)
     bracket = _bin_of(scored, bracket, counts)
     key, tie, few = scored.collected(bracket)
     if not (few.is_cpu and few):

@@ -50,7 +50,7 @@ class Importance:
     ) -> None:
         self.config, self.layout = config, layout
         self.parameters = list(parameters)
-        device = layout.rows.device
+        device = layout.places.device
 
         def states(wanted: bool) -> list[Tensor]:
             return [torch.zeros(p.shape, dtype=config.dtype, device=device) for p in parameters] if wanted else []
@@ -125,7 +125,7 @@ class Importance:
             [self.ipt[i] for i in indices],
             weights,
             grads,
-            layout.rows,
+            layout.places,
             layout.chunks,
             lr,
             self.accepted[part],
@@ -162,7 +162,7 @@ class Importance:
                 [self.exp_avg_ipt[i] for i in indices],
                 [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
                 [self.ipt[i] for i in indices],
-                layout.rows,
+                layout.places,
                 layout.chunks,
                 accepted,
                 self.rng(step, _FOLD),
@@ -176,7 +176,7 @@ class Importance:
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]."""
-        return torch.tensor(reference.rounding_key(self.config.seed, step, stream)).to(self.layout.rows.device)
+        return torch.tensor(reference.rounding_key(self.config.seed, step, stream)).to(self.layout.places.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""

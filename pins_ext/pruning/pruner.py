@@ -69,7 +69,7 @@ class Pruner:
         self._slots = attachment.divide(self.names, self.parameters, optimizers)
         self.importance = Importance(self.parameters, config, self.layout, [slot.indices for slot in self._slots])
         self.masks = [ops.new_mask(p) for p in self.parameters]
-        self.threshold = torch.zeros(1, 2, dtype=torch.int64, device=self.layout.rows.device)
+        self.threshold = torch.zeros(1, 2, dtype=torch.int64, device=self.layout.places.device)
         self.step = 0
         self.frozen = False
         self.masked = False
@@ -78,7 +78,7 @@ class Pruner:
         self.before_mask: Callable[[], None] | None = None
         self._given: Mapping[str, Tensor] | None = None
         self._selected_for: tuple[Any, ...] | None = None
-        self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.rows.device)
+        self._pack_stats = torch.zeros(len(self.names), 3, dtype=torch.int64, device=self.layout.places.device)
         self._counts: Tensor | None = None
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._open: list[Slot] = []
@@ -106,7 +106,7 @@ class Pruner:
             cooldown=0,
         )
         pruner = cls(model, optimizer, still, total_steps=1)
-        threshold = torch.tensor([[_ZERO_THRESHOLD, 0]]).to(pruner.layout.rows.device)
+        threshold = torch.tensor([[_ZERO_THRESHOLD, 0]]).to(pruner.layout.places.device)
         pruner._pack(pruner.importance.score(), threshold)
         kept = int(pruner._pack_stats[:, 0].sum())
         if kept == pruner.n_weights:
@@ -251,7 +251,7 @@ class Pruner:
             grads = [self._gradient(i) for i in indices]
             rates = [float(group["lr"]) for group in slot.optimizer.param_groups]
             place = dict(zip(slot.indices, slot.group_of, strict=True))
-            lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.rows.device)
+            lr = torch.tensor([rates[place[i]] for i in indices], dtype=torch.float32).to(self.layout.places.device)
             self.importance.accumulate(indices, self._layout_of(indices), grads, lr, slot.part, self.step, scaling)
             slot.accumulated = True
 
@@ -276,7 +276,7 @@ class Pruner:
         if not self.selection.global_scope or not selected_before or len(self._slots) > 1:
             return None, None
         if self._counts is None:
-            self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.rows.device)
+            self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.places.device)
         return ops.bracket_around(self.threshold), self._counts
 
     def _renew_masks(self, ratio: float, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
@@ -297,20 +297,20 @@ class Pruner:
     def _pack(self, score: tuple[str, list[Tensor], list[Tensor]], threshold: Tensor) -> None:
         kind, a, b = score
         self.threshold = threshold
-        rows, chunks = self.layout.rows, self.layout.chunks
-        torch.ops.pins_ext.pack_(self.masks, self._pack_stats, a, b, rows, chunks, kind, threshold)
+        places, chunks = self.layout.places, self.layout.chunks
+        torch.ops.pins_ext.pack_(self.masks, self._pack_stats, a, b, places, chunks, kind, threshold)
 
     def _apply(self, slot: Slot, indices: Sequence[int]) -> None:
         layout, masks = self._layout_of(indices), [self.masks[i] for i in indices]
         parameters = [self.parameters[i] for i in indices]
-        torch.ops.pins_ext.apply_mask_(parameters, masks, layout.rows, layout.chunks)
+        torch.ops.pins_ext.apply_mask_(parameters, masks, layout.places, layout.chunks)
         torch.autograd.graph.increment_version(parameters)
         if self.config.mask_optimizer_state:
             for i, p in zip(indices, parameters, strict=True):
                 states = [v for v in slot.optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape]
                 one = self._layout_of([i])
                 for state in states:
-                    torch.ops.pins_ext.apply_mask_([state], [self.masks[i]], one.rows, one.chunks)
+                    torch.ops.pins_ext.apply_mask_([state], [self.masks[i]], one.places, one.chunks)
 
     def _layout_of(self, indices: Sequence[int]) -> ops.Layout:
         key = tuple(indices)

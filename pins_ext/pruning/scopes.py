@@ -23,7 +23,7 @@ def subset(layout: ops.Layout, tensors: Sequence[Tensor], indices: Sequence[int]
     if len(indices) == len(tensors):
         return layout
     part = ops.Layout.of([tensors[i] for i in indices])
-    return ops.Layout(layout.rows[list(indices)], part.chunks.to(layout.rows.device), layout.total)
+    return ops.Layout(layout.places[list(indices)], part.chunks.to(layout.places.device), layout.total)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Selection:
         wanted = self.n_prune(remaining_ratio)
         if self.global_scope:
             return self._select(self.regions[0], score, wanted[0], bracket, counts).reshape(1, 2)
-        table = torch.zeros(len(self.sizes), 2, dtype=torch.int64, device=self.layout.rows.device)
+        table = torch.zeros(len(self.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
         for region, count in zip(self.regions, wanted, strict=True):
             if self.bounded:
                 self._fill_bounded(region, score, count, table)
@@ -126,11 +126,11 @@ class Selection:
         self, region: Region, score: Operands, count: int, bracket: Tensor | None = None, counts: Tensor | None = None
     ) -> Tensor:
         kind, a, b = score
-        target = torch.tensor(count).to(self.layout.rows.device)
+        target = torch.tensor(count).to(self.layout.places.device)
         a, b = ([x[i] for i in region.indices] if x else [] for x in (a, b))
         layout = region.layout
         return torch.ops.pins_ext.select(
-            a, b, layout.rows, layout.chunks, kind, target, self.exact, bracket=bracket, counts=counts
+            a, b, layout.places, layout.chunks, kind, target, self.exact, bracket=bracket, counts=counts
         )
 
     def _kept(self, region: Region, score: Operands, threshold: Tensor) -> list[int]:
@@ -140,7 +140,7 @@ class Selection:
         for row, i in zip(stats.split(1), region.indices, strict=True):
             layout, bits = self._alone[i], ops.new_mask(a[i])
             torch.ops.pins_ext.pack_(
-                [bits], row, [a[i]], [b[i]] if b else [], layout.rows, layout.chunks, kind, threshold.reshape(1, 2)
+                [bits], row, [a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind, threshold.reshape(1, 2)
             )
         return stats[:, 0].tolist()
 

@@ -14,12 +14,12 @@ namespace {
 int64_t accesses = 0;
 #define PINS_ACCESS(stream) ++accesses
 
-#include "../csrc/criterion.inl"
-#include "../csrc/layout.inl"
-#include "../csrc/optimizer.inl"
-#include "../csrc/cuda/walk.cuh"
+#include "../../csrc/criterion.inl"
+#include "../../csrc/layout.inl"
+#include "../../csrc/optimizer.inl"
+#include "../../csrc/cuda/walk.cuh"
 
-#include "../csrc/cuda/update.cuh"
+#include "../../csrc/cuda/update.cuh"
 
 bool receive(void* to, size_t bytes) { return bytes == 0 || std::fread(to, bytes, 1, stdin) == 1; }
 

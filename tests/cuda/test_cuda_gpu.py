@@ -208,7 +208,7 @@ def test_past_two_to_the_31_weights() -> None:
 
     def update(p: Tensor, i: Tensor, g: Tensor, m: Tensor, base: int) -> None:
         layout = Layout.of([p], base=base)
-        tables = (layout.rows, layout.chunks, hyper, accepted, rng, "pins")
+        tables = (layout.places, layout.chunks, hyper, accepted, rng, "pins")
         pins.masked_sgd_([p], [], [i], [], [g], [m], *tables)
 
     size = 70_016  # whole bytes of the mask
@@ -232,7 +232,10 @@ def test_works_on_the_device_of_the_tensors() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda lists: lists["grads"].__setitem__(1, lists["grads"][1].cpu()), r"grads\[1\] must be on cuda:0 like places, got the CPU"),
+        (
+            lambda lists: lists["grads"].__setitem__(1, lists["grads"][1].cpu()),
+            r"grads\[1\] must be on cuda:0 like places, got the CPU",
+        ),
         (lambda lists: lists["grads"].pop(), "grads must have 2 tensors"),
         (lambda lists: lists["ipt"].__setitem__(0, lists["ipt"][0].half()), r"ipt\[0\] must be float32 or bfloat16"),
         (lambda lists: lists["masks"].__setitem__(0, lists["masks"][0][8:]), r"masks\[0\] must have"),

@@ -76,7 +76,7 @@ def clones(list_of_tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def index_of(layout: ops.Layout) -> list[Tensor]:
     """Global index of every weight, int64 [numel] per tensor."""
-    return [ref.global_index(row) for row in layout.rows]
+    return [ref.global_index(row) for row in layout.places]
 
 
 def random_of(layout: ops.Layout, rng: Tensor) -> list[Tensor]:

@@ -97,13 +97,18 @@ class Job:
         given = sum(1 << k for k, name in enumerate(names) if self.lists[name])
         options = (self.grad_scale, self.clip, self.found_inf)
         flags = sum(1 << k for k, option in enumerate(options) if option is not None)
-        n, m = len(self.layout.rows), len(self.layout.chunks)
+        n, m = len(self.layout.places), len(self.layout.chunks)
         header = (
             list(STEPS).index(self.step), DTYPES.index(self.dtype), STATES.index(self.state),
             CRITERIA.index(self.criterion), self.clear_state, len(names), given, n, m, THREADS, flags,
         )  # fmt: skip
         scalars = (self.accepted, *(option or 0.0 for option in options))
-        parts = [struct.pack("<11q", *header), _bytes(self.layout.rows), _bytes(self.layout.chunks), _bytes(self.hyper)]
+        parts = [
+            struct.pack("<11q", *header),
+            _bytes(self.layout.places),
+            _bytes(self.layout.chunks),
+            _bytes(self.hyper),
+        ]
         parts += [struct.pack("<2q", *self.rng), struct.pack("<4f", *scalars)]
         for name in names:
             for i in range(n):
@@ -139,7 +144,7 @@ class Job:
     def arguments(self, lists: Lists) -> tuple[tuple[object, ...], dict[str, Tensor]]:
         """Arguments of `self.op` on placed lists: those by position, and the scalars that are given."""
         device = lists["params"][0].device
-        tables = (self.layout.rows.to(device), self.layout.chunks.to(device))
+        tables = (self.layout.places.to(device), self.layout.chunks.to(device))
         if self.step == "mask":
             return (*lists.values(), *tables), {}
         accepted = torch.tensor([self.accepted], dtype=torch.float32, device=device)
@@ -166,7 +171,7 @@ class Job:
         after = {name: [tensor.clone() for tensor in tensors] for name, tensors in self.lists.items()}
         if self.found_inf:
             return after
-        for i in range(len(self.layout.rows)):
+        for i in range(len(self.layout.places)):
             self._expect(i, after)
         return after
 
@@ -193,7 +198,7 @@ class Job:
         if "ipt" in old:
             c = reference.instant_score(self.criterion, old.get("shadow", p), p_next, g, row[0].item())
             ipt = reference.next_ipt(self.criterion, old["ipt"], c, int(self.accepted))
-            bits = reference.random_bits(reference.global_index(self.layout.rows[i]), *self.rng)
+            bits = reference.random_bits(reference.global_index(self.layout.places[i]), *self.rng)
             after["ipt"][i] = reference.store(ipt, self.state, bits)
         if "shadow" in old:
             after["shadow"][i] = p_next.to(self.dtype)

@@ -22,7 +22,7 @@ def lists(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
 
 def tables() -> tuple[Tensor, Tensor]:
     layout = ops.Layout.of(tensors(SIZES, torch.float32))
-    return layout.rows, layout.chunks
+    return layout.places, layout.chunks
 
 
 def counting() -> dict[str, Tensor]:

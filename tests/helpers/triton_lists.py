@@ -59,7 +59,7 @@ def on(device: str, *lists: list[Tensor]) -> tuple[list[Tensor], ...]:
 
 
 def tables(layout: ops.Layout, device: str) -> tuple[Tensor, Tensor]:
-    return layout.rows.to(device), layout.chunks.to(device)
+    return layout.places.to(device), layout.chunks.to(device)
 
 
 def cpu(tensors_: list[Tensor]) -> list[Tensor]:

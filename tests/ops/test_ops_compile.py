@@ -15,12 +15,12 @@ def step(
 ) -> Tensor:
     """Fold, select, pack and the masked update of one boundary step; returns the threshold."""
     exp_avg, exp_avg_sq, ipt, exp_avg_ipt, exp_avg_unc = states
-    rows, chunks, accepted, rng, hyper, stats, n_prune = tables
-    OPS.fold_(exp_avg_ipt, exp_avg_unc, ipt, rows, chunks, accepted, rng, 0.85, 0.95)
-    threshold = OPS.select(exp_avg_ipt, exp_avg_unc, rows, chunks, "product", n_prune)
-    OPS.pack_(masks, stats, exp_avg_ipt, exp_avg_unc, rows, chunks, "product", threshold.reshape(1, 2))
-    OPS.masked_adamw_(params, exp_avg, exp_avg_sq, ipt, [], grads, masks, rows, chunks, hyper, accepted, rng, "pins")
-    OPS.apply_mask_(params, masks, rows, chunks)
+    places, chunks, accepted, rng, hyper, stats, n_prune = tables
+    OPS.fold_(exp_avg_ipt, exp_avg_unc, ipt, places, chunks, accepted, rng, 0.85, 0.95)
+    threshold = OPS.select(exp_avg_ipt, exp_avg_unc, places, chunks, "product", n_prune)
+    OPS.pack_(masks, stats, exp_avg_ipt, exp_avg_unc, places, chunks, "product", threshold.reshape(1, 2))
+    OPS.masked_adamw_(params, exp_avg, exp_avg_sq, ipt, [], grads, masks, places, chunks, hyper, accepted, rng, "pins")
+    OPS.apply_mask_(params, masks, places, chunks)
     return threshold
 
 
@@ -32,7 +32,7 @@ def arguments() -> tuple[list[Tensor], list[list[Tensor]], list[Tensor], list[Te
     layout = ops.Layout.of(params)
     hyper = torch.tensor([[1e-3, 1.0, 0.1, 0.999, 0.001, -1e-2, 0.03, 1e-8]] * 2)
     stats = torch.zeros(2, 3, dtype=torch.int64)
-    tables = [layout.rows, layout.chunks, torch.ones(1), torch.tensor([1, 2]), hyper, stats, torch.tensor(2000)]
+    tables = [layout.places, layout.chunks, torch.ones(1), torch.tensor([1, 2]), hyper, stats, torch.tensor(2000)]
     return params, states, grads, [ops.new_mask(p) for p in params], tables
 
 

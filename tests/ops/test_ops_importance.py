@@ -55,7 +55,7 @@ def test_accumulate(dtype: torch.dtype, state: torch.dtype, criterion: str, size
         expected = expected_ipt(criterion, ipt, params, grads, layout, lr, accepted, rng)
         before = clones(params + grads)
         given = [] if criterion == "precomputed" else params
-        args = (ipt, given, grads, layout.rows, layout.chunks, lr, torch.tensor([float(accepted)]), rng, criterion)
+        args = (ipt, given, grads, layout.places, layout.chunks, lr, torch.tensor([float(accepted)]), rng, criterion)
         pins.accumulate_(*args)
         assert_all_same(ipt, expected)
         assert_all_same(params + grads, before)
@@ -70,7 +70,7 @@ def test_accumulate_ugly_values(state: torch.dtype, criterion: str, values: str)
         ipt = tensors([1000, 5], state, values, seed=3)
         layout, rng, lr = ops.Layout.of(params), rng_of(5), torch.tensor([3e-5, 1e-2])
         expected = expected_ipt(criterion, ipt, params, grads, layout, lr, 4, rng)
-        pins.accumulate_(ipt, params, grads, layout.rows, layout.chunks, lr, torch.tensor([4.0]), rng, criterion)
+        pins.accumulate_(ipt, params, grads, layout.places, layout.chunks, lr, torch.tensor([4.0]), rng, criterion)
         assert_all_same(ipt, expected)
 
 
@@ -86,7 +86,7 @@ def test_accumulate_scales_and_clips_gradients(dtype: torch.dtype) -> None:
     ):
         ipt = tensors([3000], torch.float32, seed=3)
         expected = expected_ipt("pins", ipt, params, g, layout, lr, 2, rng_of(0))
-        args = (ipt, params, grads, layout.rows, layout.chunks, lr, torch.tensor([2.0]), rng_of(0), "pins")
+        args = (ipt, params, grads, layout.places, layout.chunks, lr, torch.tensor([2.0]), rng_of(0), "pins")
         pins.accumulate_(*args, **kwargs)
         assert_all_same(ipt, expected)
 
@@ -94,7 +94,7 @@ def test_accumulate_scales_and_clips_gradients(dtype: torch.dtype) -> None:
 def test_accumulate_leaves_a_skipped_step_alone() -> None:
     params, grads, ipt = (tensors([700], torch.float32, seed=s) for s in (1, 2, 3))
     layout, before = ops.Layout.of(params), clones(ipt)
-    args = (ipt, params, grads, layout.rows, layout.chunks, torch.ones(1), torch.zeros(1), rng_of(0), "pins")
+    args = (ipt, params, grads, layout.places, layout.chunks, torch.ones(1), torch.zeros(1), rng_of(0), "pins")
     pins.accumulate_(*args, found_inf=torch.ones(1))
     assert_all_same(ipt, before)
 
@@ -116,9 +116,9 @@ def test_fold(state: torch.dtype, with_unc: bool, sizes: str, values: str) -> No
         if new_unc is not None:
             expected_unc.append(ref.store(new_unc, state, random >> 16))
     before = clones(mean + unc)
-    pins.fold_(mean, unc, ipt, layout.rows, layout.chunks, torch.zeros(1), rng, 0.85, 0.99)
+    pins.fold_(mean, unc, ipt, layout.places, layout.chunks, torch.zeros(1), rng, 0.85, 0.99)
     assert_all_same(mean + unc, before)
-    pins.fold_(mean, unc, ipt, layout.rows, layout.chunks, torch.ones(1), rng, 0.85, 0.99)
+    pins.fold_(mean, unc, ipt, layout.places, layout.chunks, torch.ones(1), rng, 0.85, 0.99)
     assert_all_same(mean, expected_mean)
     assert_all_same(unc, expected_unc)
 
@@ -133,7 +133,7 @@ def test_fold_counts_what_it_stored(state: torch.dtype, with_unc: bool, accepted
     layout, rng = ops.Layout.of(mean), rng_of(1)
     bracket = torch.tensor([0x7F000000, 0xBF800000, 15, 0, 0])
     counts = torch.full((1 + ops.BINS,), -7)
-    tables = (layout.rows, layout.chunks)
+    tables = (layout.places, layout.chunks)
     pins.fold_(mean, unc, ipt, *tables, torch.tensor([accepted]), rng, 0.85, 0.95, bracket=bracket, counts=counts)
     expected = torch.full((1 + ops.BINS,), -9)
     pins.count_(expected, mean, unc, *tables, "product" if with_unc else "identity", bracket)
@@ -151,7 +151,7 @@ def test_stochastic_rounding_across_words_of_the_index(base: int) -> None:
     layout, rng = ops.Layout.of(mean, base=base), rng_of(2)
     random = random_of(layout, rng)
     folded = [ref.fold(m, u, i, 0.85, 0.95) for m, u, i in zip(mean, unc, ipt, strict=True)]
-    pins.fold_(mean, unc, ipt, layout.rows, layout.chunks, torch.ones(1), rng, 0.85, 0.95)
+    pins.fold_(mean, unc, ipt, layout.places, layout.chunks, torch.ones(1), rng, 0.85, 0.95)
     assert_all_same(mean, [ref.store(f[0], torch.bfloat16, r & 0xFFFF) for f, r in zip(folded, random, strict=True)])
     assert_all_same(unc, [ref.store(f[1], torch.bfloat16, r >> 16) for f, r in zip(folded, random, strict=True)])
 
@@ -161,7 +161,7 @@ def test_stochastic_rounding_has_no_bias() -> None:
     n, value = 1 << 18, 1.0 + 0.3 * 2**-7
     ipt = [torch.zeros(n, dtype=torch.bfloat16)]
     layout = ops.Layout.of(ipt)
-    args = ([], [torch.full((n,), value)], layout.rows, layout.chunks, torch.ones(1), torch.zeros(1), rng_of(3))
+    args = ([], [torch.full((n,), value)], layout.places, layout.chunks, torch.ones(1), torch.zeros(1), rng_of(3))
     pins.accumulate_(ipt, *args, "precomputed")
     up = (ipt[0].float() > 1).float().mean().item()
     assert abs(up - 0.3) < 6 * (0.3 * 0.7 / n) ** 0.5

@@ -51,7 +51,7 @@ def test_a_shard_gets_what_the_whole_gets(mesh: str) -> None:
     whole_mean, whole_unc = mean.clone(), unc.clone()
     layout, rng = ops.Layout.of([first, whole_mean, last]), rng_of(0)
     extra = torch.zeros_like(first), torch.zeros_like(last)
-    tables = (layout.rows, layout.chunks, torch.ones(1), rng, 0.85, 0.95)
+    tables = (layout.places, layout.chunks, torch.ones(1), rng, 0.85, 0.95)
     whole = [[first.clone(), whole_mean, last.clone()], [extra[0].clone(), whole_unc, extra[1].clone()]]
     pins.fold_(*whole, [first, ipt, last], *tables)
     keys = ref.order_key(ref.score("product", *(w[1] for w in whole)))
@@ -64,19 +64,19 @@ def test_a_shard_gets_what_the_whole_gets(mesh: str) -> None:
         shards = ops.Layout.of([first, local[0], last], [None, shard, None])
         assert shards.total == layout.total
         lists = [[first.clone(), local[1], last.clone()], [extra[0].clone(), local[2], extra[1].clone()]]
-        tables = (shards.rows, shards.chunks, torch.ones(1), rng, 0.85, 0.95)
+        tables = (shards.places, shards.chunks, torch.ones(1), rng, 0.85, 0.95)
         pins.fold_(*lists, [first, local[0], last], *tables)
         for ours, theirs in zip(lists, whole, strict=True):
             assert_all_same(ours, [theirs[0], theirs[1][cut], theirs[2]])
         masks, stats = [ops.new_mask(t) for t in lists[0]], torch.zeros(3, 3, dtype=torch.int64)
-        pins.pack_(masks, stats, *lists, shards.rows, shards.chunks, "product", torch.tensor([[key, tie]]))
+        pins.pack_(masks, stats, *lists, shards.places, shards.chunks, "product", torch.tensor([[key, tie]]))
         assert torch.equal(masks[1], ref.pack_bits(keep[cut]))
-        index = ref.global_index(shards.rows[1])
+        index = ref.global_index(shards.places[1])
         assert torch.equal(index, torch.arange(77, 77 + numel).view(shape)[cut].flatten())
         own = index[keys[cut].flatten() == key]
         if own.numel() > 1:
             bracket, one = torch.tensor([key, key, 0, own.numel() - 1, 1]), ops.Layout.of([local[0]], [shard], base=77)
-            found = pins.tie_index([local[1]], [local[2]], one.rows, one.chunks, "product", bracket)
+            found = pins.tie_index([local[1]], [local[2]], one.places, one.chunks, "product", bracket)
             assert int(found) == int(own[-1])
 
 
@@ -99,7 +99,7 @@ def everything(sizes: list[int]) -> list[Tensor]:
         first, second = tensors(sizes, dtype, seed=4), [m.abs() for m in tensors(sizes, dtype, seed=5)]
         ipt, mean, unc = (tensors(sizes, state, seed=s) for s in (6, 7, 8))
         layout, one, rng = ops.Layout.of(params), torch.ones(1), rng_of(1)
-        tables = (layout.rows, layout.chunks)
+        tables = (layout.places, layout.chunks)
         for criterion in ops.CRITERIA:
             pins.accumulate_(ipt, params, grads, *tables, torch.full((len(sizes),), 1e-3), one, rng, criterion)
         bracket, counts = torch.tensor([0x70000000, 0xC0000000, 15, 0, 0]), torch.zeros(1 + ops.BINS, dtype=torch.int64)

@@ -55,7 +55,7 @@ def test_select_prunes_exactly_the_first_of_a_stable_sort(score: str, dtype: tor
         layout, keys = ops.Layout.of(a), keys_of(score, a, b)
         n = keys.numel()
         for n_prune in sorted({0, 1, n // 5, n // 2, n - 1, n, n + 3}):
-            threshold = pins.select(a, b, layout.rows, layout.chunks, score, torch.tensor(n_prune))
+            threshold = pins.select(a, b, layout.places, layout.chunks, score, torch.tensor(n_prune))
             assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, max(n_prune, 0)))
 
 
@@ -65,7 +65,7 @@ def test_select_by_the_released_rule(dtype: torch.dtype, values: str) -> None:
     a, b = operands("product", dtype, LISTS["chunk"] + LISTS["many"], values)
     layout, keys = ops.Layout.of(a), keys_of("product", a, b)
     for n_prune in (0, 1, 1000, 40000, keys.numel()):
-        threshold = pins.select(a, b, layout.rows, layout.chunks, "product", torch.tensor(n_prune), False)
+        threshold = pins.select(a, b, layout.places, layout.chunks, "product", torch.tensor(n_prune), False)
         assert tuple(threshold.tolist()) == ref.select(keys, torch.arange(keys.numel()), n_prune, exact=False)
 
 
@@ -89,7 +89,7 @@ def test_select_property(levels: int, sizes: list[int], share: float, exact: boo
         ]
     layout, keys = ops.Layout.of(a), keys_of("identity", a, [])
     n_prune = round(share * keys.numel())
-    threshold = pins.select(a, [], layout.rows, layout.chunks, "identity", torch.tensor(n_prune), exact)
+    threshold = pins.select(a, [], layout.places, layout.chunks, "identity", torch.tensor(n_prune), exact)
     if exact:
         assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, max(n_prune, 0)))
     else:
@@ -108,8 +108,8 @@ def test_select_from_an_earlier_bracket(lo: int, octaves: float, seed: int, shar
     for key in (lo, near):
         bracket = ops.bracket_around(torch.tensor([key, 0]), octaves)
         counts = torch.zeros(1 + ops.BINS, dtype=torch.int64)
-        pins.count_(counts, a, b, layout.rows, layout.chunks, "product", bracket)
-        args = (a, b, layout.rows, layout.chunks, "product", torch.tensor(n_prune))
+        pins.count_(counts, a, b, layout.places, layout.chunks, "product", bracket)
+        args = (a, b, layout.places, layout.chunks, "product", torch.tensor(n_prune))
         before = counts.clone()
         threshold = pins.select(*args, bracket=bracket, counts=counts)
         assert torch.equal(counts, before)
@@ -126,12 +126,12 @@ def test_count(score: str, dtype: torch.dtype) -> None:
             shift = max(0, (hi - lo).bit_length() - 16)
             counts = torch.full((1 + ops.BINS,), -1)
             bracket = torch.tensor([lo, hi, shift, 0, 0])
-            pins.count_(counts, a, b, layout.rows, layout.chunks, score, bracket)
+            pins.count_(counts, a, b, layout.places, layout.chunks, score, bracket)
             inside = keys[(keys >= lo) & (keys <= hi)]
             assert int(counts[0]) == int((keys < lo).sum())
             assert torch.equal(counts[1:], torch.bincount((inside - lo) >> shift, minlength=ops.BINS))
     before = counts.clone()
-    pins.count_(counts, a, b, layout.rows, layout.chunks, score, torch.tensor([0, 0, 0, 0, 1]))
+    pins.count_(counts, a, b, layout.places, layout.chunks, score, torch.tensor([0, 0, 0, 0, 1]))
     assert torch.equal(counts, before)
 
 
@@ -139,19 +139,19 @@ def test_count(score: str, dtype: torch.dtype) -> None:
 def test_sample_draws_keys_of_weights(score: str, dtype: torch.dtype) -> None:
     a, b = operands(score, dtype, LISTS["many"] + [5000], "special")
     layout, keys = ops.Layout.of(a), keys_of(score, a, b)
-    drawn = pins.sample(a, b, layout.rows, layout.chunks, score, 500)
+    drawn = pins.sample(a, b, layout.places, layout.chunks, score, 500)
     assert torch.isin(drawn, keys).all()
-    assert torch.equal(drawn, pins.sample(a, b, layout.rows, layout.chunks, score, 500))
-    every = pins.sample(a, b, layout.rows, layout.chunks, score, keys.numel())
+    assert torch.equal(drawn, pins.sample(a, b, layout.places, layout.chunks, score, 500))
+    every = pins.sample(a, b, layout.places, layout.chunks, score, keys.numel())
     assert torch.equal(every, keys)  # one weight per stratum
     nothing = ops.Layout.of([])
-    assert pins.sample([], [], nothing.rows, nothing.chunks, score, 3).tolist() == [0, 0, 0]
+    assert pins.sample([], [], nothing.places, nothing.chunks, score, 3).tolist() == [0, 0, 0]
 
 
 def test_sample_brackets_the_threshold() -> None:
     a, b = operands("product", torch.float32, [300000])
     layout, keys = ops.Layout.of(a), keys_of("product", a, b)
-    drawn = pins.sample(a, b, layout.rows, layout.chunks, "product", 4096)
+    drawn = pins.sample(a, b, layout.places, layout.chunks, "product", 4096)
     ordered = keys.sort().values
     for share in (0.01, 0.2, 0.5, 0.8, 0.99):
         position = int(share * keys.numel())
@@ -175,7 +175,7 @@ def test_collect(score: str, dtype: torch.dtype, sizes: str) -> None:
                 found, candidates = torch.full((1,), -1), torch.full((2, size), -1)
                 shift = max(0, (hi - lo).bit_length() - 16)
                 pins.collect_(
-                    found, candidates, a, b, layout.rows, layout.chunks, score, torch.tensor([lo, hi, shift, 0, 0])
+                    found, candidates, a, b, layout.places, layout.chunks, score, torch.tensor([lo, hi, shift, 0, 0])
                 )
                 if total > size:
                     assert int(found) > size
@@ -191,7 +191,7 @@ def test_collect_leaves_a_resolved_bracket() -> None:
     layout = ops.Layout.of(a)
     found, candidates = torch.full((1,), -1), torch.full((2, 200), -1)
     bracket = torch.tensor([0, ref.MASK32, 16, 0, 1])
-    pins.collect_(found, candidates, a, b, layout.rows, layout.chunks, "product", bracket)
+    pins.collect_(found, candidates, a, b, layout.places, layout.chunks, "product", bracket)
     assert found.tolist() == [0]
     assert bool((candidates == -1).all())
 
@@ -206,7 +206,7 @@ def test_tie_index(dtype: torch.dtype) -> None:
     for rank in (-1, 0, 1, 2, equal.numel() // 2, equal.numel() - 1, equal.numel(), equal.numel() + 5):
         bracket = torch.tensor([key, key, 0, rank, 1])
         expected = 0 if rank <= 0 else int(equal[rank]) if rank < equal.numel() else MAX_INDEX
-        assert pins.tie_index(a, [], layout.rows, layout.chunks, "identity", bracket).tolist() == [expected]
+        assert pins.tie_index(a, [], layout.places, layout.chunks, "identity", bracket).tolist() == [expected]
 
 
 @pytest.mark.parametrize("sizes", LISTS)
@@ -228,7 +228,7 @@ def test_pack(score: str, dtype: torch.dtype, sizes: str) -> None:
         ):
             _, masks = masks_of(a)
             stats = torch.full((len(a), 3), -1)
-            pins.pack_(masks, stats, a, b, layout.rows, layout.chunks, score, torch.tensor([[key, tie]]))
+            pins.pack_(masks, stats, a, b, layout.places, layout.chunks, score, torch.tensor([[key, tie]]))
             old, _ = masks_of(a)
             for i, bits in enumerate(masks):
                 own = keys_of(score, [a[i]], b[i : i + 1])
@@ -244,7 +244,7 @@ def test_pack_with_a_threshold_per_tensor() -> None:
     keys, index = [ref.order_key(x) for x in a], index_of(layout)
     thresholds = torch.tensor([[int(k.median()) if k.numel() else 0, 10050] for k in keys])
     masks, stats = [ops.new_mask(x) for x in a], torch.zeros(4, 3, dtype=torch.int64)
-    pins.pack_(masks, stats, a, [], layout.rows, layout.chunks, "identity", thresholds)
+    pins.pack_(masks, stats, a, [], layout.places, layout.chunks, "identity", thresholds)
     for bits, k, i, (key, tie) in zip(masks, keys, index, thresholds.tolist(), strict=True):
         assert torch.equal(bits, ref.pack_bits(ref.keep_mask(k, i, (key, tie))))
 

@@ -111,7 +111,7 @@ def run(
     if isinstance(optimizer, SGD) and not moments:
         moments = [[]]
     rng = rng_of(step) if rng is None else rng
-    tables = (layout.rows, layout.chunks, hyper, torch.tensor([accepted]), rng)
+    tables = (layout.places, layout.chunks, hyper, torch.tensor([accepted]), rng)
     lists = (params, *moments, ipt or [], shadow or [], grads, masks or [])
     optimizer.op(*lists, *tables, criterion, clear_state, **scalars)
 
@@ -260,7 +260,7 @@ def test_rows_differ_by_tensor() -> None:
         for o, p, g in zip((SGD(0.5), SGD(0.25, weight_decay=0.5)), params, grads, strict=True)
     ]
     pins.masked_sgd_(
-        params, [], [], [], grads, [], layout.rows, layout.chunks, hyper, torch.zeros(1), rng_of(0), "pins"
+        params, [], [], [], grads, [], layout.places, layout.chunks, hyper, torch.zeros(1), rng_of(0), "pins"
     )
     assert_all_same(params, expected)
 
@@ -273,7 +273,7 @@ def test_apply_mask(dtype: torch.dtype, sizes: str, values: str) -> None:
     keep, masks = masks_of(params)
     expected = [torch.where(k, p, torch.zeros((), dtype=dtype)) for k, p in zip(keep, params, strict=True)]
     layout = ops.Layout.of(params)
-    pins.apply_mask_(params, masks, layout.rows, layout.chunks)
+    pins.apply_mask_(params, masks, layout.places, layout.chunks)
     assert_all_same(params, expected)
 
 

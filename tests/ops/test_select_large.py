@@ -43,7 +43,7 @@ def check(sizes: list[int], remaining_ratio: float) -> None:
     layout = ops.Layout.of(a)
     masks, stats = [ops.new_mask(x) for x in a], torch.zeros(len(sizes), 3, dtype=torch.int64)
     n_prune = layout.total - round(remaining_ratio * layout.total)
-    arguments = a, b, layout.rows, layout.chunks, "product"
+    arguments = a, b, layout.places, layout.chunks, "product"
     begin = time.perf_counter()
     with memory.Peak(_CPU) as selecting:
         threshold = torch.ops.pins_ext.select(*arguments, torch.tensor(n_prune))

@@ -25,7 +25,7 @@ def prune(scores: list[Tensor], config: PruneConfig, ratio: float) -> list[Tenso
     table = selection.thresholds(("identity", scores, []), ratio)
     table = table.expand(len(scores), 2)
     return [
-        reference.keep_mask(reference.order_key(s), reference.global_index(layout.rows[i]), tuple(table[i].tolist()))
+        reference.keep_mask(reference.order_key(s), reference.global_index(layout.places[i]), tuple(table[i].tolist()))
         for i, s in enumerate(scores)
     ]
 

@@ -41,7 +41,7 @@ class Model:
         self.params, self.grads = random(self.dtype, 1), random(self.dtype, 2)
         self.ipt, self.mean, self.unc = (random(self.state, seed) for seed in (3, 4, 5))
         layout = ops.Layout.of(self.params, base=(1 << 32) - 3_000_000)
-        self.work = layout.rows, layout.chunks
+        self.work = layout.places, layout.chunks
         self.masks = [ops.new_mask(p) for p in self.params]
         self.lr = torch.linspace(1e-5, 1e-3, len(self.sizes), device=self.device)
         self.one, self.rng = torch.ones(1, device=self.device), rng_of(1).to(self.device)
@@ -224,7 +224,7 @@ def test_past_2_to_the_31_weights(ties: bool) -> None:
         noise = torch.randn(part.shape, generator=generator, device="cuda")
         part.copy_((noise * 10).round() if ties else noise)
     layout, n_prune = ops.Layout.of([a]), n * 4 // 5
-    work = layout.rows, layout.chunks
+    work = layout.places, layout.chunks
     key, tie = pins.select([a], [], *work, "magnitude", torch.tensor(n_prune, device="cuda")).tolist()
     score = float(ops.score_of_key(torch.tensor([key, tie])))
     below = chunked(n, lambda s: (a[s].abs() < score).sum())

@@ -238,7 +238,7 @@ def test_pack_kernel_of_nothing(device: str) -> None:
 
 def test_pack_kernel_shards(device: str) -> None:
     a = [(torch.randn(size) * 2).round() for size in SHARD_SIZES]
-    rows = layout_of(a, SHARDS).rows
+    rows = layout_of(a, SHARDS).places
     total = int(rows[-1, 0]) + 2100
     for tie in range(int(rows[0, 0]), total, 1111):
         check_pack(device, "identity", a, [], [[0x80000000, tie]], SHARDS)
