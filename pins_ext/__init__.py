@@ -18,16 +18,30 @@ if TYPE_CHECKING:
     from pins_ext.pruning.config import PruneConfig
     from pins_ext.pruning.pruner import Pruner
     from pins_ext.regularization.self_regularizer import SelfRegularizer
+    from pins_ext.sparse.format import load_sparse, save_sparse
 
 _HOME = {
     "PruneConfig": "pruning.config",
     "Pruner": "pruning.pruner",
     "SelfRegularizer": "regularization.self_regularizer",
+    "load_sparse": "sparse.format",
     "merge_lora": "integrations.lora",
+    "save_sparse": "sparse.format",
 }
 _MODULES = ("integrations", "ops", "optim")
 
-__all__ = ["PruneConfig", "Pruner", "SelfRegularizer", "__version__", "integrations", "merge_lora", "ops", "optim"]
+__all__ = [
+    "PruneConfig",
+    "Pruner",
+    "SelfRegularizer",
+    "__version__",
+    "integrations",
+    "load_sparse",
+    "merge_lora",
+    "ops",
+    "optim",
+    "save_sparse",
+]
 
 
 def __getattr__(name: str) -> Any:

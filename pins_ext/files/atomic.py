@@ -50,7 +50,7 @@ def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> It
         yield aside
         if manifest is not None:
             _seal(aside, manifest)
-        _flush(aside)
+        flush(aside)
     except Exception as error:
         raise SaveError(_why(folder, error)) from error
     else:
@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise IncompleteError(f"{folder} lacks {name}")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
             raise IncompleteError(f"{file} is damaged: it differs from what {MANIFEST} recorded")
     return dict(manifest)
 
@@ -177,7 +177,7 @@ def write_file(file: Path, content: str) -> None:
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest over all files now in the folder."""
     files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -189,7 +189,8 @@ def _beside(folder: Path, fate: str) -> Path:
     return folder.with_name(f".{folder.name}.{fate}")
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
@@ -202,7 +203,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(_READ_BYTES):

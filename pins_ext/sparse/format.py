@@ -1,0 +1,335 @@
+"""Save and load a pruned model in a form whose size on disk follows its sparsity.
+
+docs/sparse_format.md describes the files, with a reader in NumPy. Dense safetensors with exact zeros, as
+`save_pretrained` writes them, remain what other tools load.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pins_ext.files.atomic import flush, replace, sha256
+from pins_ext.sparse import compression as zstd
+from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, decode, encode, plan
+from pins_ext.sparse.index import COMPRESSIONS, FILE, Index, SparseFormatError, sizes
+from pins_ext.sparse.shards import ShardReader, ShardWriter
+
+PRODUCER = "pins_ext"
+SHARD_BYTES = 2 << 30
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def save_sparse(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+    compression: str = "none",
+    tokenizer: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Save a pruned model so that zeros take one bit each.
+
+    The folder appears in one piece when it is complete. Memory beside the model: about one tensor.
+
+    Args:
+        model: any module; the configuration of a transformers model is saved too, so that `load_sparse` can build it.
+        path: the folder to make.
+        dtype: float32, bfloat16 or float16 for all floating point tensors; None keeps each one's own.
+        int8: store pruned tensors as int8 codes with a scale per row: each weight returns within half a step.
+        compression: "none", or "zstd" (needs the package zstandard).
+        tokenizer: a tokenizer or processor to save beside the model.
+        shard_bytes: a new file is begun when one would grow past this many bytes.
+        overwrite: replace what is at `path`; otherwise it must not exist, or be an empty folder.
+
+    Returns:
+        Bytes: see `pins_ext.sparse.index.sizes`.
+
+    Raises:
+        FileExistsError: there is something at `path` and `overwrite` is False.
+        ValueError: a tensor or an option that the format doesn't hold.
+        OSError: the folder can't be written; what was at `path` before is untouched.
+    """
+    folder = Path(os.path.abspath(path))
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}; got {compression!r}")
+    if dtype is not None and dtype not in [DTYPES[name] for name in _FLOATS]:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None; got {dtype}")
+    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if taken and not overwrite:
+        raise FileExistsError(f"{folder} exists: choose another folder, or replace it with overwrite=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        tensors, aliases = _tensors_of(model, dtype)
+        entries, shards = _write_shards(aside, tensors, int8, compression, shard_bytes)
+        _write_configuration(model, aside, tokenizer, dtype)
+        files = {file.name: (file.stat().st_size, sha256(file)) for file in sorted(aside.iterdir()) if file.is_file()}
+        index = Index(entries, shards, aliases, files, compression)
+        index.write(aside, PRODUCER)
+        flush(aside)
+        replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sizes(index)
+
+
+def load_sparse(path: str | Path, *, model: nn.Module | None = None) -> Any:
+    """Load what `save_sparse` saved: a model with dense weights whose zeros are exact.
+
+    Every file is checked against its hash first. Memory: the dense model and about one tensor.
+
+    Args:
+        path: the folder.
+        model: the module to load into; None builds the transformers model that the saved configuration names.
+
+    Returns:
+        The model, in evaluation mode if it was built here.
+
+    Raises:
+        SparseFormatError: the folder is no sparse checkpoint, of an unknown version, damaged, or doesn't fit the model.
+    """
+    checkpoint = SparseCheckpoint(path)
+    built = _built(checkpoint) if model is None else model
+    _fill(built, checkpoint)
+    return built.eval() if model is None else built
+
+
+class SparseCheckpoint:
+    """A sparse checkpoint, verified, tensor by tensor.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        folder: the same.
+        index: what it holds.
+
+    Raises:
+        SparseFormatError: no sparse checkpoint, an unknown version, or damaged files.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        if not self.folder.is_dir():
+            raise SparseFormatError(f"{self.folder} is no folder")
+        self.index = Index.read(self.folder)
+        self.index.verify(self.folder)
+
+    def arrays(self) -> Iterator[tuple[str, Entry, dict[str, Tensor]]]:
+        """(name, entry, arrays by kind as pins_ext.sparse.encoding describes them) of each tensor, one at a time.
+
+        Raises:
+            SparseFormatError: arrays that are missing, of another shape, or not announced.
+        """
+        try:
+            for shard in sorted(set(self.index.shards.values())):
+                yield from self._arrays_of(shard)
+        except ValueError as error:
+            raise SparseFormatError(str(error)) from error
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, dense tensor) one at a time, aliases left out. Tensors may share the mapped file: copy to change them.
+
+        Raises:
+            SparseFormatError: arrays that are missing or contradict each other.
+        """
+        for name, entry, arrays in self.arrays():
+            yield name, self._decoded(name, entry, arrays)
+
+    def _decoded(self, name: str, entry: Entry, arrays: dict[str, Tensor]) -> Tensor:
+        try:
+            return decode(arrays, entry)
+        except EncodingError as error:
+            raise SparseFormatError(f"{name!r} in {self.folder}: {error}") from error
+
+    def _arrays_of(self, shard: str) -> Iterator[tuple[str, Entry, dict[str, Tensor]]]:
+        reader = ShardReader(self.folder / shard)
+        try:
+            here = [name for name, place in self.index.shards.items() if place == shard]
+            expected = {array_name(name, kind) for name in here for kind in self.index.entries[name].arrays()}
+            if reader.names != expected:
+                odd = sorted(reader.names ^ expected)[0]
+                raise SparseFormatError(f"{odd!r} is in {self.folder / shard} or in {FILE}, but not in both")
+            for name in here:
+                entry = self.index.entries[name]
+                yield name, entry, {kind: self._read(reader, name, kind, entry) for kind in entry.arrays()}
+        finally:
+            reader.close()
+
+    def _read(self, reader: ShardReader, name: str, kind: str, entry: Entry) -> Tensor:
+        dtype, shape = entry.arrays()[kind]
+        if self.index.compression == "none":
+            return reader.read(array_name(name, kind), dtype, shape)
+        return zstd.decompress(reader.read(array_name(name, kind), "uint8"), DTYPES[dtype], shape)
+
+
+def array_name(name: str, kind: str) -> str:
+    """Name, in a shard, of an array of a tensor. No checkpoint of another format has such names."""
+    return name if kind == "dense" else f"{name}.pins_{kind}"
+
+
+def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, _Source], dict[str, str]]:
+    """The model's tensors by name, each piece of memory once, and the further names of those that have several."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, _Source] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} of the model is no tensor but {type(tensor).__name__}: it can't be saved")
+        if name.startswith("pins_fill.") or tensor.is_sparse or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which this format doesn't hold")
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = _Source(tensor, dtype if dtype is not None and tensor.is_floating_point() else None)
+    return tensors, aliases
+
+
+class _Source:
+    """A tensor that is cast and moved to the CPU only while it is written."""
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype | None) -> None:
+        self._tensor = tensor
+        self._dtype = dtype
+
+    def load(self) -> Tensor:
+        return self._tensor.detach().to(device="cpu", dtype=self._dtype or self._tensor.dtype).contiguous()
+
+
+def _write_shards(
+    folder: Path, tensors: dict[str, _Source], int8: bool, compression: str, shard_bytes: int
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    entries: dict[str, Entry] = {}
+    groups: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, source in tensors.items():
+        try:
+            entries[name] = plan(source.load(), int8)
+        except EncodingError as error:
+            raise ValueError(f"{name}: {error}") from error
+        size = entries[name].bytes
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(name)
+        room -= size
+    shards: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"pins_sparse-{number:05d}-of-{len(groups):05d}.safetensors"
+        names = [array_name(name, kind) for name in group for kind in entries[name].arrays()]
+        if len(set(names)) != len(names):
+            raise ValueError("two tensors of the model would have arrays of one name")
+        with ShardWriter(folder / file, names) as writer:
+            for name in group:
+                shards[name] = file
+                _write_tensor(writer, name, tensors[name].load(), entries[name], compression)
+    return entries, shards
+
+
+def _write_tensor(writer: ShardWriter, name: str, tensor: Tensor, entry: Entry, compression: str) -> None:
+    try:
+        arrays = encode(tensor, entry)
+    except EncodingError as error:
+        raise ValueError(f"{name}: {error}") from error
+    for kind, array in arrays.items():
+        writer.write(array_name(name, kind), zstd.compress(array) if compression == "zstd" else array)
+
+
+def _write_configuration(model: nn.Module, folder: Path, tokenizer: Any, dtype: torch.dtype | None) -> None:
+    """What is needed to build the model again, and its tokenizer."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        # The configuration names the class, as `save_pretrained` of the model would write it, and the dtype.
+        written = type(config).from_dict(config.to_dict())
+        written.architectures = [type(model).__name__]
+        written.dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        written.save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _built(checkpoint: SparseCheckpoint) -> Any:
+    """The transformers model that the configuration names, weights not yet set."""
+    if "config.json" not in checkpoint.index.files:
+        raise SparseFormatError(
+            f"{checkpoint.folder} was saved from a module without a transformers configuration: "
+            f"build the module and pass it as model="
+        )
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise SparseFormatError(
+            f"{checkpoint.folder / 'config.json'} names {names} as its class, which transformers doesn't have: "
+            f"build the model and pass it as model="
+        )
+    with no_init_weights():
+        model = kind(config)
+    model.tie_weights()
+    if "generation_config.json" in checkpoint.index.files:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True
+        )
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
+    """Put the tensors into the model, each with the dtype it was saved in, on the device of the one it replaces."""
+    index = checkpoint.index
+    expected = model.state_dict()
+    stored = index.entries.keys() | index.aliases.keys()
+    odd = sorted(stored ^ expected.keys())
+    if odd:
+        where = "the model lacks" if odd[0] in stored else "the checkpoint lacks"
+        raise SparseFormatError(
+            f"{checkpoint.folder} doesn't fit {type(model).__name__}: {where} {odd[0]!r} ({len(odd)} differences)"
+        )
+    shapes = {name: index.entries[index.aliases.get(name, name)].shape for name in stored}
+    wrong = sorted(name for name in stored if shapes[name] != tuple(expected[name].shape))
+    if wrong:
+        raise SparseFormatError(
+            f"{checkpoint.folder} doesn't fit {type(model).__name__}: {wrong[0]!r} is {shapes[wrong[0]]}, "
+            f"the model has {tuple(expected[wrong[0]].shape)}"
+        )
+    del expected
+    names_of: dict[str, list[str]] = {}
+    for name, target in index.aliases.items():
+        names_of.setdefault(target, []).append(name)
+    for name, tensor in checkpoint.tensors():
+        done: list[Tensor] = []
+        for one in (name, *names_of.get(name, [])):
+            place = _place(model, one)
+            if not any(place is other for other in done):
+                # The old memory goes before the next tensor comes. A copy: the file's mapping is not the model's.
+                place.data = tensor.to(device=place.device, copy=True)
+                done.append(place)
+
+
+def _place(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    found = getattr(module, leaf)
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,300 @@
+"""Sparse checkpoints: what is saved comes back to the last bit, small, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import Network
+from helpers.small_models import decoder_config, encoder_folder
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2LMHeadModel, pipeline
+
+from pins_ext.sparse.encoding import Entry, decode, encode, plan, row_scales
+from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
+from pins_ext.sparse.index import FILE, SparseFormatError, sizes
+
+ROOT = Path(__file__).parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pruned(model: nn.Module, sparsity: float = 0.9) -> Any:
+    """The model with zeros at random places of all weight matrices but the embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() >= 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            p.data[torch.rand(p.shape, generator=generator) < sparsity] = 0
+    return model
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].shape == b[name].shape, name
+        assert torch.equal(bits(a[name]), bits(b[name])), name
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=72, num_labels=3)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(decoder_config()).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 17), (64, 300), (2, 3, 9), (7, 1), (0, 5), (5, 0)])
+def test_a_tensor_comes_back_to_the_last_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).to(dtype) * (torch.rand(shape) < 0.1)
+    if tensor.numel() > 8:
+        tensor.view(-1)[:5] = torch.tensor([-0.0, float("nan"), float("inf"), 1e-40, -5e-8]).to(dtype)
+    entry = plan(tensor)
+    arrays = encode(tensor, entry)
+    assert {kind: (str(a.dtype)[6:], tuple(a.shape)) for kind, a in arrays.items()} == entry.arrays()
+    assert torch.equal(bits(decode(arrays, entry)), bits(tensor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_come_back_and_weights_within_half_a_step(dtype: torch.dtype) -> None:
+    tensor = torch.randn(50, 200).to(dtype) * (torch.rand(50, 200) < 0.1)
+    tensor[3] = 0
+    tensor[4] = -0.0
+    tensor[5] = 1e-41
+    entry = plan(tensor, codes=True)
+    arrays = encode(tensor, entry)
+    assert arrays["values"].dtype == torch.int8
+    back = decode(arrays, entry)
+    step = row_scales(tensor)[:, None]
+    rounding = torch.finfo(dtype).eps * tensor.float().abs() + (5e-8 if dtype == torch.float16 else 0)
+    assert ((back.float() - tensor.float()).abs() <= step * (0.5 + 1e-5) + rounding).all()
+    assert (back[tensor == 0] == 0).all()
+    again = encode(back, plan(back, codes=True))
+    if dtype == torch.float32:
+        kept = decode({**again}, plan(back, codes=True))
+        assert torch.allclose(kept, back, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_model_comes_back_to_the_last_bit(make: Any, dtype: torch.dtype, compression: str, tmp_path: Path) -> None:
+    if compression == "zstd":
+        pytest.importorskip("zstandard")
+    model = pruned(make()).to(dtype)
+    report = save_sparse(model, tmp_path / "sparse", compression=compression)
+    again = load_sparse(tmp_path / "sparse")
+    assert type(again) is type(model)
+    assert not again.training
+    assert_same(model.state_dict(), again.state_dict())
+    ids = torch.randint(3, 40, (2, 7))
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert report["floor"] < report["stored"] < report["dense"]
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    save_sparse(pruned(gpt2()), tmp_path / "sparse")
+    index = SparseCheckpoint(tmp_path / "sparse").index
+    assert dict(index.aliases) == {"lm_head.weight": "transformer.wte.weight"}
+    again = load_sparse(tmp_path / "sparse")
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_a_plain_module_is_loaded_into_one_of_its_kind(tmp_path: Path) -> None:
+    model = pruned(Network())
+    save_sparse(model, tmp_path / "sparse")
+    with pytest.raises(SparseFormatError, match="pass it as model="):
+        load_sparse(tmp_path / "sparse")
+    other = Network()
+    assert load_sparse(tmp_path / "sparse", model=other) is other
+    assert_same(model.state_dict(), other.state_dict())
+    with pytest.raises(SparseFormatError, match=r"doesn't fit Linear: the \w+ lacks"):
+        load_sparse(tmp_path / "sparse", model=nn.Linear(3, 3))
+
+
+def test_a_stored_shape_that_does_not_fit_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    save_sparse(pruned(nn.Linear(40, 30)), tmp_path / "sparse")
+    other = nn.Linear(30, 40)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(SparseFormatError, match=r"is \(30,\), the model has \(40,\)"):
+        load_sparse(tmp_path / "sparse", model=other)
+    assert_same(before, other.state_dict())
+
+
+def test_dtype_and_int8_change_what_is_stored_and_nothing_else(tmp_path: Path) -> None:
+    model = pruned(bert())
+    full = save_sparse(model, tmp_path / "full")
+    half = save_sparse(model, tmp_path / "half", dtype=torch.bfloat16)
+    codes = save_sparse(model, tmp_path / "codes", int8=True)
+    assert codes["stored"] < full["stored"]
+    assert half["floor"] * 2 == full["floor"]
+    assert {p.dtype for p in load_sparse(tmp_path / "half").parameters()} == {torch.bfloat16}
+    assert_same(model.to(torch.bfloat16).state_dict(), load_sparse(tmp_path / "half").state_dict())
+    arrays = {
+        name: found for name, entry, found in SparseCheckpoint(tmp_path / "codes").arrays() if entry.values == "int8"
+    }
+    assert arrays
+    again = load_sparse(tmp_path / "codes").state_dict()
+    for name, found in arrays.items():
+        weights = again[name]
+        expected = found["values"].float() * found["scales"].repeat_interleave(found["offsets"].diff())
+        present = torch.from_numpy(
+            np.unpackbits(found["mask"].numpy(), axis=1, count=weights.shape[1], bitorder="little")
+        ).bool()
+        assert torch.equal(weights[present], expected)
+        assert not weights[~present].any()
+
+
+def test_shards_are_cut_where_they_would_grow_too_large(tmp_path: Path) -> None:
+    model = pruned(bert())
+    save_sparse(model, tmp_path / "sparse", shard_bytes=8000)
+    shards = sorted(tmp_path.glob("sparse/*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0].name == f"pins_sparse-00001-of-{len(shards):05d}.safetensors"
+    index = SparseCheckpoint(tmp_path / "sparse").index
+    for shard in shards:
+        held = [index.entries[name].bytes for name, place in index.shards.items() if place == shard.name]
+        assert sum(held) <= 8000 or len(held) == 1
+    assert_same(model.state_dict(), load_sparse(tmp_path / "sparse").state_dict())
+
+
+def test_other_loaders_refuse_the_folder(tmp_path: Path) -> None:
+    """A loader that took the names for its own would set random weights with no more than a warning."""
+    save_sparse(pruned(bert()), tmp_path / "sparse")
+    with pytest.raises(OSError, match="safetensors"):
+        BertForSequenceClassification.from_pretrained(tmp_path / "sparse")
+
+
+def test_a_tokenizer_travels_along_and_a_pipeline_runs(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(tmp_path / "encoder"))
+    config = BertConfig.from_pretrained(tmp_path / "encoder")
+    model = pruned(BertForSequenceClassification(config)).eval()
+    save_sparse(model, tmp_path / "sparse", tokenizer=tokenizer)
+    again = pipeline(
+        "text-classification",
+        model=load_sparse(tmp_path / "sparse"),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "sparse"),
+    )
+    assert again("a cab") == pipeline("text-classification", model=model, tokenizer=tokenizer)("a cab")
+
+
+def test_what_is_in_the_way_is_refused_or_replaced_in_one_piece(tmp_path: Path) -> None:
+    place = tmp_path / "sparse"
+    model = pruned(bert())
+    save_sparse(model, place)
+    before = sorted((f.name, f.stat().st_size) for f in place.iterdir())
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_sparse(model, place)
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        save_sparse(model, place, int8=True, overwrite=True)
+    assert sorted((f.name, f.stat().st_size) for f in place.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
+    save_sparse(model, place, overwrite=True)
+    assert_same(model.state_dict(), load_sparse(place).state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
+
+
+def test_two_threads_save_side_by_side(tmp_path: Path) -> None:
+    models = [pruned(bert(), s) for s in (0.5, 0.9)]
+    jobs = [threading.Thread(target=save_sparse, args=(m, tmp_path / str(i))) for i, m in enumerate(models)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    for i, model in enumerate(models):
+        assert_same(model.state_dict(), load_sparse(tmp_path / str(i)).state_dict())
+
+
+def test_options_that_the_format_does_not_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compression must be one of none, zstd; got 'gzip'"):
+        save_sparse(nn.Linear(3, 3), tmp_path / "a", compression="gzip")
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32"):
+        save_sparse(nn.Linear(3, 3), tmp_path / "a", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weight: a sparse checkpoint holds .*complex64"):
+        save_sparse(nn.Linear(3, 3, dtype=torch.complex64), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_count_the_floor_that_unpruned_tensors_set(tmp_path: Path) -> None:
+    report = save_sparse(pruned(bert()), tmp_path / "sparse")
+    checkpoint = SparseCheckpoint(tmp_path / "sparse")
+    assert report == sizes(checkpoint.index)
+    tensors = dict(checkpoint.tensors())
+    assert report["dense"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    rows = {name for name, entry in checkpoint.index.entries.items() if entry.layout == "rows"}
+    assert report["weights"] == sum(tensors[name].numel() for name in rows)
+    assert report["nonzero"] == sum(int((tensors[name] != 0).sum()) for name in rows)
+    headers = 350 * sum(len(entry.arrays()) for entry in checkpoint.index.entries.values())
+    assert 0 <= report["on_disk"] - report["stored"] < headers
+
+
+def reader_of_the_documentation() -> Any:
+    text = (ROOT / "docs" / "sparse_format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.count("\n") <= 40
+    scope: dict[str, Any] = {}
+    exec(compile(code, "sparse_format.md", "exec"), scope)
+    return scope["load"]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_numpy_reader_of_the_documentation_reads_the_real_files(
+    dtype: torch.dtype, int8: bool, tmp_path: Path
+) -> None:
+    model = pruned(gpt2()).to(dtype)
+    save_sparse(model, tmp_path / "sparse", int8=int8, shard_bytes=20_000)
+    read = reader_of_the_documentation()(tmp_path / "sparse")
+    expected = load_sparse(tmp_path / "sparse").state_dict()
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].shape == tuple(tensor.shape)
+        # The reader widens bfloat16, which NumPy lacks, to float32: products of codes and scales stay unrounded.
+        tolerance = 2**-8 if int8 and dtype == torch.bfloat16 else 0
+        wide = (tensor.float() if dtype == torch.bfloat16 else tensor).numpy()
+        np.testing.assert_allclose(read[name], wide, rtol=tolerance, atol=0)
+
+
+def test_the_entry_of_a_tensor_refuses_what_it_can_not_mean() -> None:
+    for wrong in [
+        {"shape": (3, -1)},
+        {"shape": (3, True)},
+        {"shape": (1 << 41, 1)},
+        {"dtype": "float8"},
+        {"layout": "columns"},
+        {"values": "int4"},
+        {"nonzero": 13},
+        {"nonzero": -1},
+    ]:
+        fields: dict[str, Any] = {
+            "shape": (3, 4),
+            "dtype": "float32",
+            "layout": "rows",
+            "values": "float32",
+            "nonzero": 2,
+        }
+        Entry(**fields)
+        with pytest.raises(ValueError, match="describes no tensor"):
+            Entry(**(fields | wrong))
+
+
+def test_an_unknown_version_names_what_is_known(tmp_path: Path) -> None:
+    save_sparse(nn.Linear(3, 3), tmp_path / "sparse")
+    index = tmp_path / "sparse" / FILE
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 2}))
+    with pytest.raises(SparseFormatError, match="version 2; this software reads pins_sparse version 1"):
+        SparseCheckpoint(tmp_path / "sparse")
