@@ -1,7 +1,7 @@
 """The benchmarks: every operator and the whole step, beside PyTorch's own ways, on the machine at hand.
 
-`python -m bench` in a checkout, `pins-ext bench` once installed (as `pins_ext.bench`); one module per stem runs alone:
-`python -m bench.bench_select`. How a case is timed stands in protocol.py, what is counted in the bench_* modules.
+`python -m bench` in a checkout, `pins-ext bench` once installed (as `pins_ext.bench`); `python -m bench select` runs
+one stem. How a case is timed is in protocol.py, what is counted in the bench_* modules.
 """
 
 from __future__ import annotations

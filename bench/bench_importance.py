@@ -9,7 +9,7 @@ from pins_ext import ops, reference
 
 from .data import Draw, Problem
 from .protocol import Case
-from .suite import Group, rotations, run_alone
+from .suite import Group, rotations
 
 _LR, _BETA1, _BETA2 = 3e-5, 0.85, 0.95
 
@@ -72,7 +72,3 @@ def group(problem: Problem, peers: bool) -> Group:
     """Everything of this stem on one problem."""
     weight, state = problem.sizes
     return Group("importance", problem, cases, peers, operand_bytes=2 * weight + 3 * state)
-
-
-if __name__ == "__main__":
-    run_alone("importance")

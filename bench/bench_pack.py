@@ -8,7 +8,7 @@ from pins_ext import ops
 
 from .data import Draw, Problem, masks_of
 from .protocol import Case
-from .suite import Group, rotations, run_alone
+from .suite import Group, rotations
 
 
 def cases(problem: Problem, peers: bool = True) -> list[Case]:
@@ -57,7 +57,3 @@ def group(problem: Problem, peers: bool) -> Group:
     """Everything of this stem on one problem."""
     weight, state = problem.sizes
     return Group("pack", problem, cases, peers, operand_bytes=weight + 2 * state + 0.25)
-
-
-if __name__ == "__main__":
-    run_alone("pack")

@@ -1,4 +1,4 @@
-"""select, count_, sample: from stored averages to the exact threshold. Alone: `python -m bench.bench_select`."""
+"""select, count_, sample: from stored averages to the exact threshold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pins_ext import ops
 from .baselines import selection_cases
 from .data import Draw, Problem
 from .protocol import Case
-from .suite import Group, rotations, run_alone
+from .suite import Group, rotations
 
 _KIND = "product"
 
@@ -89,7 +89,3 @@ def group(problem: Problem, peers: bool) -> Group:
 def scored_group(problem: Problem) -> Group:
     """One line of the table of score distributions."""
     return Group("select", problem, lambda p, peers: scored_cases(p), False, 2 * problem.sizes[1], "scores")
-
-
-if __name__ == "__main__":
-    run_alone("select")

@@ -1,4 +1,4 @@
-"""Whole steps through Pruner and PinsAdamW, beside torch's fused AdamW. Alone: `python -m bench.bench_step`."""
+"""Whole steps through Pruner and PinsAdamW, beside torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pins_ext.pruning.pruner import Pruner
 from .baselines import EagerStep
 from .data import Draw, Problem
 from .protocol import Case
-from .suite import Group, run_alone
+from .suite import Group
 
 # The gradient's share of the score, lr g^2, is then as large as the weight's, p g: pruned weights compete, as in
 # training they grow back, and from window to window the threshold moves by some hundredths of an octave. In fine-tuning
@@ -197,7 +197,3 @@ def group(problem: Problem, peers: bool, delta_t: int) -> Group:
 
 def _cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:
     return cases(problem, delta_t, peers)
-
-
-if __name__ == "__main__":
-    run_alone("step")

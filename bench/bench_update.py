@@ -14,7 +14,7 @@ from pins_ext import ops, reference
 
 from .data import Draw, Problem, masks_of
 from .protocol import Case
-from .suite import Group, run_alone
+from .suite import Group
 
 _LR, _DECAY, _BETA1, _BETA2, _EPS, _STEP = 3e-5, 1e-2, 0.9, 0.999, 1e-8, 100
 
@@ -104,7 +104,3 @@ def group(problem: Problem, peers: bool) -> Group:
     """Everything of this stem on one problem."""
     weight, state = problem.sizes
     return Group("update", problem, cases, peers, operand_bytes=4 * weight + state + 0.125)
-
-
-if __name__ == "__main__":
-    run_alone("update")

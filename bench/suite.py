@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -160,10 +159,3 @@ def rotations(problem: Problem, bytes_per_weight: float) -> int:
     """Sets of buffers to rotate so that a call never finds its operands in the last-level cache."""
     working_set = max(1.0, bytes_per_weight * problem.weights)
     return min(8, max(1, -(-2 * memory.last_level_cache(problem.device) // int(working_set))))
-
-
-def run_alone(stem: str) -> None:
-    """Run one stem as a script."""
-    from .command import main
-
-    raise SystemExit(main([stem, *sys.argv[1:]]))
