@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test lint test-slow gpu-check bench wheel clean
+.PHONY: help install demo demo-short test lint format test-slow gpu-check bench wheel clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,10 +41,17 @@ test: install lint ## all tests that need no GPU; by name those of GPU code: Tri
 	$(BIN)/python -m pytest -v --tb=short $(GPU_CODE_CHECKS)
 	$(BIN)/python -m pytest -q -m "not interpret and not slow" $(GPU_CODE_CHECKS:%=--ignore=%)
 
+CPP_FILES = $(shell git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
+
+format: install ## format Python, C++ and CUDA
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 test-slow: install ## selection over 2.2 G weights, long kills and resumes: minutes, 16 GB of memory
 	$(BIN)/python -m pytest -q -m "slow"

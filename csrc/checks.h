@@ -51,24 +51,15 @@ std::string joined(const Range& values) {
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return torch::headeronly::toString(dtype);
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(dtype);
   }
 }
 
@@ -174,7 +165,7 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
 }
 
 // A scalar: one element, whatever its number of dimensions.
-inline void check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType dtype, const Device& device) {
+inline void check_scalar(const char* name, const OptionalTensor& tensor, ScalarType dtype, const Device& device) {
   if (!tensor.has_value()) return;
   check_tensor([&] { return name; }, *tensor, device, {dtype});
   PINS_CHECK(tensor->numel() == 1, name, " must have one element, got ", tensor->numel());

@@ -14,7 +14,7 @@
 #endif
 #endif
 
-// Order is part of the op surface: pins_ext/ops.py lists the same names in the same order.
+// Order is part of the op surface: pins_ext/ops lists the same names in the same order.
 enum class Criterion : int { pins = 0, pins_signed = 1, pins_update = 2, platon = 3, movement = 4, precomputed = 5 };
 enum class Score : int { product = 0, identity = 1, deviation = 2, magnitude = 3 };
 
@@ -72,7 +72,8 @@ PINS_HD float smooth_ipt(float exp_avg_ipt, float ipt, float beta1, float one_mi
   return (beta1 * exp_avg_ipt) + (one_minus_beta1 * ipt);
 }
 
-// exp_avg_unc = b2 exp_avg_unc + (1 - b2) |ipt - exp_avg_ipt|, with the new exp_avg_ipt before it is rounded for storage.
+// exp_avg_unc = b2 exp_avg_unc + (1 - b2) |ipt - exp_avg_ipt|, with the new exp_avg_ipt before it is rounded for
+// storage.
 PINS_HD float smooth_unc(float exp_avg_unc, float ipt, float exp_avg_ipt, float beta2, float one_minus_beta2) {
   return (beta2 * exp_avg_unc) + (one_minus_beta2 * abs_of(ipt - exp_avg_ipt));
 }

@@ -5,7 +5,7 @@
 //
 // No includes here, as in criterion.inl: include after it, in the same namespace.
 
-// Weights per row of `chunks`; pins_ext/ops.py CHUNK. A chunk at a tensor's end is shorter.
+// Weights per row of `chunks`; pins_ext/ops/layout.py CHUNK. A chunk at a tensor's end is shorter.
 constexpr int64_t kChunk = 16384;
 
 // One row of `places`: sizes are right-aligned, whole trailing dimensions merged.

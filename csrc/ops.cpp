@@ -1,5 +1,5 @@
 // Every schema of pins_ext, once. CPU kernels register in csrc/cpu, CUDA kernels in csrc/cuda, Triton kernels and the
-// fake (meta) versions from pins_ext/ops.py.
+// fake (meta) versions from pins_ext/ops.
 //
 // Common arguments of a list operator over n tensors:
 //   places    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
@@ -32,8 +32,8 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> ()");
   m.def(
-      "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
-      "Tensor bracket, *, Tensor? pointers=None) -> ()");
+      "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, "
+      "str score, Tensor bracket, *, Tensor? pointers=None) -> ()");
   m.def(
       "tie_index(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? pointers=None) -> Tensor");
@@ -53,7 +53,8 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "Tensor[] grads, Tensor[] masks, Tensor places, Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, "
       "str criterion, bool clear_state=False, *, Tensor? grad_scale=None, Tensor? clip=None, Tensor? found_inf=None, "
       "Tensor? pointers=None) -> ()");
-  m.def("apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> ()");
+  m.def(
+      "apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> ()");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }

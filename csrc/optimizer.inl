@@ -6,11 +6,11 @@
 // last bit. (torch's unfused AdamW takes its square root from MKL, which does not round it correctly.)
 
 // One row of the `hyper` table per tensor: every factor computed in double on the host and rounded once.
-// Column order is pins_ext/ops.py's.
+// The columns are those that pins_ext/optim.py writes.
 struct AdamWRow {
-  float lr;               // of the coming step; the criterion's lr
-  float decay;            // 1 - lr weight_decay
-  float lerp_weight;      // 1 - beta1
+  float lr;           // of the coming step; the criterion's lr
+  float decay;        // 1 - lr weight_decay
+  float lerp_weight;  // 1 - beta1
   float beta2;
   float one_minus_beta2;
   float minus_step_size;  // -lr / (1 - beta1^step)
@@ -55,9 +55,8 @@ PINS_HD float adamw(float p, float g, float& exp_avg, float& exp_avg_sq, const A
 PINS_HD float sgd(float p, float g, float& momentum_buffer, const SgdRow& row) {
   g = row.weight_decay != 0.0f ? fused_multiply_add(row.weight_decay, p, g) : g;
   if (row.momentum != 0.0f) {
-    momentum_buffer = row.first != 0.0f
-                          ? g
-                          : fused_multiply_add(row.one_minus_dampening, g, momentum_buffer * row.momentum);
+    momentum_buffer =
+        row.first != 0.0f ? g : fused_multiply_add(row.one_minus_dampening, g, momentum_buffer * row.momentum);
     g = row.nesterov != 0.0f ? fused_multiply_add(row.momentum, momentum_buffer, g) : momentum_buffer;
   }
   return fused_multiply_add(row.minus_lr, g, p);

@@ -7,7 +7,7 @@ namespace pins_ext {
 
 struct UpdateCall {
   const Tensors& params;
-  std::vector<List> moments;  // AdamW: exp_avg, exp_avg_sq; SGD: momentum_buffer, empty without momentum
+  const std::vector<List>& moments;  // AdamW: exp_avg, exp_avg_sq; SGD: momentum_buffer, empty without momentum
   const Tensors &ipt, &shadow, &grads, &masks;
   const Tensor &places, &chunks, &hyper, &accepted, &rng;
   const std::string& criterion;
@@ -56,6 +56,29 @@ inline int check_update(const UpdateCall& call, const Device& device) {
   check_scalar("clip", call.clip, ScalarType::Float, device);
   check_scalar("found_inf", call.found_inf, ScalarType::Float, device);
   return option("criterion", call.criterion, kCriteria);
+}
+
+// The operators; `run` is what a device makes of the call.
+template <void (*run)(const UpdateCall&)>
+void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
+                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
+                   const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
+                   const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
+                   const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
+  const std::vector<List> moments{{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}};
+  run({params, moments, ipt, shadow, grads, masks, places, chunks, hyper, accepted, rng, criterion, clear_state,
+       grad_scale, clip, found_inf, pointers});
+}
+
+template <void (*run)(const UpdateCall&)>
+void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
+                 const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
+                 const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
+                 bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
+                 const OptionalTensor& found_inf, const OptionalTensor& pointers) {
+  const std::vector<List> moments{{"momentum_buffer", momentum_buffer}};
+  run({params, moments, ipt, shadow, grads, masks, places, chunks, hyper, accepted, rng, criterion, clear_state,
+       grad_scale, clip, found_inf, pointers});
 }
 
 }  // namespace pins_ext

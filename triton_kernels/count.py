@@ -13,7 +13,7 @@ from .criterion import score_of
 from .layout import load_float
 
 BINS = 65536
-"""Bins of a counting pass; pins_ext/ops.py says the same."""
+"""Bins of a counting pass; pins_ext/ops/select.py says the same."""
 
 THREADS = tl.constexpr(128)
 """Threads of a program: every kernel is launched with four warps."""

@@ -7,7 +7,7 @@
 
 namespace pins_ext::cpu {
 
-constexpr int64_t kBins = 65536;  // pins_ext/ops.py BINS
+constexpr int64_t kBins = 65536;  // pins_ext/ops/select.py BINS
 
 struct CheckedBracket {
   Bracket bounds;

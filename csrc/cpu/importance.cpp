@@ -38,8 +38,8 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   const Gradient gradient = gradient_of(grad_scale, clip);
   const Rounding rounding = rounding_of(rng);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
-    kernels().accumulate[kind]({work.run(chunk), ipt_at.at(chunk), params_at.at(chunk), grads_at.at(chunk),
-                                gradient, lrs[chunk.tensor], count, rounding});
+    kernels().accumulate[kind]({work.run(chunk), ipt_at.at(chunk), params_at.at(chunk), grads_at.at(chunk), gradient,
+                                lrs[chunk.tensor], count, rounding});
   });
 }
 

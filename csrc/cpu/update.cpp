@@ -31,26 +31,12 @@ void masked_update(const UpdateCall& call, void (*const (&table)[count])(const U
   });
 }
 
-void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
-                   const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
-                   const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
-                   const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  masked_update({params, {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}, ipt, shadow, grads, masks, places, chunks,
-                 hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers},
-                kernels().masked_adamw);
-}
+void masked_adamw(const UpdateCall& call) { masked_update(call, kernels().masked_adamw); }
 
-void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                 const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
-                 const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
-                 bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
-                 const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  const UpdateCall call{params, {{"momentum_buffer", momentum_buffer}}, ipt, shadow, grads, masks, places, chunks,
-                        hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers};
+void masked_sgd(const UpdateCall& call) {
   check_update(call, kCpu);
-  const SgdRow* rows = static_cast<const SgdRow*>(hyper.const_data_ptr());
-  for (size_t i = 0; momentum_buffer.empty() && i < params.size(); ++i) {
+  const SgdRow* rows = static_cast<const SgdRow*>(call.hyper.const_data_ptr());
+  for (size_t i = 0; !call.moments[0].given() && i < call.params.size(); ++i) {
     PINS_CHECK(rows[i].momentum == 0.0f, "momentum_buffer is empty, but ", item("hyper", i), " has momentum ",
                rows[i].momentum);
   }
@@ -75,7 +61,7 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
 }  // namespace pins_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
-  m.impl("masked_adamw_", TORCH_BOX(&pins_ext::cpu::masked_adamw_));
-  m.impl("masked_sgd_", TORCH_BOX(&pins_ext::cpu::masked_sgd_));
+  m.impl("masked_adamw_", TORCH_BOX(&pins_ext::masked_adamw_<pins_ext::cpu::masked_adamw>));
+  m.impl("masked_sgd_", TORCH_BOX(&pins_ext::masked_sgd_<pins_ext::cpu::masked_sgd>));
   m.impl("apply_mask_", TORCH_BOX(&pins_ext::cpu::apply_mask_));
 }

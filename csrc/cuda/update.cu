@@ -79,7 +79,8 @@ Work work_of(const Tensor& pointers, const Tensor& places, const Tensor& chunks)
   return {data_of<int64_t>(pointers), places.size(0), data_of<Place>(places), data_of<Chunk>(chunks)};
 }
 
-// What the tables and scalars hold stays on the device and is not checked.
+// What the tables and scalars hold stays on the device and is not checked: that chunks fit their tensors, and that SGD
+// without momentum_buffer has momentum 0 in every row of hyper.
 template <typename Step>
 void masked_update(const UpdateCall& call) {
   const CurrentDevice device(call.places);
@@ -105,26 +106,6 @@ void masked_update(const UpdateCall& call) {
   update<Step>(arguments, call.params[0].scalar_type(), state, blocks, device.stream());
 }
 
-void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
-                   const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
-                   const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
-                   const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  masked_update<AdamWStep>({params, {{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}, ipt, shadow, grads, masks,
-                            places, chunks, hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf,
-                            pointers});
-}
-
-// Without momentum_buffer every row of hyper must have momentum 0; that is on the device and can't be checked here.
-void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                 const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
-                 const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
-                 bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,
-                 const OptionalTensor& found_inf, const OptionalTensor& pointers) {
-  masked_update<SgdStep>({params, {{"momentum_buffer", momentum_buffer}}, ipt, shadow, grads, masks, places, chunks,
-                          hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf, pointers});
-}
-
 void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& pointers) {
   const CurrentDevice device(places);
@@ -142,7 +123,8 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
 }  // namespace pins_ext::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pins_ext, CUDA, m) {
-  m.impl("masked_adamw_", TORCH_BOX(&pins_ext::cuda::masked_adamw_));
-  m.impl("masked_sgd_", TORCH_BOX(&pins_ext::cuda::masked_sgd_));
+  m.impl("masked_adamw_",
+         TORCH_BOX(&pins_ext::masked_adamw_<pins_ext::cuda::masked_update<pins_ext::cuda::AdamWStep>>));
+  m.impl("masked_sgd_", TORCH_BOX(&pins_ext::masked_sgd_<pins_ext::cuda::masked_update<pins_ext::cuda::SgdStep>>));
   m.impl("apply_mask_", TORCH_BOX(&pins_ext::cuda::apply_mask_));
 }

@@ -1,8 +1,8 @@
 // How the threads of a block walk a chunk: scalar weights up to the first 16-byte boundary that all streams share,
 // then 16-byte accesses, then a scalar tail.
 //
-// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.inl and layout.inl, in
-// the same namespace.
+// Host and device: the tests run this source on the CPU, thread by thread. Include after criterion.inl and layout.inl,
+// in the same namespace.
 
 // ---- storage ----------------------------------------------------------------------------------------------------
 

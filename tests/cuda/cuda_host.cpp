@@ -44,17 +44,17 @@ struct Operand {
 
 // Job header, all int64.
 struct Job {
-  int64_t step;       // 0 AdamW, 1 SGD, 2 mask alone
-  int64_t dtype;      // of the parameters: 0 float32, 1 bfloat16, 2 float16
-  int64_t state;      // of ipt: 0 float32, 1 bfloat16
+  int64_t step;   // 0 AdamW, 1 SGD, 2 mask alone
+  int64_t dtype;  // of the parameters: 0 float32, 1 bfloat16, 2 float16
+  int64_t state;  // of ipt: 0 float32, 1 bfloat16
   int64_t criterion;
   int64_t clear_state;
-  int64_t lists;      // how many
-  int64_t given;      // bit k: list k is given
+  int64_t lists;  // how many
+  int64_t given;  // bit k: list k is given
   int64_t tensors;
   int64_t chunks;
   int64_t threads;
-  int64_t scalars;    // bit 0 grad_scale, 1 clip, 2 found_inf
+  int64_t scalars;  // bit 0 grad_scale, 1 clip, 2 found_inf
 };
 
 template <typename Step, typename P>
