@@ -17,12 +17,16 @@ from pins_ext.tasks.recipes import RECIPES, TRAINING_EXAMPLES, recipe_for
 _ABOUT = """Says what train would do with the same flags: data, prunable tensors, memory, the schedule, conflicts.
 Loads data and model, trains nothing, writes nothing.
 
+With --model and no data, it reads the model's config.json alone, whatever its size: what would be pruned, bytes on each
+rank, what fits on which GPU.
+
 With --recipe and neither --model nor data, it shows the recipe and draws its schedule, and loads nothing: the number of
 steps then comes from the published size of the training set."""
 
 _EXAMPLES = """examples:
   pins-ext plan --task glue/rte --model bert-base-uncased --recipe
   pins-ext plan --recipe platon-mnli
+  pins-ext plan --model meta-llama/Meta-Llama-3-8B --dtype bfloat16 --state-dtype bfloat16 --teacher none --ranks 8
   pins-ext plan --train-file mine.csv --sparsity 0.9 --exclude '*.layer.0.*'"""
 
 _WITHOUT = ("compare", "output_dir", "overwrite", "resume", "resume_from_checkpoint", "label")
@@ -34,6 +38,14 @@ _DRAWN_POINTS, _DRAWN_WIDTH = 16, 50
 def main(argv: Sequence[str]) -> int:
     """Run the command; 2 when train would refuse."""
     parser = requests.parser("pins-ext plan", _ABOUT, _EXAMPLES, _WITHOUT)
+    group = parser.add_argument_group("a model without data")
+    group.add_argument("--ranks", type=int, metavar="N", help="processes, each with a GPU of its own [1]")
+    group.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="copies of the model that the ranks hold together: 1 is FSDP, as many as ranks DDP, between them HSDP [1]",
+    )
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))
@@ -41,6 +53,15 @@ def main(argv: Sequence[str]) -> int:
     request = requests.parse(parser, argv)
     if request.pruning is None:
         raise UsageError("nothing to plan: the sparsity is 0")
+    data = {"task", "data_dir", "train_file", "recipe"} & request.given
+    if "model" in request.given and not data:
+        from pins_ext.runs.model_plan import model_plan
+
+        split = vars(parser.parse_known_args(request.tokens)[0])
+        print(model_plan(request, request.pruning, split.get("ranks", 1), split.get("replicas", 1)))
+        return EXIT_OK
+    if several := {"ranks", "replicas"} & request.given:
+        raise UsageError(f"--{min(several)} is about a model without data: give --model alone")
     if request.run.recipe and not {"model", "data_dir", "train_file"} & request.given:
         print(_recipe_page(request, request.pruning))
     else:

@@ -97,18 +97,26 @@ def _without_aliases(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parame
     """Tied weights once, under their first name; a partial overlap has no defined mask and is refused."""
     dropped: set[str] = set()
     last: tuple[int, str] | None = None
-    for name, p in sorted(parameters.items(), key=lambda item: item[1].data_ptr()):
-        begin, end = p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()
+    places = {name: _address(p) for name, p in parameters.items()}
+    for name, p in sorted(parameters.items(), key=lambda item: places[item[0]]):
+        begin, end = places[name], places[name] + p.numel() * p.element_size()
         if last is None or begin >= last[0]:
             last = (end, name)
             continue
         other = parameters[last[1]]
-        if (begin, end, p.shape) != (other.data_ptr(), last[0], other.shape):
+        if (begin, end, p.shape) != (places[last[1]], last[0], other.shape):
             raise ValueError(
                 f"{name} and {last[1]} overlap in memory without being the same weights; exclude one of them"
             )
         dropped.add(name)
     return {name: p for name, p in parameters.items() if name not in dropped}
+
+
+def _address(p: nn.Parameter) -> int:
+    """Where the memory begins; of a meta tensor, which has none, where it would if each storage had its own."""
+    if not p.is_meta:
+        return p.data_ptr()
+    return (p.untyped_storage()._cdata << 48) + p.storage_offset() * p.element_size()
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

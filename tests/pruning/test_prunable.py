@@ -11,6 +11,7 @@ from torch import nn
 
 from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW, PinsSGD
+from pins_ext.pruning.parameters import prunable_parameters
 
 
 def test_a_missing_gradient_counts_as_zero_and_masks_hold() -> None:
@@ -79,6 +80,19 @@ def test_odd_parameters_are_refused_with_a_reason() -> None:
         Pruner(model, torch.optim.SGD(model.classifier.parameters(), lr=1), CONFIG, STEPS)
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer is needed"):
         Pruner(model, ["not one"], CONFIG, STEPS)  # type: ignore[list-item]
+
+
+def test_a_model_without_memory_has_no_overlaps_but_its_own() -> None:
+    with torch.device("meta"):
+        model = Network()
+        assert set(prunable_parameters(model, CONFIG)) == set(prunable_parameters(Network(), CONFIG))
+    model.layers[1].attention["self"].weight = nn.Parameter(model.layers[0].attention["self"].weight.data)
+    assert "layers.1.attention.self.weight" not in prunable_parameters(model, CONFIG)
+    storage = torch.empty(13 * 13 + 5, device="meta")
+    model.layers[0].attention["self"].weight.data = storage[:169].view(13, 13)
+    model.layers[1].attention["self"].weight.data = storage[5:].view(13, 13)
+    with pytest.raises(ValueError, match="overlap in memory"):
+        prunable_parameters(model, CONFIG)
 
 
 def test_zero_sized_and_frozen_parameters_are_left_out() -> None:

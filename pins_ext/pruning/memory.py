@@ -1,0 +1,153 @@
+"""How many bytes a training run keeps on each rank, counted from shapes: nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pins_ext import ops
+from pins_ext.pruning.config import PruneConfig
+
+Shape = tuple[int, ...]
+
+_FLOAT32 = 4
+_ROW, _CHUNK = 13 * 8, 2 * 8
+"""Bytes of a tensor's row and of a chunk in a layout."""
+
+
+def _per_weight(count: int) -> Callable[[Shape, int], int]:
+    return lambda shape, size: count * size * math.prod(shape)
+
+
+def _adafactor(shape: Shape, size: int) -> int:
+    """A running mean of squared gradients per row and per column in float32; of a vector, per weight."""
+    if len(shape) < 2:
+        return _FLOAT32 * math.prod(shape)
+    return _FLOAT32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+
+OPTIMIZERS: dict[str, Callable[[Shape, int], int]] = {
+    "adamw": _per_weight(2),
+    "adamw_torch": _per_weight(2),
+    "adamw_torch_fused": _per_weight(2),
+    "adafactor": _adafactor,
+    "adagrad": _per_weight(1),
+    "rmsprop": _per_weight(1),
+    "sgd": _per_weight(0),
+}
+"""Optimizer, as `pins-ext train --optimizer` names it -> bytes of its state for a parameter, from the parameter's shape
+and the bytes of one of its elements."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that stay allocated on one rank while it trains. Activations come on top.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of the parameters that learn.
+        buckets: copies of the gradients that DistributedDataParallel reduces.
+        moments: the optimizer's state.
+        statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
+        masks: one bit per pruned weight.
+        teacher: the model's earlier self, for self-regularization.
+        selection: counts, candidates and work lists.
+    """
+
+    weights: int
+    gradients: int
+    buckets: int
+    moments: int
+    statistics: int
+    masks: int
+    teacher: int
+    selection: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def memory(
+    model: nn.Module,
+    pruned: Collection[str],
+    config: PruneConfig,
+    *,
+    optimizer: str = "adamw",
+    teacher: str = "none",
+    ranks: int = 1,
+    replicas: int = 1,
+) -> Memory:
+    """Count the bytes on the rank that holds most.
+
+    Args:
+        model: its parameters' shapes, dtypes and `requires_grad` are all that is used, so it may be on the meta device.
+        pruned: names of the parameters to prune.
+        config: which statistics are kept, and in which dtype.
+        optimizer: one of OPTIMIZERS; its state has the parameters' dtype.
+        teacher: a policy of SelfRegularizer, or anything else for a fixed model of the same size.
+        ranks: processes, each with a GPU of its own.
+        replicas: how many whole copies of the model the ranks hold together. 1 shards every tensor by rows over all
+            ranks (FSDP2), `ranks` gives each rank a copy (DDP), anything between is HSDP.
+
+    Raises:
+        ValueError: an unknown optimizer, or ranks that can't be divided among the replicas.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"the size of {optimizer}'s state is not known; known are {', '.join(OPTIMIZERS)}")
+    if not 1 <= replicas <= ranks or ranks % replicas:
+        raise ValueError(f"{ranks} ranks cannot hold {replicas} copies of the model: ranks must be a multiple of them")
+    shards = ranks // replicas
+    parameters = dict(model.named_parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    weights = sum(_local_bytes(p, shards) for p in parameters.values())
+    learning = [p for p in parameters.values() if p.requires_grad]
+    gradients = sum(_local_bytes(p, shards) for p in learning)
+    shapes = [(_local(p, shards), p.element_size()) for name, p in parameters.items() if name in pruned]
+    sizes = [math.prod(shape) for shape, _ in shapes]
+    # The "ema" teacher of 16-bit weights averages in float32.
+    average = sum(_FLOAT32 * math.prod(_local(p, shards)) for p in parameters.values() if p.element_size() < _FLOAT32)
+    states = _states(config) * config.dtype.itemsize
+    return Memory(
+        weights=weights + buffers,
+        gradients=gradients,
+        buckets=gradients if shards == 1 and ranks > 1 else 0,
+        moments=sum(OPTIMIZERS[optimizer](_local(p, shards), p.element_size()) for p in learning),
+        statistics=sum(n * (states + size * config.needs_shadow) for n, (_, size) in zip(sizes, shapes, strict=True)),
+        masks=sum(ops.mask_bytes(n) for n in sizes),
+        teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
+        selection=_selection(sizes),
+    )
+
+
+def ranks_needed(fits: Callable[[int], bool], limit: int = 4096) -> int | None:
+    """The fewest ranks that `fits` accepts, among 1, 2, 4, ... up to `limit`; None: not even that many do."""
+    counts: Iterator[int] = (2**i for i in range(limit.bit_length()))
+    return next((count for count in counts if fits(count)), None)
+
+
+def _states(config: PruneConfig) -> int:
+    """How many statistics the criterion keeps per weight."""
+    averages = 0 if not config.smoothed else 2 if 0 < config.beta2 < 1 else 1
+    return averages + (config.criterion != "magnitude")
+
+
+def _local(p: Tensor, shards: int) -> Shape:
+    """The first rank's part of a parameter cut by rows: no other part is larger."""
+    return (-(-p.shape[0] // shards), *p.shape[1:]) if p.dim() else ()
+
+
+def _local_bytes(p: Tensor, shards: int) -> int:
+    return math.prod(_local(p, shards)) * p.element_size()
+
+
+def _selection(sizes: list[int]) -> int:
+    """Counts of the pass that rides on the fold and of the one that does not, the sample, candidates, work lists."""
+    counts, sample, candidates = 2 * (1 + ops.BINS), 2 * ops.SAMPLES, 4 * ops.CANDIDATES
+    chunks = sum(-(-n // ops.CHUNK) for n in sizes)
+    return 8 * (counts + sample + candidates) + _ROW * len(sizes) + _CHUNK * chunks

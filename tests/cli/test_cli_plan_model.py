@@ -1,0 +1,92 @@
+"""`pins-ext plan --model DIR`: from a config.json alone, of any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_models import decoder_config
+
+from pins_ext.cli.main import main
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> str:
+    """A folder with the configuration of Llama-3-70B and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    return str(tmp_path)
+
+
+def test_seventy_billion_weights_need_no_memory(large: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--dtype", "bfloat16", "--state-dtype", "bfloat16", "--teacher", "none"]
+    assert main(["plan", "--model", large, *small, "--ranks", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "LlamaForCausalLM, 70,553,706,496 weights, bfloat16" in said
+    assert "68,451,041,280 weights in 560 tensors (97.0% of the model)" in said
+    assert "model.layers.{0..79}.self_attn.k_proj.weight  (1024, 8192)  x 80" in said
+    assert "on each of 64 ranks, one copy of the model (FSDP):" in said
+    # Arithmetic: 2 B weights, 2 B gradients, 4 B moments, 6 B statistics, all over 64 ranks.
+    rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    for kind, each in (("weights", 2), ("gradients", 2), ("moments", 4)):
+        assert f"{each * 70_553_706_496 / 64e9:.2f} GB" in rows[kind]
+    assert f"{6 * 68_451_041_280 / 64e9:.2f} GB" in rows["statistics"]
+    assert "24 GB  yes, 8.6 GB left" in said
+    assert "80 GB  yes, 64.6 GB left; one copy of the model over 16 ranks does" in said
+    assert "the largest is 4.20 GB" in said
+    assert main(["plan", "--model", large, *small]) == 0
+    assert "141 GB  no; one copy of the model over 8 ranks does" in capsys.readouterr().out
+
+
+def test_flags_change_what_they_say(large: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def page(*more: str) -> str:
+        assert main(["plan", "--model", large, *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    plain = page("--teacher", "none")
+    assert "teacher" not in plain
+    assert "teacher 282.21 GB" in page()
+    assert "moments" not in page("--optimizer", "sgd")
+    assert "8 copies of the model, 2 ranks each (HSDP)" in page("--ranks", "16", "--replicas", "8")
+    assert "buckets 282.21 GB" in page("--ranks", "2", "--replicas", "2")
+    assert "in 240 tensors" in page("--exclude", "*.self_attn.*")
+    assert "--teacher latest copies whole weights" in page("--ranks", "2")
+    assert "plan with --dtype float32" in page("--ranks", "2", "--dtype", "bfloat16", "--bf16")
+
+
+def test_a_tied_head_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = decoder_config()
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    embeddings, block = (257 + 64) * 16, 16 * 48 + 48 + 16 * 16 + 16 + 2 * 16 * 64 + 64 + 16 + 4 * 16
+    assert f"GPT2LMHeadModel, {embeddings + block + 2 * 16:,} weights" in said
+    assert "transformer.h.0.attn.c_attn.weight  (16, 48)" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--ranks", "8", "--replicas", "3"], "8 ranks cannot hold 3 copies of the model"),
+        (["--ranks", "0"], "0 ranks cannot hold 1 copies"),
+        (["--ranks", "two"], "argument --ranks"),
+        (["--exclude", "*nothing*"], "the pattern '*nothing*' matches no parameter"),
+        (["--optimizer", "muon"], "the size of muon's state is not known"),
+        (["--task", "rte", "--ranks", "2"], "--ranks is about a model without data"),
+        (["--model", "no/such/model"], "--model no/such/model"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    large: str, capsys: pytest.CaptureFixture[str], more: list[str], reason: str
+) -> None:
+    assert main(["plan", "--model", large, *more]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said

@@ -1,0 +1,130 @@
+"""Bytes counted from shapes against bytes that are really there."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Network, train
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from pins_ext import PruneConfig, Pruner, SelfRegularizer
+from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.memory import OPTIMIZERS, memory, ranks_needed
+from pins_ext.pruning.parameters import prunable_parameters
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address of all memory that torch tensors hold."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+            if thing.is_leaf and thing.grad is not None:
+                found[thing.grad.untyped_storage().data_ptr()] = thing.grad.untyped_storage().nbytes()
+    return found
+
+
+def test_bytes_of_a_real_run_of_110_million_weights() -> None:
+    """All that torch holds after three steps with a mask, and nothing that was there before."""
+    gc.collect()
+    before = storages()
+    with torch.device("meta"):
+        shape = BertForSequenceClassification(BertConfig())
+    model = BertForSequenceClassification._from_config(BertConfig())
+    optimizer = PinsAdamW(model.parameters())
+    config = PruneConfig(warmup=0, cooldown=2, delta_t=1)
+    pruner = Pruner(model, optimizer, config, total_steps=3)
+    regularizer = SelfRegularizer(model, teacher="latest", every=1)
+    tokens = torch.arange(1, 9).reshape(1, 8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+        regularizer.step()
+    gc.collect()
+    there = sum(size for address, size in storages().items() if before.get(address) != size)
+    counted = memory(shape, set(prunable_parameters(shape, config)), config, teacher="latest")
+    assert sum(p.numel() for p in model.parameters()) > 109e6
+    assert counted.total == pytest.approx(there, rel=0.05)
+    kinds = {
+        "weights": [*model.parameters(), *model.buffers()],
+        "gradients": [p.grad for p in model.parameters()],
+        "moments": [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)],
+        "statistics": [t for tensors in pruner.importance.tensors().values() for t in tensors],
+        "masks": pruner.masks,
+    }
+    for kind, tensors in kinds.items():
+        assert getattr(counted, kind) == sum(t.nbytes for t in tensors), kind
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "magnitude"},
+        {"criterion": "movement"},
+        {"criterion": "platon", "mask_policy": "strict"},
+        {"beta2": 0.0},
+        {"beta2": 1.0},
+        {"state_dtype": "bfloat16"},
+    ],
+)
+def test_every_criterion_keeps_what_is_counted(options: dict[str, Any]) -> None:
+    model = Network().bfloat16()
+    config = PruneConfig(warmup=1, cooldown=2, **options)
+    pruner = Pruner(model, torch.optim.SGD(model.parameters(), lr=0.1), config, 10)
+    counted = memory(model, pruner.names, config, optimizer="sgd")
+    kept = [t for tensors in pruner.importance.tensors().values() for t in tensors]
+    assert counted.statistics == sum(t.nbytes for t in kept)
+    assert counted.masks == sum(t.nbytes for t in pruner.masks)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_known_optimizer(name: str, tmp_path: Path) -> None:
+    model = Network()
+    # Stacks of matrices, too.
+    model.experts = nn.Parameter(torch.zeros(3, 4, 5))
+    optimizer: torch.optim.Optimizer
+    if name == "adamw":
+        optimizer = PinsAdamW(model.parameters())
+    else:
+        args = TrainingArguments(str(tmp_path), optim=name, use_cpu=True, report_to="none")
+        optimizer = Trainer(model, args).create_optimizer()
+    model.experts.grad = torch.ones(3, 4, 5)
+    train(model, optimizer, 1, before=lambda: setattr(model.experts, "grad", torch.ones(3, 4, 5)))
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+    assert memory(model, (), PruneConfig(), optimizer=name).moments == sum(t.nbytes for t in states)
+
+
+def test_ranks_divide_what_is_sharded() -> None:
+    model, config = Network(), PruneConfig()
+    names = list(prunable_parameters(model, config))
+    alone = memory(model, names, config)
+    copies = memory(model, names, config, ranks=4, replicas=4)
+    assert (copies.weights, copies.statistics, copies.buckets) == (alone.weights, alone.statistics, alone.gradients)
+    cut = memory(model, names, config, ranks=4)
+    assert cut.buckets == 0
+    # 13 rows of four bytes each over four ranks: four rows on the first. 26 rows: seven. 3 rows: one.
+    rows = {13: 4, 26: 7, 3: 1}
+    assert cut.weights == sum(rows[p.shape[0]] * 4 * (p.shape[1] if p.dim() == 2 else 1) for p in model.parameters())
+    assert memory(model, names, config, ranks=8, replicas=2) == cut
+    narrow = Network().bfloat16()
+    assert memory(narrow, names, config, teacher="ema").teacher == 3 * memory(narrow, names, config).weights
+    assert ranks_needed(lambda n: n >= 5) == 8
+    assert ranks_needed(lambda n: False) is None
+    with pytest.raises(ValueError, match="8 ranks cannot hold 3 copies"):
+        memory(model, names, config, ranks=8, replicas=3)
+    with pytest.raises(ValueError, match="the size of muon's state is not known"):
+        memory(model, names, config, optimizer="muon")
+
+
+def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
+    model = Network().requires_grad_(False)
+    model.layers[0].requires_grad_(True)
+    learning = sum(p.nbytes for p in model.layers[0].parameters())
+    counted = memory(model, (), PruneConfig())
+    assert (counted.gradients, counted.moments) == (learning, 2 * learning)
