@@ -14,13 +14,15 @@ import os
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     from torch.utils import cpp_extension
-except ImportError as error:
-    message = "pins_ext compiles against the installed torch: install torch >= 2.10, then use --no-build-isolation"
-    raise SystemExit(message) from error
+except ImportError:
+    # A source distribution needs no torch, nor do a wheel's metadata.
+    cpp_extension = None
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that one wheel serves
@@ -37,6 +39,9 @@ CXX_FLAGS = [
     "-g0",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
+
+# They build, test and write the checkout: no use in a wheel.
+CHECKOUT_ONLY = (("pins_ext.bench", "gpu_check"), ("pins_ext.bench", "readme_table"))
 
 
 def cuda_home() -> Path | None:
@@ -70,8 +75,10 @@ def architectures() -> list[str]:
     return flags
 
 
-def extension() -> cpp_extension.CppExtension:
+def extension() -> Extension:
     sources = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    if cpp_extension is None:
+        return Extension("pins_ext._C", sources, py_limited_api=True)
     link = ["-Wl,--exclude-libs,ALL"]
     kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     home = cuda_home()
@@ -94,20 +101,37 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+class BuildExtension(build_ext if cpp_extension is None else cpp_extension.BuildExtension):
     """Keeps its object files, so that ninja compiles only what changed, also in an editable install."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.build_temp = str(ROOT / "build" / "objects")
 
+    def run(self) -> None:
+        if cpp_extension is None:
+            raise SystemExit(
+                "pins_ext compiles against the installed torch: install torch >= 2.10, then use --no-build-isolation"
+            )
+        super().run()
+
+
+class BuildPy(build_py):
+    """Leaves out what works in a checkout only."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if module[:2] not in CHECKOUT_ONLY]
+
 
 setup(
     packages=[*find_packages(include=["pins_ext", "pins_ext.*"]), "pins_ext.triton_kernels", "pins_ext.bench"],
     # A top-level `triton_kernels` would shadow Triton's own package of that name.
     package_dir={"pins_ext.triton_kernels": "triton_kernels", "pins_ext.bench": "bench"},
-    package_data={"pins_ext": ["py.typed", "**/*.html", "**/*.css", "**/*.js", "**/*.yaml"]},
+    package_data={"pins_ext": ["py.typed", "**/*.yaml"]},
+    # MANIFEST.in is about the source distribution.
+    include_package_data=False,
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

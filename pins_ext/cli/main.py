@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pins_ext import __version__
+from pins_ext import __version__, extras
 from pins_ext.runs.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, CommandError):
             return _fail(str(error), error.exit_code, name)
+        if (what_to_install := extras.advice(error, "train")) is not None:
+            return _fail(what_to_install, EXIT_FAILED, name)
         return _fail(f"{one_line(error)}  (--debug shows where)", EXIT_FAILED, name)
 
 

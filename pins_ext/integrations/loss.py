@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
-from pins_ext.integrations.callback import PinsCallback
+from pins_ext.extras import explained
+
+with explained():
+    from transformers import Trainer
+
+    from pins_ext.integrations.callback import PinsCallback
 
 
 class SelfRegularizedLoss(Trainer):

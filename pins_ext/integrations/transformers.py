@@ -1,5 +1,8 @@
 """The Hugging Face Trainer's way in: `PinsCallback` and, for pruning in the optimizer's own pass, `optimizer`."""
 
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.extras import explained
+
+with explained():
+    from pins_ext.integrations.callback import PinsCallback, optimizer
 
 __all__ = ["PinsCallback", "optimizer"]

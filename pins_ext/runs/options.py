@@ -120,21 +120,28 @@ def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            mapping = json.loads(text)
-        else:
-            import yaml
-
-            mapping = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{name} is not JSON: {error}") from error
-    except Exception as error:
-        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    mapping = _from_json(text, name) if file.suffix == ".json" else _from_yaml(text, name)
     if not isinstance(mapping, dict):
         raise UsageError(f"{name} must map {content}")
     return mapping
+
+
+def _from_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON: {error}") from error
+
+
+def _from_yaml(text: str, name: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def tokens(flags: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, set_seed
 
+from pins_ext import extras
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.timing import StepTimer
 from pins_ext.integrations.trainer import PinsTrainer
@@ -99,7 +100,7 @@ def as_usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(extras.advice(error, "train") or " ".join(str(error).split())) from error
 
 
 def fitted_to(request: Request, task: Task) -> Request:

