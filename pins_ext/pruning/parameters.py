@@ -12,8 +12,9 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.regularization.teacher import is_sharded
 
 # Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
-# are small as well, and what they are merged into has zeros of its own.
-_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "norm", "lora_")
+# are small as well, and what they are merged into has zeros of its own. Routers choose experts: in most models they are
+# bare parameters, and where they are linear modules it is no different.
+_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "lora_", "router", "expert_gate")
 _RELEASED = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
 
 
@@ -30,42 +31,46 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
             "the model's parameters are sharded (FSDP or DTensor), which a Pruner does not follow yet: train on one "
             "device or with DistributedDataParallel"
         )
-    parameters = dict(model.named_parameters())
+    parameters, names = dict(model.named_parameters()), _all_names(model)
     for pattern in (*config.include, *config.exclude):
-        if not any(fnmatchcase(name, pattern) for name in parameters):
+        if not any(_matches(known, (pattern,)) for known in names.values()):
             raise ValueError(f"the pattern {pattern!r} matches no parameter; names look like {_examples(parameters)}")
     if config.include:
-        chosen = {name for name in parameters if _matches(name, config.include)}
-        frozen = [name for name in chosen if not parameters[name].requires_grad and not _matches(name, config.exclude)]
-        if frozen:
-            raise ValueError(
-                f"{frozen[0]} is included but frozen (requires_grad=False): its importance cannot be known"
-            )
+        chosen = {name for name in parameters if _matches(names[name], config.include)}
     elif config.parameter_set == "released":
         chosen = {name for name in parameters if any(part in name for part in _RELEASED)}
     else:
         chosen = set(_default_names(model))
-    kept = {
-        name: p
-        for name, p in parameters.items()
-        if name in chosen and p.requires_grad and p.numel() > 0 and not _matches(name, config.exclude)
-    }
+    chosen -= {name for name in parameters if _matches(names[name], config.exclude)}
+    kept = {name: p for name, p in parameters.items() if name in chosen and p.requires_grad and p.numel() > 0}
+    frozen = [name for name in parameters if name in chosen and not parameters[name].requires_grad]
+    if frozen and (config.include or not kept):
+        raise ValueError(
+            f"{frozen[0]} is to be pruned but frozen (requires_grad=False): its importance cannot be known; "
+            f"let it learn, or prune first and train adapters on the pruned model"
+        )
     if not kept:
         raise ValueError(f"no prunable parameter: name them with include; names look like {_examples(parameters)}")
     _check_uniform(kept)
     return _without_aliases(kept)
 
 
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of each parameter, by its first: tied weights and shared modules give it several."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(p), name), []).append(name)
+    return names
+
+
 def _default_names(model: nn.Module) -> list[str]:
-    """2-D weights of linear and Conv1D modules and 3-D expert stacks, within module lists where the model has any."""
+    """Matrices of linear, Conv1D, attention and experts modules, within module lists where the model has any."""
     found: list[tuple[str, bool]] = []
 
     def visit(module: nn.Module, path: str, in_block: bool) -> None:
-        kind = type(module).__name__
         for name, p in module.named_parameters(recurse=False):
-            matrix = p.dim() == 2 and (isinstance(module, nn.Linear) or kind == "Conv1D") and name == "weight"
-            experts = p.dim() == 3 and "experts" in kind.lower()
-            if (matrix or experts) and not any(part in (path + name).lower() for part in _NEVER):
+            if _is_matrix(module, name, p) and not any(part in (path + name).lower() for part in _NEVER):
                 found.append((path + name, in_block))
         for name, child in module.named_children():
             visit(child, f"{path}{name}.", in_block or isinstance(module, nn.ModuleList))
@@ -73,6 +78,16 @@ def _default_names(model: nn.Module) -> list[str]:
     visit(model, "", False)
     blocks_only = any(in_block for _, in_block in found)
     return [name for name, in_block in found if in_block or not blocks_only]
+
+
+def _is_matrix(module: nn.Module, name: str, p: nn.Parameter) -> bool:
+    """Whether it multiplies activations; experts stack their matrices, in three dimensions or on top of each other."""
+    kind = type(module).__name__
+    if "expert" in kind.lower():
+        return p.dim() in (2, 3) and "bias" not in name
+    if isinstance(module, nn.MultiheadAttention):
+        return p.dim() == 2 and name.endswith("proj_weight")
+    return p.dim() == 2 and name == "weight" and (isinstance(module, nn.Linear) or kind == "Conv1D")
 
 
 def _check_uniform(parameters: dict[str, nn.Parameter]) -> None:
@@ -119,8 +134,9 @@ def _address(p: nn.Parameter) -> int:
     return (p.untyped_storage()._cdata << 48) + p.storage_offset() * p.element_size()
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a parameter with these names is meant."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
 def _examples(names: Iterable[str]) -> str:

@@ -183,3 +183,67 @@ def test_autograd_notices_that_weights_were_stepped_and_masked() -> None:
             change()
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
+
+
+def test_a_tied_weight_answers_to_each_of_its_names() -> None:
+    model = Network()
+    model.head = nn.Linear(13, 7)
+    model.head.weight = nn.Parameter(torch.randn(7, 13))
+    model.layers[0].output["dense"].weight = nn.Parameter(torch.randn(13, 26))
+    model.last = nn.Linear(26, 13)
+    model.last.weight = model.layers[0].output["dense"].weight
+    first = "layers.0.output.dense.weight"
+    assert list(prunable_parameters(model, PruneConfig(include=("last.weight",)))) == [first]
+    assert first not in prunable_parameters(model, PruneConfig(exclude=("last.weight",)))
+
+
+def test_attention_of_torch_is_found_with_its_fused_projection() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    names = ["self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"]
+    assert list(prunable_parameters(model, CONFIG)) == [f"layers.{i}.{name}" for i in range(2) for name in names]
+
+
+def test_a_frozen_model_says_what_is_frozen() -> None:
+    model = Network().requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.self\.weight is to be pruned but frozen"):
+        prunable_parameters(model, CONFIG)
+
+
+def test_parameters_that_join_an_optimizer_late_stay_dense() -> None:
+    for optimizer_class in (PinsAdamW, torch.optim.AdamW):
+        model = Network(16, classes=16)
+        late = model.layers[1].requires_grad_(False)
+        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        pruner = Pruner(model, optimizer, CONFIG, STEPS)
+        assert all(name.startswith("layers.0.") for name in pruner.names)
+        train(model, optimizer, 10)
+        late.requires_grad_(True)
+        optimizer.add_param_group({"params": list(late.parameters()), "lr": 1e-2})
+        before = [p.clone() for p in late.parameters()]
+        train(model, optimizer, STEPS - 10)
+        assert pruner.finalize()["zeros"] == exact(pruner)
+        assert not any(torch.equal(old, p) for old, p in zip(before, late.parameters(), strict=True))
+        assert all(torch.count_nonzero(p) == p.numel() for n, p in late.named_parameters() if p.dim() == 2)
+
+
+def test_experts_that_no_token_reaches_keep_their_zeros() -> None:
+    """Every expert a module of its own: the gradient of an unrouted one is None, in this step or in all."""
+    for optimizer_class in (PinsAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        optimizer = optimizer_class(experts.parameters(), lr=1e-2)
+        pruner = Pruner(experts, optimizer, CONFIG, STEPS)
+        untouched = experts[3].weight.detach().clone()
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            experts[step % 3](torch.randn(4, 8)).square().sum().backward()
+            assert sum(e.weight.grad is None for e in experts) == 3
+            optimizer.step()
+        final = pruner.finalize()
+        assert final["zeros"] == exact(pruner)
+        # Its importance is zero, so it goes first; what is left of it was never stepped.
+        kept = pruner.mask("3.weight")
+        assert torch.equal(experts[3].weight, untouched * kept)
+        assert not kept.any()
