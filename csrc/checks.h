@@ -2,15 +2,18 @@
 // (1, 64)". They read metadata alone; what the tables hold is checked by csrc/cpu/work.h, on the CPU.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace pins_ext {
@@ -178,6 +181,59 @@ inline int64_t check_tables(const Tensor& places, const Tensor& chunks, const De
   check_shape("chunks", chunks, {chunks.dim() > 0 ? chunks.size(0) : 0, 2}, ScalarType::Long, device);
   return n;
 }
+
+inline const Tensor* if_given(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+
+// Of a checked tensor: whether autograd records the operations that made it.
+inline bool is_recorded(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", stack.data(), TORCH_ABI_VERSION));
+  return !torch::stable::detail::to<bool>(stack[0]);
+}
+
+// Tables and scalars that a kernel reads while it writes: what it writes shares no memory with them.
+class Inputs {
+ public:
+  Inputs(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+    for (const auto& [name, tensor] : tensors) {
+      if (tensor && tensor->numel() > 0) extents_.push_back({name, begin_of(*tensor), end_of(*tensor)});
+    }
+  }
+
+  // A checked output. Autograd would not see that it changes: its gradient would be wrong without a word.
+  template <class Name>
+  void check_output(const Name& name, const Tensor& output) const {
+    PINS_CHECK(
+        !grad_mode_ || !is_recorded(output), name(),
+        " is the result of operations that autograd records: call this operator under torch.no_grad(), or on the "
+        "leaf tensors");
+    if (output.numel() == 0) return;
+    const char *begin = begin_of(output), *end = end_of(output);
+    for (const Extent& input : extents_) {
+      PINS_CHECK(end <= input.begin || input.end <= begin, name(), " is written and shares memory with ", input.name);
+    }
+  }
+
+  void check_outputs(std::initializer_list<List> lists) const {
+    for (const List& list : lists) {
+      for (size_t i = 0; i < list.tensors.size(); ++i)
+        check_output([&] { return item(list.name, i); }, list.tensors[i]);
+    }
+  }
+
+ private:
+  struct Extent {
+    const char *name, *begin, *end;
+  };
+
+  static const char* begin_of(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
+  static const char* end_of(const Tensor& tensor) {
+    return begin_of(tensor) + tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  }
+
+  std::vector<Extent> extents_;
+  bool grad_mode_ = aoti_torch_grad_mode_is_enabled();
+};
 
 // The position of `value` among the names of an option; their order is that of the enum.
 template <size_t count>

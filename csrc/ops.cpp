@@ -3,11 +3,13 @@
 //
 // Common arguments of a list operator over n tensors:
 //   places    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
-//   chunks    int64 [m, 2]   work list: (tensor, local offset); a chunk is kChunk weights, less at a tensor's end
-//   rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
+//                            in ascending order of the base, no two of them overlapping
+//   chunks    int64 [m, 2]   work list: (tensor, local offset) of every kChunk weights, less at a tensor's end, in
+//   order rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
 //   accepted  float32 [1]    gradients accepted in this window before this step
 //   pointers  int64 [k, n]   CUDA only: the addresses of the k lists in argument order; uploaded by the op if absent
-// All of them live on the tensors' device. A list that is not wanted is empty.
+// All of them live on the tensors' device. A list that is not wanted is empty. What tables hold is checked on the CPU
+// alone: reading it on a GPU would wait for the device.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

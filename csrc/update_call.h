@@ -55,6 +55,17 @@ inline int check_update(const UpdateCall& call, const Device& device) {
   check_scalar("grad_scale", call.grad_scale, ScalarType::Float, device);
   check_scalar("clip", call.clip, ScalarType::Float, device);
   check_scalar("found_inf", call.found_inf, ScalarType::Float, device);
+  const Inputs inputs{{"places", &call.places},
+                      {"chunks", &call.chunks},
+                      {"hyper", &call.hyper},
+                      {"accepted", &call.accepted},
+                      {"rng", &call.rng},
+                      {"grad_scale", if_given(call.grad_scale)},
+                      {"clip", if_given(call.clip)},
+                      {"found_inf", if_given(call.found_inf)},
+                      {"pointers", if_given(call.pointers)}};
+  inputs.check_outputs({{"params", call.params}, {"ipt", call.ipt}, {"shadow", call.shadow}});
+  for (const List& moment : call.moments) inputs.check_outputs({moment});
   return option("criterion", call.criterion, kCriteria);
 }
 

@@ -29,6 +29,7 @@ from .table import (
     check_like,
     check_list,
     check_option,
+    check_outputs,
     check_scalar,
     check_shape,
     check_tables,
@@ -145,6 +146,8 @@ def accumulate(
     check_shape("rng", rng, torch.int64, (2,), places)
     for name, x in (("accepted", accepted), ("grad_scale", grad_scale), ("clip", clip), ("found_inf", found_inf)):
         check_scalar(name, x, places)
+    scalars = {"lr": lr, "accepted": accepted, "rng": rng, "grad_scale": grad_scale, "clip": clip}
+    check_outputs({"places": places, "chunks": chunks, **scalars, "found_inf": found_inf}, {"ipt": ipt})
     table = pointer_table(pointers, places, ipt, params, grads)
     launch_chunks(
         _accumulate_kernel, places, chunks, table, places, chunks, lr, accepted, rng, grad_scale, clip, found_inf,
@@ -266,6 +269,10 @@ def fold(
     check_shape("counts", counts, torch.int64, (1 + BINS,), places)
     if (bracket is None) != (counts is None):
         raise RuntimeError("bracket and counts come together or not at all")
+    check_outputs(
+        {"places": places, "chunks": chunks, "accepted": accepted, "rng": rng, "bracket": bracket},
+        {"exp_avg_ipt": exp_avg_ipt, "exp_avg_unc": exp_avg_unc, **({} if counts is None else {"counts": counts})},
+    )
     table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, ipt)
     if bracket is not None and counts is not None:
         counts.mul_(bracket[4])

@@ -11,7 +11,7 @@ from .count import load_score
 from .criterion import order_key
 from .layout import CHUNK, TAIL, address_of, chunk_of, load, local_rank, store, vector_end
 from .select import check_scores
-from .table import check_list, check_shape, check_tables, launch_chunks, pointer_table
+from .table import check_list, check_outputs, check_shape, check_tables, launch_chunks, pointer_table
 
 BLOCK_SIZE = 1024
 """Weights of the VECTOR path at a time, as in importance.py: 32 words of mask."""
@@ -107,6 +107,7 @@ def pack(
     check_shape("stats", stats, torch.int64, (len(places), 3), places)
     rows = len(places) if threshold.dim() and len(threshold) == len(places) else 1
     check_shape("threshold", threshold, torch.int64, (rows, 2), places)
+    check_outputs({"places": places, "chunks": chunks, "threshold": threshold}, {"masks": masks, "stats": stats})
     table = pointer_table(pointers, places, masks, a, b)
     stats.zero_()
     launch_chunks(

@@ -16,6 +16,7 @@ from .table import (
     check_like,
     check_list,
     check_option,
+    check_outputs,
     check_shape,
     check_tables,
     launch,
@@ -157,6 +158,7 @@ def count(
     dtype_a, dtype_b = check_scores(a, b, score, places)
     check_shape("counts", counts, torch.int64, (1 + BINS,), places)
     check_shape("bracket", bracket, torch.int64, (5,), places)
+    check_outputs({"places": places, "chunks": chunks, "bracket": bracket}, {"counts": counts})
     table = pointer_table(pointers, places, a, b)
     counts.mul_(bracket[4])
     launch_chunks(
@@ -240,6 +242,8 @@ def collect(
     check_shape("found", found, torch.int64, (1,), places)
     check_shape("candidates", candidates, torch.int64, (2, size), places)
     check_shape("bracket", bracket, torch.int64, (5,), places)
+    inputs = {"places": places, "chunks": chunks, "bracket": bracket}
+    check_outputs(inputs, {"found": found, "candidates": candidates})
     table = pointer_table(pointers, places, a, b)
     found.zero_()
     launch_chunks(

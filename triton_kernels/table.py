@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -93,6 +94,34 @@ def check_like(name: str, tensors: list[Tensor], like_name: str, like: list[Tens
     for i, (x, y) in enumerate(zip(tensors, like, strict=True)):
         if x.numel() != y.numel():
             raise RuntimeError(f"{name}[{i}] must have {y.numel()} elements, got {x.numel()}")
+
+
+def check_outputs(inputs: dict[str, Tensor | None], outputs: dict[str, list[Tensor] | Tensor]) -> None:
+    """Check that what is written shares no memory with the tables and scalars, and that autograd records none of it.
+
+    Args:
+        inputs: tables and scalars by name, those that are given.
+        outputs: checked tensors and lists of them, by name.
+    """
+    extents = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in inputs.items() if x is not None)
+    starts = [start for start, _, _ in extents]
+    grad_mode = torch.is_grad_enabled()
+    for name, xs in outputs.items():
+        for i, x in enumerate(xs if isinstance(xs, list) else [xs]):
+            begin, size = x.data_ptr(), x.nbytes
+            # The last one that starts before this tensor's end; they don't overlap one another.
+            before = bisect_left(starts, begin + size) - 1
+            if size and before >= 0 and extents[before][1] > begin:
+                raise RuntimeError(f"{_item(name, i, xs)} is written and shares memory with {extents[before][2]}")
+            if grad_mode and not x.is_leaf:
+                raise RuntimeError(
+                    f"{_item(name, i, xs)} is the result of operations that autograd records: call this operator under "
+                    "torch.no_grad(), or on the leaf tensors"
+                )
+
+
+def _item(name: str, i: int, tensors: list[Tensor] | Tensor) -> str:
+    return f"{name}[{i}]" if isinstance(tensors, list) else name
 
 
 # ---- launches ------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ inline CheckedBracket check_bracket(const Tensor& bracket) {
   return {{static_cast<uint32_t>(lo), static_cast<uint32_t>(hi), static_cast<int>(shift)}, row[3], row[4] == 1};
 }
 
+inline void check_counts(const Tensor& counts) { check_shape("counts", counts, {1 + kBins}, ScalarType::Long, kCpu); }
+
 // counts[0] = keys below the bracket, counts[1 + i] = keys in its bin i; f counts one chunk.
 template <class F>
 void count_chunks(const Work& work, const Tensor& bracket, const Tensor& counts, const F& f) {
   const Bracket bounds = check_bracket(bracket).bounds;
-  check_shape("counts", counts, {1 + kBins}, ScalarType::Long, kCpu);
   int64_t* total = static_cast<int64_t*>(counts.data_ptr());
   std::fill(total, total + 1 + kBins, 0);
   const size_t bins = ((bounds.hi - bounds.lo) >> bounds.shift) + size_t{1};

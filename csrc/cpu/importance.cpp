@@ -30,6 +30,15 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   check_scalar("grad_scale", grad_scale, ScalarType::Float, kCpu);
   check_scalar("clip", clip, ScalarType::Float, kCpu);
   check_scalar("found_inf", found_inf, ScalarType::Float, kCpu);
+  const Inputs inputs{{"places", &places},
+                      {"chunks", &chunks},
+                      {"lr", &lr},
+                      {"accepted", &accepted},
+                      {"rng", &rng},
+                      {"grad_scale", if_given(grad_scale)},
+                      {"clip", if_given(clip)},
+                      {"found_inf", if_given(found_inf)}};
+  inputs.check_outputs({{"ipt", ipt}});
   if (is_set(found_inf)) return;
 
   const Operand ipt_at(ipt), params_at(params), grads_at(grads);
@@ -59,6 +68,13 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
   check_scalar("accepted", accepted, ScalarType::Float, kCpu);
   check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
   PINS_CHECK(bracket.has_value() == counts.has_value(), "bracket and counts come together or not at all");
+  const Inputs inputs{
+      {"places", &places}, {"chunks", &chunks}, {"accepted", &accepted}, {"rng", &rng}, {"bracket", if_given(bracket)}};
+  inputs.check_outputs({{"exp_avg_ipt", exp_avg_ipt}, {"exp_avg_unc", exp_avg_unc}});
+  if (counts.has_value()) {
+    check_counts(*counts);
+    inputs.check_output([] { return "counts"; }, *counts);
+  }
 
   const Operand mean_at(exp_avg_ipt), unc_at(exp_avg_unc), ipt_at(ipt);
   const Rounding rounding = rounding_of(rng);

@@ -87,7 +87,11 @@ void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tens
             const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
   const Scored scored = check_scores(work, a, b, score);
-  if (check_bracket(bracket).resolved) return;
+  const CheckedBracket checked = check_bracket(bracket);
+  check_counts(counts);
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}};
+  inputs.check_output([] { return "counts"; }, counts);
+  if (checked.resolved) return;
   const auto count = kernels().count[scored.kind];
   count_chunks(work, bracket, counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
     count(scored.at(work, chunk), bounds, tally);
@@ -112,6 +116,9 @@ void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, c
   const int64_t size = candidates.dim() > 1 ? candidates.size(1) : 0;
   check_shape("found", found, {1}, ScalarType::Long, kCpu);
   check_shape("candidates", candidates, {2, size}, ScalarType::Long, kCpu);
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}};
+  inputs.check_output([] { return "found"; }, found);
+  inputs.check_output([] { return "candidates"; }, candidates);
   int64_t* keys_at = static_cast<int64_t*>(candidates.data_ptr());
   int64_t* index_at = keys_at + size;
   const Bracket bounds = checked.bounds;
@@ -207,6 +214,9 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
                thresholds[2 * i], ", which is no 32-bit key");
   }
 
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"threshold", &threshold}};
+  inputs.check_outputs({{"masks", masks}});
+  inputs.check_output([] { return "stats"; }, stats);
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * n, 0);
   const Masks masks_at(masks);

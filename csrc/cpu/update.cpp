@@ -50,6 +50,7 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
   check_numel("params", params, work.numel);
   check_list("masks", masks, work.tensors(), kCpu, {ScalarType::Byte});
   check_masks(masks, work.numel);
+  Inputs{{"places", &places}, {"chunks", &chunks}}.check_outputs({{"params", params}});
   const Operand params_at(params);
   const Masks masks_at(masks);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {

@@ -27,30 +27,44 @@ struct Work {
   }
 };
 
-// Checks both tables and their contents: no kernel can leave a tensor that has the size its row says.
+// The global index past a full tensor's last weight; refuses a row that lies outside its full tensor or overflows.
+inline int64_t check_place(const Place& place, size_t i) {
+  int64_t numel = 1, end = 0;
+  bool fits = place.base >= 0;
+  for (int d = 0; d < 4; ++d) {
+    PINS_CHECK(0 <= place.local[d] && place.local[d] <= place.full[d] && 0 <= place.start[d] &&
+                   place.start[d] <= place.full[d] - place.local[d],
+               item("places", i), " puts ", place.local[d], " at ", place.start[d], " of ", place.full[d],
+               " in dimension ", d);
+    fits = fits && !__builtin_mul_overflow(numel, place.full[d], &numel);
+  }
+  fits = fits && !__builtin_add_overflow(place.base, numel, &end);
+  PINS_CHECK(fits, item("places", i), " has sizes ", joined(std::vector<int64_t>(place.full, place.full + 4)), " from global index ", place.base,
+             " on, which does not fit 63 bits");
+  return end;
+}
+
+// Both tables with what they hold. No kernel can leave a tensor that has the size its row says, none leaves a weight
+// out.
 inline Work check_work(const Tensor& places, const Tensor& chunks) {
   const int64_t n = check_tables(places, chunks, kCpu), m = chunks.size(0);
   Work work{
       static_cast<const Place*>(places.const_data_ptr()), static_cast<const Chunk*>(chunks.const_data_ptr()), m, {}};
   work.numel.reserve(n);
+  int64_t chunk = 0, end = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const Place& place = work.places[i];
-    for (int d = 0; d < 4; ++d) {
-      PINS_CHECK(place.local[d] >= 0 && place.start[d] >= 0 && place.start[d] + place.local[d] <= place.full[d],
-                 item("places", i), " puts ", place.local[d], " at ", place.start[d], " of ", place.full[d],
-                 " in dimension ", d);
+    PINS_CHECK(work.places[i].base >= end, item("places", i), " starts at global index ", work.places[i].base,
+               ", inside or before ", item("places", i - 1), ", which ends at ", end);
+    end = check_place(work.places[i], i);
+    work.numel.push_back(numel_of(work.places[i]));
+    for (int64_t offset = 0; offset < work.numel[i]; offset += kChunk, ++chunk) {
+      PINS_CHECK(chunk < m, "chunks must go on with (", i, ", ", offset, "), but have only ", m, " rows");
+      const Chunk& row = work.chunks[chunk];
+      PINS_CHECK(row.tensor == i && row.offset == offset, item("chunks", chunk), " must be (", i, ", ", offset,
+                 "), the next chunk of these tensors, got (", row.tensor, ", ", row.offset, ")");
     }
-    work.numel.push_back(numel_of(place));
   }
-  for (int64_t i = 0; i < m; ++i) {
-    const Chunk& chunk = work.chunks[i];
-    PINS_CHECK(chunk.tensor >= 0 && chunk.tensor < n && chunk.offset >= 0 && chunk.offset % kChunk == 0 &&
-                   chunk.offset < work.numel[chunk.tensor],
-               item("chunks", i), " is (", chunk.tensor, ", ", chunk.offset, "), which is no chunk of these tensors");
-    const Chunk& last = work.chunks[i > 0 ? i - 1 : 0];
-    PINS_CHECK(i == 0 || last.tensor < chunk.tensor || (last.tensor == chunk.tensor && last.offset < chunk.offset),
-               item("chunks", i), " must come after ", item("chunks", i - 1), " in order of (tensor, offset)");
-  }
+  PINS_CHECK(chunk == m, "chunks must end after ", chunk, " rows, got ", m);
   return work;
 }
 

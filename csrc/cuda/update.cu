@@ -113,6 +113,8 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
   check_list("params", params, n, places.device(), kParamDtypes);
   check_list("masks", masks, n, places.device(), {ScalarType::Byte});
   check_masks(masks, numels_of(params));
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"pointers", if_given(pointers)}};
+  inputs.check_outputs({{"params", params}});
   const unsigned blocks = blocks_of(chunks);
   if (blocks == 0) return;
   const Tensor table = pointer_table(device, places, {{"params", params}, {"masks", masks}}, pointers);

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
+
+
+def _tensors(*args: object) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(*arg)
+
+
+def _check_devices(*args: object) -> None:
+    """A meta tensor among real ones would bring the call here, where nothing is computed."""
+    devices = {x.device for x in _tensors(*args)}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors of a call must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 @torch.library.register_fake("pins_ext::sample")
 def _(a, b, places, chunks, score, size, *, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, pointers)
     return places.new_empty(size)
 
 
 @torch.library.register_fake("pins_ext::tie_index")
 def _(a, b, places, chunks, score, bracket, *, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, bracket, pointers)
     return places.new_empty(1)
 
 
 @torch.library.register_fake("pins_ext::select")
 def _(a, b, places, chunks, score, n_prune, exact=True, *, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, n_prune, bracket, counts, pointers)
     return places.new_empty(2)
 
 
 def _no_output(*args: object, **kwargs: object) -> None:
-    return None
+    _check_devices(*args, *kwargs.values())
 
 
 for _name in ("accumulate_", "fold_", "count_", "collect_", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from cases import masks_of, rng_of, tensors
 from torch import Tensor
@@ -100,10 +101,11 @@ CALLS: dict[str, Callable[[], Arguments]] = {
 
 # ---- bad arguments: (operator, position or keyword, what to put there, what the message says) ---
 
-LAYOUT, CHUNKS = tables()
+PLACES, CHUNKS = tables()
+MAX_INDEX = ops.MAX_INDEX
 
 
-def replaced(row: int, column: int, value: int, table: Tensor = LAYOUT) -> Tensor:
+def replaced(row: int, column: int, value: int, table: Tensor = PLACES) -> Tensor:
     table = table.clone()
     table[row, column] = value
     return table
@@ -178,16 +180,107 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
     "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
-    "layout columns": ("apply_mask_", 2, LAYOUT[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),
-    "layout place": ("apply_mask_", 2, replaced(2, 12, 1), r"places\[2\] puts 700 at 1 of 700 in dimension 3"),
-    "layout size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
-    "chunk of no tensor": ("apply_mask_", 3, replaced(1, 0, 3, CHUNKS), r"chunks\[1\] is \(3, 0\), which is no chunk"),
+    "places columns": ("apply_mask_", 2, PLACES[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),
+    "place": ("apply_mask_", 2, replaced(2, 12, 1), r"places\[2\] puts 700 at 1 of 700 in dimension 3"),
+    "place at a start past any size": (
+        "apply_mask_",
+        2,
+        replaced(2, 12, MAX_INDEX),
+        rf"places\[2\] puts 700 at {MAX_INDEX} of 700 in dimension 3",
+    ),
+    "place past the last global index": (
+        "apply_mask_",
+        2,
+        replaced(2, 0, MAX_INDEX - 5),
+        r"places\[2\] has sizes \(1, 1, 1, 700\) from global index 9223372036854775802 on, which does not fit 63 bits",
+    ),
+    "place of too many weights": (
+        "fold_",
+        3,
+        replaced(2, 2, 2**62),
+        r"places\[2\] has sizes \(1, 4611686018427387904, 1, 700\) .* does not fit 63 bits",
+    ),
+    "place before the first": ("apply_mask_", 2, replaced(0, 0, -1), r"places\[0\] starts at global index -1"),
+    "places that overlap": (
+        "count_",
+        3,
+        replaced(2, 0, 4),
+        r"places\[2\] starts at global index 4, inside or before places\[1\], which ends at 5",
+    ),
+    "places out of order": ("tie_index", 2, PLACES.flip(0), r"places\[1\] starts at global index 5, inside or before"),
+    "place of another size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
+    "chunk of no tensor": (
+        "apply_mask_",
+        3,
+        replaced(1, 0, 3, CHUNKS),
+        r"chunks\[1\] must be \(2, 0\), .* got \(3, 0\)",
+    ),
     "chunk of an empty tensor": (
         "apply_mask_",
         3,
         replaced(1, 0, 1, CHUNKS),
-        r"chunks\[1\] is \(1, 0\), which is no chunk",
+        r"chunks\[1\] must be \(2, 0\), .* got \(1, 0\)",
     ),
-    "chunk offset": ("apply_mask_", 3, replaced(1, 1, 64, CHUNKS), r"chunks\[1\] is \(2, 64\), which is no chunk"),
-    "chunk twice": ("apply_mask_", 3, replaced(1, 0, 0, CHUNKS), r"chunks\[1\] must come after chunks\[0\]"),
+    "chunk offset": ("apply_mask_", 3, replaced(1, 1, 64, CHUNKS), r"chunks\[1\] must be \(2, 0\), .* got \(2, 64\)"),
+    "chunk twice": ("apply_mask_", 3, replaced(1, 0, 0, CHUNKS), r"chunks\[1\] must be \(2, 0\), .* got \(0, 0\)"),
+    "chunk missing": ("apply_mask_", 3, CHUNKS[:1].clone(), r"chunks must go on with \(2, 0\), but have only 1 rows"),
+    "chunk too many": ("apply_mask_", 3, CHUNKS[[0, 1, 1]], "chunks must end after 2 rows, got 3"),
+    "places without data": (
+        "apply_mask_",
+        2,
+        PLACES.to("meta"),
+        "all tensors of a call must be on one device, got cpu, meta",
+    ),
 }
+
+
+# ---- tables in the memory of an output ----------------------------------------------------------
+
+
+def by_name(op: str, arguments: Arguments) -> dict[str, Any]:
+    """The arguments of a call by their names in the schema; defaults left out."""
+    args, kwargs = arguments
+    schema = getattr(torch.ops.pins_ext, op).default._schema
+    return dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+
+
+def written(op: str) -> set[str]:
+    """The arguments that an operator mutates."""
+    return {
+        a.name
+        for a in getattr(torch.ops.pins_ext, op).default._schema.arguments
+        if a.alias_info and a.alias_info.is_write
+    }
+
+
+def overlapping(table: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The same table and an output of the same shape, in one piece of memory."""
+    memory = torch.zeros(max(table.nbytes, output.nbytes) // 8 + 1, dtype=torch.int64)
+    views = (memory.view(x.dtype)[: x.numel()].view(x.shape) for x in (table, output))
+    table_view, output_view = views
+    table_view.copy_(table)
+    return table_view, output_view
+
+
+def overlaps() -> Iterator[tuple[str, str, str]]:
+    """(operator, table or scalar, output) of every pair."""
+    for op, call in CALLS.items():
+        arguments, outputs = by_name(op, call()), written(op)
+        tables = [name for name, x in arguments.items() if isinstance(x, Tensor) and name not in outputs]
+        for table in tables:
+            for output in sorted(outputs):
+                if arguments.get(output) is not None:
+                    yield op, table, output
+
+
+def refuse_overlap(op: str, table: str, output: str, run: Callable[..., Any]) -> None:
+    """Call an operator with a table that shares memory with an output."""
+    arguments = by_name(op, CALLS[op]())
+    one = arguments[output] if isinstance(arguments[output], Tensor) else arguments[output][-1]
+    arguments[table], memory = overlapping(arguments[table], one)
+    if isinstance(arguments[output], Tensor):
+        arguments[output] = memory
+    else:
+        arguments[output][-1] = memory
+    with pytest.raises(RuntimeError, match=rf"{output}(\[2\])? is written and shares memory with {table}"):
+        run(**arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_calls import CALLS, REFUSED
+from operator_calls import CALLS, REFUSED, by_name, overlaps, refuse_overlap, written
 
 pins = torch.ops.pins_ext
 
@@ -32,3 +32,29 @@ def test_bad_arguments_are_refused_by_name(case: str) -> None:
         kwargs[where] = value
     with pytest.raises(RuntimeError, match=message):
         getattr(pins, name)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("op", "table", "output"), list(overlaps()))
+def test_a_table_in_the_memory_of_an_output_is_refused(op: str, table: str, output: str) -> None:
+    refuse_overlap(op, table, output, getattr(pins, op))
+
+
+# Autograd records operations on floating point numbers alone.
+FLOAT_LISTS = [
+    (op, name)
+    for op, call in CALLS.items()
+    for name, x in by_name(op, call()).items()
+    if name in written(op) and isinstance(x, list) and x[0].is_floating_point()
+]
+
+
+@pytest.mark.parametrize(("op", "output"), FLOAT_LISTS)
+def test_an_output_that_autograd_records_is_refused(op: str, output: str) -> None:
+    """The gradient of a weight masked behind autograd's back would be as if it were not masked."""
+    arguments = by_name(op, CALLS[op]())
+    leaves = [x.requires_grad_() for x in arguments[output]]
+    arguments[output] = [leaf * 1 for leaf in leaves]
+    with pytest.raises(RuntimeError, match=rf"{output}\[0\] is the result of operations that autograd records"):
+        getattr(pins, op)(**arguments)
+    with torch.no_grad():
+        getattr(pins, op)(**arguments)

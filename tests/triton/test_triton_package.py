@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_calls import CALLS, REFUSED
+from operator_calls import CALLS, REFUSED, overlaps, refuse_overlap
 
 from pins_ext import ops, triton_kernels
 
 ROOT = Path(__file__).parents[2]
 # Refused on the CPU for what is in a table. On a GPU reading it would wait for the device.
-REFUSED_FOR_DATA = ("bracket", "threshold key")
+REFUSED_FOR_DATA = (
+    "bracket",
+    "threshold key",
+    "place of too many weights",
+    "places that overlap",
+    "places out of order",
+)
 REFUSED_BY_TRITON = [
     case for case, (op, *_) in REFUSED.items() if op in triton_kernels.LAUNCHERS and case not in REFUSED_FOR_DATA
 ]
@@ -87,3 +93,18 @@ def test_a_table_of_pointers_must_fit() -> None:
     args, kwargs = CALLS["count_"]()
     with pytest.raises(RuntimeError, match=r"pointers must have shape \(2, 3\), got \(3, 3\)"):
         triton_kernels.launcher("count_")(*args, **kwargs, pointers=torch.zeros(3, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("op", "table", "output"), [case for case in overlaps() if case[0] in triton_kernels.LAUNCHERS]
+)
+def test_a_table_in_the_memory_of_an_output_is_refused(op: str, table: str, output: str) -> None:
+    refuse_overlap(op, table, output, triton_kernels.launcher(op))
+
+
+@pytest.mark.parametrize("op", ["accumulate_", "fold_"])
+def test_an_output_that_autograd_records_is_refused(op: str) -> None:
+    args, kwargs = CALLS[op]()
+    args[0] = [x.requires_grad_() * 1 for x in args[0]]
+    with pytest.raises(RuntimeError, match=r"\[0\] is the result of operations that autograd records"):
+        triton_kernels.launcher(op)(*args, **kwargs)
