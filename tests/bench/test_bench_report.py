@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_bench import CPU, MAKERS, Nobody, problem
 
-from pins_ext.bench import command, contention, machine, memory, results_table, records, roofline, suite, targets
+from pins_ext.bench import command, contention, machine, memory, records, results_table, roofline, suite, targets
 from pins_ext.bench.protocol import Limits
 
 
