@@ -1,4 +1,4 @@
-"""The directive `{commands}`: every command of `pins-ext` with its help, printed by the program as the site is built."""
+"""The directive `{commands}`: every command of `pins-ext` with its help, which the program prints while Sphinx runs."""
 
 from __future__ import annotations
 
