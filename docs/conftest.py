@@ -9,6 +9,8 @@ from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
 # Blocks are programs, not dialogues: what they claim, they assert. The format's reader has a test of its own.
-_pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md", "**/*.md"], excludes=["sparse_format.md"])
+_pages = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["*.md", "**/*.md"], excludes=["sparse_format.md"]
+)
 
 pytest_collect_file = _pages.pytest()
