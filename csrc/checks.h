@@ -59,6 +59,8 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Half: return "float16";
     case ScalarType::Double: return "float64";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Bool: return "bool";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";

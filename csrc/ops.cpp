@@ -57,6 +57,13 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "Tensor? pointers=None) -> ()");
   m.def(
       "apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> ()");
+  // A weight matrix [out, in] with zeros, float32, bfloat16 or int8, packed for sparse_linear: (values, columns, rows,
+  // counts, starts); csrc/cpu/sparse.h describes them.
+  m.def("sparse_pack(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // y [..., out] = x [..., in] times a packed float32 matrix, plus bias; computed in float32, in the dtype of x.
+  m.def(
+      "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor counts, Tensor starts, Tensor? bias, "
+      "int out_features) -> Tensor");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }

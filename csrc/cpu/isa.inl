@@ -7,6 +7,7 @@
 #include "importance.inl"
 #include "select.inl"
 #include "update.inl"
+#include "sparse.inl"
 
 constexpr Kernels table(const char* name) {
   return Kernels{
@@ -22,5 +23,6 @@ constexpr Kernels table(const char* name) {
       {masked_update<Sgd, 0>, masked_update<Sgd, 1>, masked_update<Sgd, 2>, masked_update<Sgd, 3>,
        masked_update<Sgd, 4>, masked_update<Sgd, 5>, masked_update<Sgd, kNoCriterion>},
       apply_mask,
+      sparse_loops(),
   };
 }

@@ -1,5 +1,8 @@
 // The loops for CPUs with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
+// gcc 12 sees undefined operands in its own header.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include "kernels.h"

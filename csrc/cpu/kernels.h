@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "sparse.h"
+
 namespace pins_ext::cpu {
 
 enum class Dtype : int { float32, bfloat16, float16 };
@@ -107,6 +109,7 @@ struct Kernels {
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);
   void (*apply_mask)(const ApplyMask&);
+  SparseLoops sparse;
 };
 
 extern const Kernels default_kernels;

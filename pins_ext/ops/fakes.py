@@ -41,6 +41,20 @@ def _(a, b, places, chunks, score, n_prune, exact=True, *, bracket=None, counts=
     return places.new_empty(2)
 
 
+@torch.library.register_fake("pins_ext::sparse_pack")
+def _(weight):  # type: ignore[no-untyped-def]
+    steps, slices, blocks = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    values, columns = weight.new_empty(steps), weight.new_empty(steps, dtype=torch.uint8)
+    rows = weight.new_empty(slices, 16, dtype=torch.uint8)
+    counts = weight.new_empty(slices, dtype=torch.int16)
+    return values, columns, rows, counts, weight.new_empty(blocks, 2, dtype=torch.int64)
+
+
+@torch.library.register_fake("pins_ext::sparse_linear")
+def _(x, values, columns, rows, counts, starts, bias, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 def _no_output(*args: object, **kwargs: object) -> None:
     _check_devices(*args, *kwargs.values())
 

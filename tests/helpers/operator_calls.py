@@ -84,6 +84,19 @@ def apply_mask() -> Arguments:
     return [params, masks_of(params)[1], *tables()], {}
 
 
+def pruned_weight() -> Tensor:
+    return tensors([20 * 300], torch.float32)[0].reshape(20, 300).relu()
+
+
+def sparse_pack() -> Arguments:
+    return [pruned_weight()], {}
+
+
+def sparse_linear() -> Arguments:
+    x = tensors([7 * 300], torch.float32)[0].reshape(7, 300)
+    return [x, *torch.ops.pins_ext.sparse_pack(pruned_weight()), torch.ones(20), 20], {}
+
+
 CALLS: dict[str, Callable[[], Arguments]] = {
     "accumulate_": accumulate,
     "fold_": fold,
@@ -96,6 +109,8 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "masked_adamw_": adamw,
     "masked_sgd_": sgd,
     "apply_mask_": apply_mask,
+    "sparse_pack": sparse_pack,
+    "sparse_linear": sparse_linear,
 }
 
 
@@ -110,6 +125,8 @@ def replaced(row: int, column: int, value: int, table: Tensor = PLACES) -> Tenso
     table[row, column] = value
     return table
 
+
+SPARSE = torch.ops.pins_ext.sparse_pack(pruned_weight())
 
 REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     "not contiguous": (
@@ -179,6 +196,42 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     ),
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
+    "sparse: a weight of another dtype": (
+        "sparse_pack",
+        0,
+        torch.ones(3, 3, dtype=torch.float64),
+        "weight must be float32 or bfloat16 or int8, got float64",
+    ),
+    "sparse: a weight of three dimensions": ("sparse_pack", 0, torch.ones(3, 3, 3), "weight must have two dimensions"),
+    "sparse: another number of inputs": ("sparse_linear", 0, torch.ones(7, 513), r"starts must have shape \(7, 2\)"),
+    "sparse: another number of outputs": ("sparse_linear", 7, 600, r"starts must have shape \(9, 2\), got \(5, 2\)"),
+    "sparse: a bias of another size": ("sparse_linear", 6, torch.ones(21), r"bias must have shape \(20,\)"),
+    "sparse: values of another dtype": (
+        "sparse_linear",
+        1,
+        torch.ones(5, dtype=torch.bfloat16),
+        "values must be float32, got bfloat16",
+    ),
+    "sparse: counts that reach too far": (
+        "sparse_linear",
+        4,
+        torch.full_like(SPARSE[3], 256),
+        r"counts contradict starts\[1\]",
+    ),
+    "sparse: negative counts": ("sparse_linear", 4, torch.full_like(SPARSE[3], -1), r"counts\[0\] is negative"),
+    "sparse: starts past the end": (
+        "sparse_linear",
+        5,
+        replaced(1, 0, 99, SPARSE[4]),
+        r"starts\[1\] is no slice",
+    ),
+    "sparse: starts that go back": ("sparse_linear", 5, replaced(2, 0, 0, SPARSE[4]), r"starts\[2\] is no slice"),
+    "sparse: starts that begin late": (
+        "sparse_linear",
+        5,
+        replaced(0, 1, 1, SPARSE[4]),
+        "starts must begin with 0",
+    ),
     "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
     "places columns": ("apply_mask_", 2, PLACES[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),
     "place": ("apply_mask_", 2, replaced(2, 12, 1), r"places\[2\] puts 700 at 1 of 700 in dimension 3"),
