@@ -95,7 +95,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
         optimizer.step()
 
     def written() -> list[Tensor]:
-        return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks]
+        return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks.bits]
 
     ours = 7 * weight + 2 * state + 0.125 + (5 * state + 2 * state + 2 * state + 0.25) / delta_t
     name = name_of(delta_t)

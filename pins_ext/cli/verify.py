@@ -74,7 +74,7 @@ def _check_masks(folder: Path, record: Mapping[str, Any], parameters: Mapping[st
     from safetensors.torch import load_file
 
     from pins_ext.integrations.callback import PRUNER_FILE
-    from pins_ext.reference import unpack_bits
+    from pins_ext.ops import unpack_bits
 
     try:
         state = load_file(folder / PRUNER_FILE)

@@ -149,7 +149,7 @@ class PinsCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has stepped and the weights are masked: note a new mask, take a new teacher if one is due."""
-        if self.pruner is not None and _has_new_mask(self.pruner):
+        if self.pruner is not None and self.pruner.schedule.is_new_mask(self.pruner.step - 1):
             stats, schedule, t = self.stats(), self.pruner.schedule, self.pruner.step - 1
             entry = {"step": state.global_step, MASK_ENTRY: stats["sparsity"]}
             entry["target_sparsity"] = 1 - schedule.remaining_ratio(t)
@@ -307,12 +307,6 @@ class PinsCallback(TrainerCallback):
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.self_regularizer is not None:
             self.self_regularizer.load(folder / TEACHER_FILE)
-
-
-def _has_new_mask(pruner: Pruner) -> bool:
-    """Whether the step that has just ended applied a mask of its own, not merely the last one again."""
-    t, schedule = pruner.step - 1, pruner.schedule
-    return schedule.mask_due(t) and (t % schedule.delta_t == 0 or t == schedule.final_start)
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pins_ext.optim import FusedOptimizer
+from pins_ext.wrappers import unwrapped_optimizer
 
 _SAMPLE_WEIGHTS = 1 << 26
 _REPEATS = 5
@@ -67,7 +68,7 @@ def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> fl
         Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself, and on a GPU, whose
         steps are not timed to their end.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = unwrapped_optimizer(optimizer)
     everything = [p for p in model.parameters() if p.requires_grad]
     if not isinstance(optimizer, FusedOptimizer) or any(p.is_cuda for p in everything):
         return None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
-from pins_ext.ops.layout import CHUNK, Layout, Shard
-from pins_ext.ops.masks import mask_bytes, new_mask
+from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
+from pins_ext.ops.masks import mask_bytes, new_mask, pack_bits, unpack_bits
+from pins_ext.ops.rounding import rounding_key
 from pins_ext.ops.select import (
     BINS,
     CANDIDATES,
@@ -25,6 +26,7 @@ from pins_ext.ops.select import (
     score_of_key,
     select,
 )
+from pins_ext.ops.transfer import to_device
 from pins_ext.triton_kernels import register as register_triton
 
 CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
@@ -41,12 +43,17 @@ __all__ = [
     "SCORES",
     "Layout",
     "Shard",
+    "Subsets",
     "bracket_around",
     "bracket_of",
     "mask_bytes",
     "narrow",
     "new_mask",
+    "pack_bits",
+    "rounding_key",
     "score_of_key",
+    "to_device",
+    "unpack_bits",
 ]
 
 _library = torch.library.Library("pins_ext", "IMPL")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from pins_ext.ops.transfer import to_device
 
 CHUNK = 16384
 """Weights per row of a work list; csrc/layout.inl kChunk and triton_kernels/criterion.py say the same."""
@@ -37,6 +40,7 @@ class Layout:
     places: Tensor
     chunks: Tensor
     total: int
+    _host_places: Tensor = field(repr=False, compare=False)
 
     @staticmethod
     def of(tensors: Sequence[Tensor], shards: Sequence[Shard | None] | None = None, base: int = 0) -> Layout:
@@ -50,17 +54,58 @@ class Layout:
             ValueError: a shard that needs more than four dimensions or does not fit its full tensor.
         """
         device = tensors[0].device if tensors else torch.device("cpu")
-        places = torch.zeros(len(tensors), 13, dtype=torch.int64)
-        chunks = []
+        places = []
         for i, tensor in enumerate(tensors):
-            shard = shards[i] if shards else None
-            full, local, start = _collapse(tuple(tensor.shape), shard)
-            places[i] = torch.tensor([base, *full, *local, *start])
-            base += full[0] * full[1] * full[2] * full[3]
-            offsets = torch.arange(0, tensor.numel(), CHUNK)
-            chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
-        work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
-        return Layout(places.to(device), work.to(device), base)
+            full, local, start = _collapse(tuple(tensor.shape), shards[i] if shards else None)
+            places.append([base, *full, *local, *start])
+            base += math.prod(full)
+        return _laid_out(torch.tensor(places, dtype=torch.int64).reshape(-1, 13), base, device)
+
+    def subset(self, indices: Sequence[int]) -> Layout:
+        """The layout of some of the tensors, in this order, at their own global indices.
+
+        Args:
+            indices: places in the whole list.
+        """
+        if list(indices) == list(range(len(self._host_places))):
+            return self
+        return _laid_out(self._host_places[list(indices)], self.total, self.places.device)
+
+
+class Subsets:
+    """Layouts of parts of one list: each is built once, and kept while every step asks for it.
+
+    Which tensors have a gradient may change from step to step, so what one step did not ask for is forgotten.
+
+    Args:
+        layout: of the whole list.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._before: dict[tuple[int, ...], Layout] = {}
+        self._now: dict[tuple[int, ...], Layout] = {}
+
+    def of(self, indices: Sequence[int]) -> Layout:
+        """The layout of the tensors at these places in the whole list, as `Layout.subset`."""
+        key = tuple(indices)
+        if key not in self._now:
+            self._now[key] = self._before.get(key) or self.layout.subset(key)
+        return self._now[key]
+
+    def next_step(self) -> None:
+        """A step has ended: forget what it did not ask for."""
+        self._before, self._now = self._now, {}
+
+
+def _laid_out(places: Tensor, total: int, device: torch.device) -> Layout:
+    """A layout whose table is on the host so far."""
+    chunks = []
+    for i, numel in enumerate(places[:, 5:9].prod(1).tolist()):
+        offsets = torch.arange(0, numel, CHUNK)
+        chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
+    work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
+    return Layout(to_device(places, device), to_device(work, device), total, places)
 
 
 def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,3 +22,16 @@ def new_mask(tensor: Tensor) -> Tensor:
     if n % 8:
         bits[n // 8] = (1 << n % 8) - 1
     return bits
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A boolean mask (True = keep) as bits: uint8 [mask_bytes]."""
+    bits = torch.zeros(8 * mask_bytes(mask.numel()), dtype=torch.uint8, device=mask.device)
+    bits[: mask.numel()] = mask.flatten()
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The boolean mask of this shape whose bits these are."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).flatten()[: math.prod(shape)].view(tuple(shape)).bool()

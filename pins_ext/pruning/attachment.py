@@ -1,139 +1,356 @@
-"""How a pruner takes part in its optimizers' steps: it drives a fused one and follows any other through its hooks."""
+"""How a pruner takes part in its optimizers' steps: in a fused one's own pass, around any other through its hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pins_ext.optim import FusedOptimizer
-from pins_ext.pruning.importance import Scaling
+from pins_ext import ops
+from pins_ext.optim.fused import FusedOptimizer
+from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.scaling import Scaling
+from pins_ext.pruning.importance import Importance
+from pins_ext.pruning.masks import Masks
+from pins_ext.wrappers import unwrapped_optimizer
 
-if TYPE_CHECKING:
-    from pins_ext.pruning.pruner import Pruner
 
-
-@dataclass(eq=False)
-class Slot:
-    """The part of the pruned tensors that one optimizer owns.
+@dataclass(frozen=True)
+class Step:
+    """What is settled about a step before its optimizers take it.
 
     Attributes:
-        indices: which of the pruner's tensors. group_of: the parameter group of each.
-        part: its place among the optimizers, and its part of the importance. handles: of the hooks.
-        scaling, given, accumulated, stepped: of the step under way: gradient scaling, whether any of its tensors has a
-            gradient to be scored by, whether these gradients are in the window, whether the optimizer is done.
+        t: pruner step.
+        gradients: by parameter name, what scores the weights in place of the parameters' own gradients; None: those.
+        masks_in_pass: whether the step ends with pruned weights at zero and the masks are final already, so that an
+            optimizer's pass can apply them.
     """
 
-    optimizer: Optimizer
-    indices: tuple[int, ...]
-    group_of: tuple[int, ...]
-    part: int
-    handles: list[Any] = field(default_factory=list)
-    scaling: Scaling = field(default_factory=Scaling)
-    given: bool = False
-    accumulated: bool = False
-    stepped: bool = False
+    t: int
+    gradients: Mapping[str, Tensor] | None
+    masks_in_pass: bool
+
+
+class StepDriver(Protocol):
+    """Told by each slot of its optimizer's steps; a Pruner is one."""
+
+    def begin_step(self, slot: Slot) -> None:
+        """The slot's optimizer is about to step."""
+
+    def end_step(self, slot: Slot) -> None:
+        """The slot's optimizer has stepped."""
+
+
+class Slot(ABC):
+    """The part of the pruned tensors that one optimizer owns, and its place in the step under way.
+
+    Args:
+        optimizer: their optimizer.
+        indices: which of the pruner's tensors.
+        part: its place among the optimizers, and its part of the importance.
+        names: of all pruned tensors.
+        importance, masks: of all pruned tensors.
+
+    Attributes:
+        stepped: whether the optimizer has ended its step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        indices: Sequence[int],
+        part: int,
+        names: Sequence[str],
+        importance: Importance,
+        masks: Masks,
+    ) -> None:
+        self.optimizer, self.indices, self.part = optimizer, tuple(indices), part
+        self.names, self.importance, self.masks = names, importance, masks
+        self.parameters = importance.parameters
+        self._subsets = ops.Subsets(importance.layout)
+        self.reset()
+
+    @abstractmethod
+    def attach(self, driver: StepDriver) -> None:
+        """Tell the driver of each of the optimizer's steps from now on."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Let go of the optimizer."""
+
+    @property
+    @abstractmethod
+    def attached(self) -> bool:
+        """Whether the optimizer still calls; a copy of it does not."""
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """No step is under way."""
+        self.step = Step(0, None, False)
         self.scaling = Scaling()
-        self.given = self.accumulated = self.stepped = False
+        self.stepped = False
+        self._scored = False  # whether any of its tensors has a gradient that scores it
+        self._in_window = False  # whether these gradients are in the window and not counted yet
+        self._zeroed = False  # whether the optimizer's pass has zeroed the pruned weights
+
+    def before_step(self, step: Step) -> None:
+        """Gradients are in place, weights are the old ones."""
+        self.reset()
+        self.step, self.scaling = step, Scaling.of(self.optimizer)
+        self._scored = any(self._score_gradient(i) is not None for i in self.indices)
+        if not self._scores_in_pass and not self.importance.scores_after_step:
+            self._accumulate(self.indices, self.scaling)
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+        if not self._scores_in_pass and self.importance.scores_after_step:
+            # torch's fused optimizers have unscaled the parameters' own gradients by now.
+            own = self.step.gradients is None
+            self._accumulate(self.indices, Scaling(None, self.scaling.found_inf) if own else self.scaling)
+        self.stepped = True
+
+    def count(self) -> None:
+        """Count the gradients of this step in their window, once."""
+        if self._in_window:
+            self.importance.count_accepted(self.part, self.scaling, self._scored)
+            self._in_window = False
+
+    def close(self, masked: bool) -> None:
+        """The step is over for all optimizers: `masked` says whether it ends with pruned weights at zero."""
+        if masked and not self._zeroed:
+            self.apply_masks(self.indices)
+        self.reset()
+        self._subsets.next_step()
+
+    def apply_masks(self, indices: Sequence[int]) -> None:
+        """Zero the pruned weights of some of its tensors, and their optimizer states if the configuration says so."""
+        tensors: list[Tensor] = [self.parameters[i] for i in indices]
+        self.masks.apply(tensors, indices, self._subsets.of(indices))
+        if not self.importance.config.mask_optimizer_state:
+            return
+        for i in indices:
+            p = self.parameters[i]
+            states = [v for v in self.optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape]
+            for state in states:
+                self.masks.apply([state], [i], self._subsets.of([i]))
+
+    def learning_rates(self) -> dict[int, float]:
+        """Rate of the step under way by the tensor's place; 0 for a parameter that is in no group any more."""
+        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        return {i: rates.get(id(self.parameters[i]), 0.0) for i in self.indices}
 
     @property
-    def fused(self) -> bool:
-        """Whether the optimizer's own pass can take importance and masks."""
-        return isinstance(self.optimizer, FusedOptimizer)
+    @abstractmethod
+    def _scores_in_pass(self) -> bool:
+        """Whether the optimizer's own pass advances the importance in this step."""
+
+    def _accumulate(self, indices: Sequence[int], scaling: Scaling) -> None:
+        """Take the gradients of this step into the window."""
+        if not self.importance.ipt or self.masks.frozen:
+            return
+        rates = self.learning_rates()
+        lr, grads = [rates[i] for i in indices], [self._gradient(i) for i in indices]
+        self.importance.accumulate(indices, self._subsets.of(indices), grads, lr, self.part, self.step.t, scaling)
+        self._in_window = True
+
+    def _score_gradient(self, i: int) -> Tensor | None:
+        """The gradient that scores a parameter, as it is."""
+        given = self.step.gradients
+        return self.parameters[i].grad if given is None else given.get(self.names[i])
+
+    def _gradient(self, i: int) -> Tensor:
+        """The gradient that scores a parameter, as the kernels take it; a missing one is zero."""
+        p, grad = self.parameters[i], self._score_gradient(i)
+        if grad is None:
+            return torch.zeros_like(p)
+        if grad.layout != torch.strided:
+            raise ValueError(f"{self.names[i]} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
+        return grad.contiguous()
 
 
-def divide(names: Sequence[str], parameters: Sequence[Tensor], optimizers: Sequence[Any]) -> list[Slot]:
+class HookedSlot(Slot):
+    """Of any torch optimizer: importance before its step, masks after it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._handles: list[Any] = []
+
+    def attach(self, driver: StepDriver) -> None:
+        """See Slot."""
+        before, after = partial(_before, driver, self), partial(_after, driver, self)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+        ]
+
+    def detach(self) -> None:
+        """See Slot."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def attached(self) -> bool:
+        """See Slot."""
+        return bool(self._handles) and self._handles[0].id in self.optimizer._optimizer_step_pre_hooks
+
+    def close(self, masked: bool) -> None:
+        """See Slot; weights that were stepped go into the shadow, the others were masked before."""
+        if self.stepped and self.importance.shadow:
+            skipped = None if self.scaling.found_inf is None else self.scaling.found_inf != 0
+            for i in self.indices:
+                p, shadow = self.parameters[i], self.importance.shadow[i]
+                if p.grad is not None:
+                    shadow.copy_(p if skipped is None else torch.where(skipped, shadow, p))
+        super().close(masked)
+
+    @property
+    def _scores_in_pass(self) -> bool:
+        return False
+
+
+class FusedSlot(Slot):
+    """Of a PinsAdamW or PinsSGD, whose pass takes importance and masks along: a StepListener."""
+
+    optimizer: FusedOptimizer
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._driver: StepDriver | None = None
+        self._places = {id(self.parameters[i]): i for i in self.indices}
+        self._passed: set[int] = set()
+
+    def attach(self, driver: StepDriver) -> None:
+        """See Slot."""
+        self._driver, self.optimizer.listener = driver, self
+
+    def detach(self) -> None:
+        """See Slot."""
+        # By now the optimizer may belong to another pruner.
+        if self.attached:
+            self.optimizer.listener = None
+
+    @property
+    def attached(self) -> bool:
+        """See Slot."""
+        return self.optimizer.listener is self
+
+    @property
+    def _scores_in_pass(self) -> bool:
+        return self.step.gradients is None and self.importance.in_pass
+
+    @property
+    def _masks_in_pass(self) -> bool:
+        """Not where a scaler may skip the pass, or the score still needs the weights that it leaves."""
+        scores_late = self.importance.scores_after_step and not self._scores_in_pass
+        return self.step.masks_in_pass and self.scaling.found_inf is None and not scores_late
+
+    # ---- StepListener -----------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """See StepListener."""
+        self._passed.clear()
+        assert self._driver is not None
+        self._driver.begin_step(self)
+
+    def place_of(self, parameter: Tensor) -> int | None:
+        """See StepListener."""
+        return self._places.get(id(parameter))
+
+    def arguments(self, parameters: Sequence[Tensor]) -> PruningArguments:
+        """See StepListener."""
+        indices = [self._places[id(p)] for p in parameters]
+        self._passed.update(indices)
+        importance = self.importance
+        scored = self._scores_in_pass and bool(importance.ipt) and not self.masks.frozen
+        return PruningArguments(
+            layout=self._subsets.of(indices),
+            masks=[self.masks.bits[i] for i in indices] if self._masks_in_pass else [],
+            ipt=[importance.ipt[i] for i in indices] if scored else [],
+            shadow=[importance.shadow[i] for i in indices] if importance.shadow else [],
+            accepted=importance.accepted[self.part],
+            rng=importance.rng(self.step.t),
+            criterion=importance.criterion if scored else "pins",
+            clear_state=importance.config.mask_optimizer_state,
+        )
+
+    def end_pass(self) -> None:
+        """See StepListener; a pruned parameter that got no gradient has a zero in its window, and stays masked."""
+        left = [i for i in self.indices if i not in self._passed]
+        if self._scores_in_pass:
+            self._in_window = True
+            if left:
+                self._accumulate(left, self.scaling)
+        if self._masks_in_pass:
+            if left:
+                self.apply_masks(left)
+            self._zeroed = True
+
+    def end_step(self) -> None:
+        """See StepListener."""
+        assert self._driver is not None
+        self._driver.end_step(self)
+
+
+def divide(
+    names: Sequence[str], parameters: Sequence[Tensor], optimizers: Sequence[Any]
+) -> list[tuple[Optimizer, tuple[int, ...]]]:
     """Divide the pruned tensors among the optimizers that own them.
 
+    Args:
+        names: of the pruned tensors.
+        parameters: the pruned tensors.
+        optimizers: torch optimizers, wrapped or not.
+
+    Returns:
+        Each optimizer that owns any, and which.
+
     Raises:
-        ValueError: a pruned parameter that no optimizer owns. TypeError: something that is no torch optimizer.
+        ValueError: a pruned parameter that no optimizer owns.
+        TypeError: something that is no torch optimizer.
+        RuntimeError: an optimizer that a pruner takes part in already.
     """
     places = {id(p): i for i, p in enumerate(parameters)}
-    slots: list[Slot] = []
-    for optimizer in map(_unwrapped, optimizers):
-        groups = enumerate(optimizer.param_groups)
-        owned = {places.pop(id(p)): g for g, group in groups for p in group["params"] if id(p) in places}
+    parts = []
+    for optimizer in map(unwrapped_optimizer, optimizers):
+        owned = [places.pop(id(p)) for group in optimizer.param_groups for p in group["params"] if id(p) in places]
         if owned:
-            indices = tuple(sorted(owned))
-            slots.append(Slot(optimizer, indices, tuple(owned[i] for i in indices), len(slots)))
+            parts.append((optimizer, tuple(sorted(owned))))
     if places:
         missing = [names[i] for i in places.values()]
         raise ValueError(
             f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
             f"give them to the optimizer or exclude them"
         )
-    return slots
-
-
-def attach(pruner: Pruner, slots: Sequence[Slot]) -> None:
-    """Be called at each optimizer's step.
-
-    Raises:
-        RuntimeError: another pruner takes part in one of them already; then none is attached.
-    """
-    if any(_taken(slot.optimizer) for slot in slots):
+    if any(_taken(optimizer) for optimizer, _ in parts):
         raise RuntimeError("an optimizer already belongs to a Pruner: detach() that one first")
-    for slot in slots:
-        if isinstance(slot.optimizer, FusedOptimizer):
-            slot.optimizer.attach(pruner, slot)
-        else:
-            _hook(pruner, slot)
+    return parts
 
 
-def detach(slots: Sequence[Slot]) -> None:
-    """Let go of the optimizers."""
-    for slot in slots:
-        for handle in slot.handles:
-            handle.remove()
-        slot.handles = []
-        # By now it may belong to another pruner.
-        if isinstance(slot.optimizer, FusedOptimizer) and slot.optimizer._slot is slot:
-            slot.optimizer.detach()
+def slot_of(optimizer: Optimizer, *args: Any) -> Slot:
+    """The slot of an optimizer, of the class that fits it; see Slot for the arguments."""
+    return (FusedSlot if isinstance(optimizer, FusedOptimizer) else HookedSlot)(optimizer, *args)
 
 
-def is_attached(pruner: Pruner, slots: Sequence[Slot]) -> bool:
-    """Whether every optimizer still calls this pruner; a deep copy of an optimizer does not."""
-    return all(
-        slot.optimizer.pruner is pruner
-        if isinstance(slot.optimizer, FusedOptimizer)
-        else bool(slot.handles) and slot.handles[0].id in slot.optimizer._optimizer_step_pre_hooks
-        for slot in slots
-    )
-
-
-def _hook(pruner: Pruner, slot: Slot) -> None:
-    before, after = partial(_before, pruner, slot), partial(_after, pruner, slot)
-    slot.handles = [slot.optimizer.register_step_pre_hook(before), slot.optimizer.register_step_post_hook(after)]
-
-
-def _before(pruner: Pruner, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before(driver: StepDriver, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if any(callable(value) for value in (*args, *kwargs.values())):
         raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
-    pruner.begin(slot)
+    driver.begin_step(slot)
 
 
-def _after(pruner: Pruner, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    pruner.end(slot)
+def _after(driver: StepDriver, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    driver.end_step(slot)
 
 
 def _taken(optimizer: Optimizer) -> bool:
     """Whether a pruner takes part in its steps."""
     if isinstance(optimizer, FusedOptimizer):
-        return optimizer.pruner is not None
+        return optimizer.listener is not None
     return any(getattr(hook, "func", None) is _before for hook in optimizer._optimizer_step_pre_hooks.values())
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside a wrapper such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
-    return optimizer

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pins_ext.files import tensor_file
-
-if TYPE_CHECKING:
-    from pins_ext.pruning.pruner import Pruner
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import Importance
+from pins_ext.pruning.masks import Masks
 
 FORMAT = "pins_ext.pruner"
 VERSION = 2
 
+_CUTOFF = "threshold"  # its name in the file
 
-def state_dict(pruner: Pruner) -> dict[str, Any]:
+
+def gather(
+    config: PruneConfig, total_steps: int, step: int, names: Sequence[str], importance: Importance, masks: Masks
+) -> dict[str, Any]:
     """All that resuming needs. `tensors` maps kind/parameter to a tensor; the rest is JSON."""
-    importance = pruner.importance
-    tensors = {"threshold": pruner.threshold, "seen": importance.seen, "folded": importance.folded}
+    tensors: dict[str, Tensor] = {_CUTOFF: masks.cutoff, "seen": importance.seen, "folded": importance.folded}
     tensors |= {f"accepted/{part}": accepted for part, accepted in enumerate(importance.accepted)}
-    for kind, states in (importance.tensors() | {"mask": pruner.masks}).items():
-        tensors |= {f"{kind}/{name}": t for name, t in zip(pruner.names, states, strict=True)}
+    for kind, states in (importance.tensors() | {"mask": masks.bits}).items():
+        tensors |= {f"{kind}/{name}": t for name, t in zip(names, states, strict=True)}
     return {
         "format": FORMAT,
         "version": VERSION,
-        "config": _plain(pruner.config.to_dict()),
-        "total_steps": pruner.schedule.total,
-        "step": pruner.step,
-        "frozen": pruner.frozen,
-        "masked": pruner.masked,
-        "selected_for": list(pruner._selected_for) if pruner._selected_for else None,
+        "config": json.loads(json.dumps(config.to_dict())),  # as it will come back from a file
+        "total_steps": total_steps,
+        "step": step,
+        **masks.state(),
         "tensors": tensors,
     }
 
 
 @torch.no_grad()
-def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
-    """Go on where `state_dict` was taken; nothing is changed when something does not fit.
+def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> None:
+    """Go on where another state was gathered; nothing is changed when something does not fit.
+
+    Args:
+        state: the other state.
+        own: what `gather` returns here and now: its tensors are written to.
+        masks: whose plain data are replaced.
 
     Raises:
         ValueError: see Pruner.load_state_dict.
@@ -49,7 +56,6 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
         raise ValueError(
             f"not a pruner state of this version: {state.get('format')!r} version {state.get('version')!r}"
         )
-    own = state_dict(pruner)
     theirs, mine = dict(state["config"]), own["config"]
     differences = [f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]]
     if state["total_steps"] != own["total_steps"]:
@@ -58,7 +64,7 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
     if sorted(saved) != sorted(own["tensors"]):
         odd = sorted(set(saved) ^ set(own["tensors"]))
         differences.append(f"{len(odd)} states exist on one side only, {odd[0]} first")
-    for name in set(saved) & set(own["tensors"]) - {"threshold"}:
+    for name in set(saved) & set(own["tensors"]) - {_CUTOFF}:
         there, here = saved[name], own["tensors"][name]
         if there.shape != here.shape or there.dtype != here.dtype:
             differences.append(
@@ -67,26 +73,18 @@ def load_state_dict(pruner: Pruner, state: Mapping[str, Any]) -> None:
     if differences:
         raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
     for name, tensor in own["tensors"].items():
-        if name != "threshold":
+        if name != _CUTOFF:
             tensor.copy_(saved[name])
-    pruner.threshold = saved["threshold"].to(pruner.threshold.device).clone()
-    pruner.step, pruner.frozen, pruner.masked = state["step"], state["frozen"], state["masked"]
-    pruner._selected_for = tuple(state["selected_for"]) if state["selected_for"] else None
+    masks.load_state(state, saved[_CUTOFF])
 
 
-def save(pruner: Pruner, path: Path) -> None:
-    """`path` holds the old state or the new one, never a part."""
-    state = state_dict(pruner)
-    tensors = state.pop("tensors")
-    tensor_file.write(path, FORMAT, state, tensors)
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what `gather` returned; `path` holds the old state or the new one, never a part."""
+    data = {name: value for name, value in state.items() if name != "tensors"}
+    tensor_file.write(path, FORMAT, data, state["tensors"])
 
 
-def load(pruner: Pruner, path: Path) -> None:
-    """Read and check what `save` wrote, then `load_state_dict`."""
-    state, tensors = tensor_file.read(path, FORMAT)
-    load_state_dict(pruner, state | {"tensors": tensors})
-
-
-def _plain(data: Any) -> Any:
-    """As it will come back from JSON."""
-    return json.loads(json.dumps(data))
+def read(path: Path) -> dict[str, Any]:
+    """Read and check what `write` wrote."""
+    data, tensors = tensor_file.read(path, FORMAT)
+    return data | {"tensors": tensors}

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pins_ext import ops, reference
+from pins_ext import ops
+from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.scopes import subset
 
 _ACCUMULATE, _FOLD = 0, 1
 
+Operands = tuple[str, list[Tensor], list[Tensor]]
+"""Kind of a score (ops.SCORES) and the states it is made of."""
 
-@dataclass(frozen=True)
-class Scaling:
-    """Device scalars, float32 [1], that a gradient scaler leaves on an optimizer; None where there is none.
+Counted = tuple[Tensor, Tensor]
+"""A bracket of order keys and the counts of the weights inside it, see ops.select."""
 
-    A set `found_inf` makes every kernel leave weights and states alone.
-    """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    @staticmethod
-    def of(optimizer: torch.optim.Optimizer) -> Scaling:
-        """What torch.amp.GradScaler set on this optimizer for the step under way."""
-        values = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        return Scaling(*(v.reshape(1) if isinstance(v, Tensor) else None for v in values))
+def state_names(config: PruneConfig) -> list[str]:
+    """The states that a configuration keeps for every pruned tensor; all but the shadow are of `config.dtype`."""
+    kept = {
+        "ipt": config.criterion != "magnitude",
+        "exp_avg_ipt": config.smoothed,
+        "exp_avg_unc": config.smoothed and 0 < config.beta2 < 1,
+        "shadow": config.needs_shadow,
+    }
+    return [name for name, wanted in kept.items() if wanted]
 
 
 class Importance:
@@ -50,16 +49,14 @@ class Importance:
     ) -> None:
         self.config, self.layout = config, layout
         self.parameters = list(parameters)
-        device = layout.places.device
+        device, kept = layout.places.device, state_names(config)
 
-        def states(wanted: bool) -> list[Tensor]:
-            return [torch.zeros(p.shape, dtype=config.dtype, device=device) for p in parameters] if wanted else []
+        def states(name: str) -> list[Tensor]:
+            return [torch.zeros(p.shape, dtype=config.dtype, device=device) for p in parameters] if name in kept else []
 
-        self.ipt = states(config.criterion != "magnitude")
-        self.exp_avg_ipt = states(config.smoothed)
-        self.exp_avg_unc = states(config.smoothed and 0 < config.beta2 < 1)
-        self.shadow = [p.detach().clone() for p in parameters] if config.needs_shadow else []
-        self.parts = [(tuple(part), subset(layout, self.parameters, part)) for part in parts]
+        self.ipt, self.exp_avg_ipt, self.exp_avg_unc = states("ipt"), states("exp_avg_ipt"), states("exp_avg_unc")
+        self.shadow = [p.detach().clone() for p in parameters] if "shadow" in kept else []
+        self.parts = [(tuple(part), layout.subset(part)) for part in parts]
         self.accepted = [torch.zeros(1, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
@@ -77,6 +74,16 @@ class Importance:
         return self.config.criterion == "magnitude"
 
     @property
+    def scores_after_step(self) -> bool:
+        """Whether the criterion reads the updated weights."""
+        return self.config.criterion == "pins-update"
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether an optimizer's own kernel can compute the instant score."""
+        return not callable(self.config.criterion)
+
+    @property
     def constant_in_window(self) -> bool:
         """Whether the score changes only when a window ends."""
         return self.config.smoothed and self.config.beta2 != 0
@@ -88,7 +95,7 @@ class Importance:
             return torch.ones_like(self.seen)
         return self.folded if self.config.smoothed else self.seen
 
-    def score(self) -> tuple[str, list[Tensor], list[Tensor]]:
+    def score(self) -> Operands:
         """Kind and operands of the score that the selection reads: ops.SCORES, a, b."""
         if self.config.criterion == "magnitude":
             return "magnitude", self.shadow or self.parameters, []
@@ -105,7 +112,7 @@ class Importance:
         indices: Sequence[int],
         layout: ops.Layout,
         grads: list[Tensor],
-        lr: Tensor,
+        lr: Sequence[float],
         part: int,
         step: int,
         scaling: Scaling,
@@ -113,13 +120,18 @@ class Importance:
         """Take the gradients of one step into the window.
 
         Args:
-            indices: which tensors. layout: theirs. grads: gradients, in the same order, dtype of the parameters.
-            lr: float32 [len(indices)], learning rate of the coming step per tensor.
-            part: which one they belong to. step: pruner step. scaling: gradient scaling under way.
+            indices: which tensors.
+            layout: theirs.
+            grads: gradients, in the same order, dtype of the parameters.
+            lr: learning rate of the coming step per tensor.
+            part: which one they belong to.
+            step: pruner step.
+            scaling: gradient scaling under way.
         """
         weights = [(self.shadow or self.parameters)[i] for i in indices]
+        rates = torch.tensor(lr, dtype=torch.float32)
         if callable(self.config.criterion):
-            grads = [self._own_score(*x, scaling) for x in zip(weights, grads, lr.tolist(), strict=True)]
+            grads = [self._own_score(*x, scaling) for x in zip(weights, grads, rates.tolist(), strict=True)]
             weights, scaling = [], Scaling(None, scaling.found_inf)
         torch.ops.pins_ext.accumulate_(
             [self.ipt[i] for i in indices],
@@ -127,7 +139,7 @@ class Importance:
             grads,
             layout.places,
             layout.chunks,
-            lr,
+            ops.to_device(rates, layout.places.device),
             self.accepted[part],
             self.rng(step, _ACCUMULATE),
             self.criterion,
@@ -144,19 +156,22 @@ class Importance:
             raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
         return c.float().contiguous()
 
-    def count_accepted(self, part: int, scaling: Scaling, given: bool) -> None:
-        """One more gradient in a part's window, unless it was not finite; `given`: any weight had one of its own."""
+    def count_accepted(self, part: int, scaling: Scaling, scored: bool) -> None:
+        """One more gradient in a part's window, unless it was not finite; scored: any weight had one of its own."""
         accepted = self.accepted[part]
         finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).to(accepted.dtype)
         accepted += finite
-        if given:
+        if scored:
             self.seen |= finite > 0
 
-    def fold(self, step: int, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
-        """End the window: advance the averages, and count their new scores against `bracket` in the same pass.
+    def fold(self, step: int, counted: Counted | None = None) -> None:
+        """End the window: advance the averages.
 
-        `bracket` and `counts` need all weights in one part.
+        Args:
+            step: pruner step.
+            counted: count the new scores in the same pass; needs all weights in one part.
         """
+        bracket, counts = counted or (None, None)
         for (indices, layout), accepted in zip(self.parts, self.accepted, strict=True):
             torch.ops.pins_ext.fold_(
                 [self.exp_avg_ipt[i] for i in indices],
@@ -176,9 +191,8 @@ class Importance:
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]."""
-        return torch.tensor(reference.rounding_key(self.config.seed, step, stream)).to(self.layout.places.device)
+        return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""
-        lists = {n: getattr(self, n) for n in ("ipt", "exp_avg_ipt", "exp_avg_unc", "shadow")}
-        return {name: tensors for name, tensors in lists.items() if tensors}
+        return {name: getattr(self, name) for name in state_names(self.config)}

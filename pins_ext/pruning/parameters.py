@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.regularization.teacher import is_sharded
+from pins_ext.wrappers import is_sharded
 
 # Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
 # are small as well, and what they are merged into has zeros of its own. Routers choose experts: in most models they are

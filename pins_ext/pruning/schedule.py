@@ -84,6 +84,10 @@ class Schedule:
             return False
         return t >= self.final_start or t % self.delta_t == 0
 
+    def is_new_mask(self, t: int) -> bool:
+        """Whether the mask of step t is one of its own, not merely the last one again."""
+        return self.mask_due(t) and (t % self.delta_t == 0 or t == self.final_start)
+
     def selects_once(self, t: int) -> bool:
         """Whether the mask that is due at t stays for good (one-shot pruning)."""
         return self.kind == "one-shot" and t >= self.final_start

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from pins_ext.files import tensor_file
 from pins_ext.regularization import heads
 from pins_ext.regularization.task_gradient import TaskGradient
-from pins_ext.regularization.teacher import Source, Teacher, unwrapped
+from pins_ext.regularization.teacher import Source, Teacher
+from pins_ext.wrappers import unwrapped, unwrapped_optimizer
 
 SCORE_GRADIENTS = ("joint", "task")
 
@@ -221,10 +222,7 @@ class SelfRegularizer:
         # Functions, not methods: a deep copy of the model, as the teacher is, keeps the function and no copy of us.
         self._handles = [self.model.register_forward_hook(after_forward, with_kwargs=True)]
         if optimizer is not None:
-            while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-                # accelerate wraps the optimizer that has the hooks
-                optimizer = inner
-            self._handles.append(optimizer.register_step_post_hook(after_optimizer))
+            self._handles.append(unwrapped_optimizer(optimizer).register_step_post_hook(after_optimizer))
 
     def detach(self) -> None:
         """Undo `attach`."""

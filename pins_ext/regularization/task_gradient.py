@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pins_ext.regularization.teacher import is_sharded
+from pins_ext.wrappers import is_sharded
 
 
 class TaskGradient:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pins_ext.wrappers import is_sharded
+
 POLICIES = ("latest", "best", "ema", "none")
 
 Source = str | os.PathLike[str] | nn.Module
@@ -209,19 +211,6 @@ class Teacher:
         self.steps, self.snapshot_step, self.best_score = meta["steps"], meta["snapshot_step"], meta["best_score"]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile wrappers."""
-    while isinstance(inner := getattr(model, "_orig_mod", None) or _inside_ddp(model), nn.Module):
-        model = inner
-    return model
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are DTensors, or flattened by FullyShardedDataParallel."""
-    flattened = any("FullyShardedDataParallel" in type(m).__name__ for m in module.modules())
-    return flattened or any(hasattr(p, "placements") for p in module.parameters())
-
-
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones once."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
@@ -288,7 +277,3 @@ def _refuse_others(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wh
             f"{where} does not fit the model: {len(lacking)} tensors missing, {len(foreign)} foreign, {len(reshaped)} "
             f"of another shape, {first[0]} first; it must be of the same architecture"
         )
-
-
-def _inside_ddp(model: nn.Module) -> Any:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None

@@ -203,7 +203,7 @@ def test_a_failure_is_one_line_and_with_debug_a_traceback(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the kernel\nis unhappy")
 
-    monkeypatch.setattr("pins_ext.pruning.pruner.Pruner.end", fails)
+    monkeypatch.setattr("pins_ext.pruning.pruner.Pruner.end_step", fails)
     assert main(["train", *flags(tiny, tmp_path / "run")]) == 1
     assert capsys.readouterr().err == "pins-ext train: RuntimeError: the kernel  (--debug shows where)\n"
     with pytest.raises(RuntimeError, match="unhappy"):

@@ -39,7 +39,7 @@ class Digests(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.callback.pruner is not None
-        self.masks.append(digest(self.callback.pruner.masks))
+        self.masks.append(digest(self.callback.pruner.masks.bits))
         self.weights.append(digest(model.state_dict().values()))
         if state.global_step == self.until:
             raise KeyboardInterrupt

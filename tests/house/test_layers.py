@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[tuple[int, tuple[str, ...]]] = [
     (0, ("pins_ext.reference", "pins_ext.triton_kernels.criterion")),
     (1, ("pins_ext.triton_kernels", "pins_ext.triton_kernels.*", "pins_ext._C")),
-    (2, ("pins_ext.extras", "pins_ext.ops", "pins_ext.ops.*", "pins_ext.files", "pins_ext.files.*")),
+    (
+        2,
+        (
+            "pins_ext.extras",
+            "pins_ext.files",
+            "pins_ext.files.*",
+            "pins_ext.ops",
+            "pins_ext.ops.*",
+            "pins_ext.wrappers",
+        ),
+    ),
     (
         3,
         (
@@ -92,11 +102,12 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
             yield from nodes(child)
 
 
-def imports(module: str) -> Iterator[str]:
-    """Modules of ours that this one imports, by installed name."""
+def imports(module: str, for_types: bool = False) -> Iterator[str]:
+    """Modules of ours that this one imports, by installed name; `for_types`: for a type checker only, too."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in nodes(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if for_types else nodes(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -120,6 +131,51 @@ def test_imports_point_down(module: str) -> None:
     assert floor is not None, f"{module} has no floor: give it one in {Path(__file__).name}"
     above = {name: floor_of(name) for name in imports(module) if name != FRONT_DOOR and (floor_of(name) or 0) > floor}
     assert above == {}
+
+
+def room_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a node back to itself, or nothing."""
+    done: set[str] = set()
+
+    def search(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := search(other, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := search(node, []))), [])
+
+
+# A package names what is in it; to import a file runs its package first, which is no dependency of the file's.
+FILES = {m: {n for n in imports(m, for_types=True) if n != m and n not in m} for m in MODULES if m != FRONT_DOOR}
+ROOMS: dict[str, set[str]] = {}
+for _file, _others in FILES.items():
+    ROOMS.setdefault(room_of(_file), set()).update({room_of(o) for o in _others if o != FRONT_DOOR} - {room_of(_file)})
+
+
+def test_no_circle_between_files() -> None:
+    assert circle(FILES) == []
+
+
+def test_few_arrows_and_no_circle_between_rooms() -> None:
+    assert circle(ROOMS) == []
+    assert sum(map(len, ROOMS.values())) < 50
+
+
+def test_what_uses_the_core_does_not_know_the_specification() -> None:
+    """Only what checks the operators reads it."""
+    checks = {"pins_ext.cli.doctor", "pins_ext.studies.diagnosis.exchanges"}
+    readers = {m for m, others in FILES.items() if "pins_ext.reference" in others and "bench" not in m}
+    assert readers <= checks
 
 
 def test_nothing_reaches_in_by_the_front_door() -> None:

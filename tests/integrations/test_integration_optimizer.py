@@ -11,6 +11,7 @@ from bert import CONFIG, arguments, assert_at_target, model, pins, stock, weight
 
 from pins_ext.integrations.callback import PinsCallback, optimizer
 from pins_ext.optim import PinsAdamW, PinsSGD
+from pins_ext.pruning.attachment import FusedSlot
 
 ADAMW = {"optim": "adamw_torch_fused", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=True", "learning_rate": 0.02}
@@ -42,7 +43,7 @@ def test_it_prunes_in_its_own_pass(tmp_path: Path, settings: dict[str, Any]) -> 
     run.train()
     pruner = pins(run).pruner
     assert pruner is not None
-    assert all(slot.fused for slot in pruner._slots)
+    assert all(isinstance(slot, FusedSlot) for slot in pruner.slots)
     assert_at_target(pins(run))
 
 

@@ -51,7 +51,7 @@ def test_resuming_equals_never_stopping(options: dict[str, Any], at: int, tmp_pa
     resumed.load(tmp_path / "pruner.safetensors")
     train(second, optimizer, STEPS, skip=at)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
-    assert torch.equal(pruner.threshold, resumed.threshold)
+    assert torch.equal(pruner.masks.cutoff, resumed.masks.cutoff)
     assert resumed.step == STEPS
 
 

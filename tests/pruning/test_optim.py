@@ -25,7 +25,7 @@ def test_the_fused_step_equals_torch_and_hooks_to_the_last_bit(criterion: str, p
         hooked, optimizer, other = start(config, hooked_class, **options)
         train(hooked, optimizer, STEPS)
         assert same(fused, hooked)
-        assert torch.equal(pruner.threshold, other.threshold)
+        assert torch.equal(pruner.masks.cutoff, other.masks.cutoff)
         assert zeros(pruner) >= exact(pruner) > 0
 
 

@@ -116,7 +116,7 @@ def test_one_shot_selects_once() -> None:
     train(model, optimizer, STEPS, after=lambda: history.append(zeros(pruner)))
     assert history[40] == 0
     assert set(history[41:]) == {exact(pruner)}
-    assert pruner.frozen
+    assert pruner.masks.frozen
 
 
 def test_finalize_before_the_schedule_ends_reaches_the_target() -> None:

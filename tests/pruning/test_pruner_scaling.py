@@ -36,7 +36,7 @@ def test_a_skipped_step_still_gets_its_mask(optimizer_class: Any, clear: bool) -
     optimizer = optimizer_class(model.parameters(), lr=3e-3)
     pruner = Pruner(model, optimizer, PruneConfig(**CONFIG, mask_optimizer_state=clear), 30)
     train_scaled(model, [optimizer], 11, {10: list(model.parameters())})
-    assert pruner.masked
+    assert pruner.masks.applied
     report = pruner.verify()
     assert report["zeros"] == pruner.n_weights - round(pruner.schedule.remaining_ratio(10) * pruner.n_weights) > 0
 

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from pins_ext import ops, reference
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.scopes import Selection
+from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.selection import Selection
 
 
 def prune(scores: list[Tensor], config: PruneConfig, ratio: float) -> list[Tensor]:
     """Keep masks chosen by the selection."""
     names = [f"layer.{i}.weight" for i in range(len(scores))]
     layout = ops.Layout.of(scores)
-    selection = Selection(names, scores, layout, config)
-    table = selection.thresholds(("identity", scores, []), ratio)
+    selection = Selection(Scopes(names, [len(s) for s in scores], config), layout)
+    table = selection.cutoffs(("identity", scores, []), ratio)
     table = table.expand(len(scores), 2)
     return [
         reference.keep_mask(reference.order_key(s), reference.global_index(layout.places[i]), tuple(table[i].tolist()))

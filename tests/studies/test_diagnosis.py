@@ -129,7 +129,7 @@ def test_training_does_not_notice(variant: str) -> None:
         assert model.training
         pruner.finalize()
         states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-        ends.append((model, pruner.masks, states, torch.get_rng_state(), [p.grad for p in model.parameters()]))
+        ends.append((model, pruner.masks.bits, states, torch.get_rng_state(), [p.grad for p in model.parameters()]))
     (plain, *before), (diagnosed_model, *after) = ends
     assert same(plain, diagnosed_model)
     for one, other in zip(before, after, strict=True):
@@ -184,7 +184,7 @@ def test_the_nearest_weights_are_the_nearest() -> None:
     keep = torch.cat([pruner.mask(name).flatten() for name in pruner.names])
     assert keep[kept].all()
     assert not keep[pruned].any()
-    distance = (values.double() - ops.score_of_key(pruner.threshold).double()).abs()
+    distance = (values.double() - ops.score_of_key(pruner.masks.cutoff).double()).abs()
     for places, side in ((kept, keep), (pruned, ~keep)):
         assert distance[places].max() <= distance[side].sort().values[19]
 

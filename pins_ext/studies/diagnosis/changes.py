@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pins_ext import ops, reference
+from pins_ext import ops
 from pins_ext.pruning.pruner import Pruner
-from pins_ext.pruning.schedule import Schedule
 from pins_ext.studies.diagnosis.exchanges import Exchanges, difference_noise, draw, try_exchanges
 from pins_ext.studies.diagnosis.fixed_loss import FixedLoss
 
@@ -122,14 +121,14 @@ class Diagnosis:
         self.pruner, self.random_masks, self.seed, self.report = pruner, random_masks, seed, report
         self.groups, self.pairs = exchanges, exchange_pairs
         self.loss = FixedLoss(pruner.model, pruner.parameters, loss, batches)
-        self.steps = spread([t for t in range(pruner.schedule.total) if is_new_mask(pruner.schedule, t)], masks)
+        self.steps = spread([t for t in range(pruner.schedule.total) if pruner.schedule.is_new_mask(t)], masks)
         self.exchange_steps = spread(self.steps, exchange_masks)
         self.changes: list[Change] = []
         self.observations: list[Observation] = []
         self.exchanges: list[Exchanges] = []
         self._last = [ops.new_mask(p) for p in pruner.parameters]
         pruner.before_mask = self._before_mask
-        optimizers = [slot.optimizer for slot in pruner._slots]
+        optimizers = [slot.optimizer for slot in pruner.slots]
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def detach(self) -> None:
@@ -149,8 +148,8 @@ class Diagnosis:
         if t in self.steps:
             with self.loss.undisturbed():
                 self._observe(t)
-        if is_new_mask(self.pruner.schedule, t):
-            self._last = [bits.clone() for bits in self.pruner.masks]
+        if self.pruner.schedule.is_new_mask(t):
+            self._last = [bits.clone() for bits in self.pruner.masks.bits]
 
     def _observe(self, t: int) -> None:
         """Everything about the mask of step t. The weights have been stepped; those before the step are kept."""
@@ -193,7 +192,7 @@ class Diagnosis:
         every = [ops.new_mask(p) for p in self.pruner.parameters]
         sets = []
         for extent, among in (("new", self._last), ("whole", every)):
-            bits = [there & ~kept for there, kept in zip(among, self.pruner.masks, strict=True)]
+            bits = [there & ~kept for there, kept in zip(among, self.pruner.masks.bits, strict=True)]
             sets.append(_Set("criterion", extent, bits, sum(int(self._chosen(bits, i).sum()) for i in self._places)))
         random = []
         for s, among in zip(sets, (self._last, every), strict=True):
@@ -213,11 +212,11 @@ class Diagnosis:
         for p, at in zip(self.pruner.parameters, draw(among, sizes, n, generator), strict=True):
             chosen = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
             chosen[at] = True
-            packed.append(reference.pack_bits(chosen))
+            packed.append(ops.pack_bits(chosen))
         return packed
 
     def _chosen(self, bits: list[Tensor], i: int) -> Tensor:
-        return reference.unpack_bits(bits[i], self.pruner.parameters[i].shape)
+        return ops.unpack_bits(bits[i], self.pruner.parameters[i].shape)
 
     # ---- predicted --------------------------------------------------------------------------------------------------
 
@@ -248,11 +247,7 @@ class Diagnosis:
 
     def _learning_rates(self) -> dict[int, float]:
         """Learning rate of the step under way, by the tensor's place."""
-        return {
-            i: float(slot.optimizer.param_groups[group]["lr"])
-            for slot in self.pruner._slots
-            for i, group in zip(slot.indices, slot.group_of, strict=True)
-        }
+        return {i: rate for slot in self.pruner.slots for i, rate in slot.learning_rates().items()}
 
     # ---- measured ---------------------------------------------------------------------------------------------------
 
@@ -278,11 +273,6 @@ class Diagnosis:
         value = self.loss.value()
         self.loss.restore()
         return value
-
-
-def is_new_mask(schedule: Schedule, t: int) -> bool:
-    """Whether the mask of step t (from 0) is one of its own, not the last one again."""
-    return schedule.mask_due(t) and (t % schedule.delta_t == 0 or t == schedule.final_start)
 
 
 def spread(steps: Sequence[int], n: int) -> list[int]:

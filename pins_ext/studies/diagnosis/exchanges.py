@@ -103,13 +103,13 @@ def draw(bits: Sequence[Tensor], sizes: Sequence[int], n: int, generator: torch.
     Yields:
         Per tensor the flat indices drawn, int64 on the bits' device, in random order.
     """
-    live = [int(reference.unpack_bits(b, (size,)).sum()) for b, size in zip(bits, sizes, strict=True)]
+    live = [int(ops.unpack_bits(b, (size,)).sum()) for b, size in zip(bits, sizes, strict=True)]
     total, seen = max(sum(live), 1), 0
     for b, size, there in zip(bits, sizes, live, strict=True):
         count = (seen + there) * n // total - seen * n // total
         seen += there
         chosen = torch.randperm(there, generator=generator)[:count].to(b.device)
-        yield reference.unpack_bits(b, (size,)).nonzero().flatten()[chosen]
+        yield ops.unpack_bits(b, (size,)).nonzero().flatten()[chosen]
 
 
 class Exchanger:
@@ -124,9 +124,9 @@ class Exchanger:
         self.pruner, self.loss, self.noise, self.generator = pruner, loss, noise, generator
         self.sizes = [p.numel() for p in loss.parameters]
         self.bases = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        pruned = [ops.new_mask(p) & ~bits for p, bits in zip(loss.parameters, pruner.masks, strict=True)]
-        self.sides = (pruner.masks, pruned)
-        n_kept = sum(int(reference.unpack_bits(b, (n,)).sum()) for b, n in zip(pruner.masks, self.sizes, strict=True))
+        pruned = [ops.new_mask(p) & ~bits for p, bits in zip(loss.parameters, pruner.masks.bits, strict=True)]
+        self.sides = (pruner.masks.bits, pruned)
+        n_kept = sum(int(ops.unpack_bits(b, (n,)).sum()) for b, n in zip(pruner.masks.bits, self.sizes, strict=True))
         self.most = min(n_kept, sum(self.sizes) - n_kept)
         self.base = loss.value()
 
@@ -184,13 +184,13 @@ class Exchanger:
         kind, a, b = self.pruner.importance.score()
         if kind == "magnitude" and not self.pruner.importance.shadow:
             a = self.loss.kept
-        thresholds = ops.score_of_key(self.pruner.threshold).double()
+        thresholds = ops.score_of_key(self.pruner.masks.cutoff).double()
         found = [(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)) for _ in self.sides]
         for i, (base, size) in enumerate(zip(self.bases, self.sizes, strict=True)):
             score = reference.score(kind, a[i], b[i] if b else None).double().flatten()
             distance = (score - thresholds[i if len(thresholds) > 1 else 0]).abs().nan_to_num(nan=math.inf)
             for side, bits in enumerate(self.sides):
-                at = reference.unpack_bits(bits[i], (size,)).nonzero().flatten()
+                at = ops.unpack_bits(bits[i], (size,)).nonzero().flatten()
                 values, order = distance[at].topk(min(count, len(at)), largest=False)
                 values = torch.cat([found[side][0], values.cpu()])
                 places = torch.cat([found[side][1], base + at[order].cpu()])
@@ -249,8 +249,8 @@ def try_exchanges(
         noise, generator: see Exchanger. groups, pairs: see Exchanger.stratum. report: told what is under way.
     """
     with torch.no_grad():
-        for p, bits in zip(loss.parameters, pruner.masks, strict=True):
-            p.masked_fill_(~reference.unpack_bits(bits, p.shape), 0)
+        for p, bits in zip(loss.parameters, pruner.masks.bits, strict=True):
+            p.masked_fill_(~ops.unpack_bits(bits, p.shape), 0)
     exchanger = Exchanger(pruner, loss, noise, generator)
     strata = []
     for name in STRATA:

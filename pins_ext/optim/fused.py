@@ -1,0 +1,214 @@
+"""The base of the two optimizers: one kernel call per batch of alike parameters, with room for a pruner."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pins_ext import ops
+from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.scaling import Scaling
+
+_Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+class FusedOptimizer(Optimizer):
+    """Which tensors take which pass, gradient scaling, and the listener that may take part in the step.
+
+    Attributes:
+        listener: told of every step, see `StepListener`; None: a plain optimizer.
+
+    Raises:
+        ValueError: a parameter group, given or loaded, asks for something of torch.optim's that is not there.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer and always calls step.
+        self._step_supports_amp_scaling = True
+        self.listener: StepListener | None = None
+        self._plain: dict[tuple[int, ...], PruningArguments] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's. Raises ValueError for an unsupported option."""
+        super().add_param_group(param_group)
+        try:
+            self._refuse_unsupported(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group.get(option):
+                name = type(self).__name__
+                raise ValueError(f"{name} has no {option}: set it to False in the parameter group or use torch.optim's")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict ends here too: a refused checkpoint changes nothing.
+        for group in state["param_groups"]:
+            self._refuse_unsupported(group)
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = True
+        self.__dict__.setdefault("listener", None)
+        self.__dict__.setdefault("_plain", {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; with a listener, importance and masks ride along.
+
+        Args:
+            closure: computes the loss anew; only without a listener.
+
+        Raises:
+            RuntimeError: a closure while pruning: its gradients would come too late for the importance.
+        """
+        listener, loss = self.listener, None
+        if closure is not None:
+            if listener is not None:
+                raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
+            with torch.enable_grad():
+                loss = closure()
+        if listener is not None:
+            listener.begin_step()
+            pruned, plain = self._batches(listener)
+            for parameters, owners in pruned:
+                self._run(parameters, owners, listener.arguments(parameters))
+            listener.end_pass()
+        else:
+            _, plain = self._batches(None)
+        self._step_plain(plain)
+        if listener is not None:
+            listener.end_step()
+        return loss
+
+    def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
+        """Parameters with a gradient and their groups, those that one kernel call can take together: pruned, plain.
+
+        Groups are looked at anew in every step: a parameter may be moved or taken out.
+        """
+        batches: dict[Any, list[tuple[int, Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            moments = self._moments(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    place = listener.place_of(p) if listener is not None else None
+                    key = (place is None, p.device, p.dtype, moments)
+                    batches.setdefault(key, []).append((place or 0, p, group))
+        found: tuple[list[_Batch], list[_Batch]] = ([], [])
+        for (plain, *_), batch in batches.items():
+            # Pruned parameters in the order of the whole list, whatever that of the groups.
+            _, parameters, owners = zip(*sorted(batch, key=lambda entry: entry[0]), strict=True)
+            found[plain].append((list(parameters), list(owners)))
+        return found
+
+    def _step_plain(self, batches: list[_Batch]) -> None:
+        live = {}
+        for parameters, owners in batches:
+            key = tuple(id(p) for p in parameters)
+            live[key] = self._plain.get(key) or PruningArguments.none(ops.Layout.of(parameters))
+            self._run(parameters, owners, live[key])
+        self._plain = live
+
+    def _run(self, parameters: list[Tensor], owners: list[dict[str, Any]], pruning: PruningArguments) -> None:
+        """Check tensors, count the step, run the kernel; the owners agree on their moments."""
+        name, device = type(self).__name__, parameters[0].device
+        grads = []
+        for p in parameters:
+            assert p.grad is not None
+            if not p.is_contiguous():
+                raise ValueError(f"{name} needs contiguous parameters, got strides {p.stride()}")
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"{name} does not support sparse gradients")
+            grads.append(p.grad.contiguous())
+        scaling = Scaling.of(self, device)
+        names = self._moments(owners[0])
+        if names:
+            for p in parameters:
+                self._initialise(p, names)
+            self._count(parameters, scaling.found_inf)
+        moments = {key: [self.state[p][key] for p in parameters] for key in names}
+        self._kernel(parameters, moments, grads, self._hyper(parameters, owners), pruning, scaling)
+        # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
+        torch.autograd.graph.increment_version(parameters)
+
+    def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
+        """State of a parameter at the first step that needs its moments."""
+        state = self.state[p]
+        if state.get(names[0]) is None:  # they come together
+            state.pop("skipped", None)
+            state.update({"step": 0.0, **{name: torch.zeros_like(p) for name in names}})
+        # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
+        state["step"] = float(state.get("step", 1))
+
+    def _count(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
+        """Count a step of these parameters, and on their device whether the kernel skips it.
+
+        Leaving a skipped step out of the host's count would need a synchronisation. Parameters that took part in the
+        same steps share one counter; it is replaced, never written to.
+        """
+        skips = None if found_inf is None else (found_inf != 0).double().reshape(())
+        counters: dict[Tensor | None, Tensor] = {}
+        for p in parameters:
+            state = self.state[p]
+            state["step"] += 1
+            if skips is not None:
+                before = state.get("skipped")
+                if before not in counters:
+                    counters[before] = skips if before is None else before + skips
+                state["skipped"] = counters[before]
+
+    def _skipped(self, parameters: list[Tensor]) -> Tensor | None:
+        """How many of each parameter's steps were skipped, float64 [n], or [] where they agree; None: none was."""
+        counters = [self.state[p].get("skipped") for p in parameters]
+        if all(counter is counters[0] for counter in counters):
+            return counters[0]
+        none = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        return torch.stack([none if counter is None else counter for counter in counters])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's of the same name, and loadable by it."""
+        packed = super().state_dict()
+        exported = {key: _exported(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: state for key, state in exported.items() if state}
+        return packed
+
+    @abstractmethod
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors that a step of this group needs."""
+
+    @abstractmethod
+    def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        """The `hyper` argument, float32 [n, 8], every column computed in float64 and rounded once."""
+
+    @abstractmethod
+    def _kernel(
+        self,
+        parameters: list[Tensor],
+        moments: dict[str, list[Tensor]],
+        grads: list[Tensor],
+        hyper: Tensor,
+        pruning: PruningArguments,
+        scaling: Scaling,
+    ) -> None:
+        """Run the operator."""
+
+
+def _exported(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as torch.optim writes it: without its skipped steps, and none if there was no other."""
+    if "step" not in state:
+        return state
+    step = float(state["step"]) - float(state.get("skipped", 0))
+    moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
+    return {"step": torch.tensor(step), **moments} if step > 0 else {}
+
+
+def check_not_negative(**values: Any) -> None:
+    for name, value in values.items():
+        if not float(value) >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")

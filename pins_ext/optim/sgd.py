@@ -1,0 +1,84 @@
+"""SGD in one pass over memory, pruning included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pins_ext.optim.fused import FusedOptimizer, check_not_negative
+from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.scaling import Scaling
+
+
+class PinsSGD(FusedOptimizer):
+    """SGD with momentum, dampening, weight decay and Nesterov, in one pass, with room for importance and a mask.
+
+    In float32 the weights equal those of torch.optim.SGD(foreach=False) on a CPU with FMA to the last bit. A buffer
+    begins with the first step that its group takes with momentum; steps that gradient scaling skips don't count.
+
+    Args:
+        params: parameters or groups. lr: learning rate. momentum: decay of the buffer. dampening: share of a gradient
+            that does not enter the buffer. weight_decay: L2 penalty. nesterov: look ahead along the buffer.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or Nesterov without momentum or with dampening.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"nesterov": nesterov})
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        steps = [self.state[p].get("step", 0.0) for p in parameters]
+        rows = []
+        for step, g in zip(steps, owners, strict=True):
+            lr, momentum, first = float(g["lr"]), g["momentum"], float(step <= 1)
+            rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
+        device, skipped = parameters[0].device, self._skipped(parameters)
+        hyper = torch.tensor(rows).to(device, non_blocking=True)
+        if skipped is not None:
+            hyper[:, 4] = torch.tensor(steps, dtype=torch.float64).to(device, non_blocking=True) - skipped <= 1
+        return hyper
+
+    def _kernel(
+        self,
+        parameters: list[Tensor],
+        moments: dict[str, list[Tensor]],
+        grads: list[Tensor],
+        hyper: Tensor,
+        pruning: PruningArguments,
+        scaling: Scaling,
+    ) -> None:
+        torch.ops.pins_ext.masked_sgd_(
+            parameters,
+            moments.get("momentum_buffer", []),
+            pruning.ipt,
+            pruning.shadow,
+            grads,
+            pruning.masks,
+            pruning.layout.places,
+            pruning.layout.chunks,
+            hyper,
+            pruning.accepted,
+            pruning.rng,
+            pruning.criterion,
+            pruning.clear_state,
+            grad_scale=scaling.grad_scale,
+            found_inf=scaling.found_inf,
+        )

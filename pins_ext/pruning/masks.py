@@ -1,0 +1,144 @@
+"""The masks of the pruned tensors: bits, the cutoff that chose them, and when a new choice is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import Counted, Importance, Operands
+from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.selection import Selection
+
+_ZERO = 0x80000001
+"""Order key of the smallest positive float32: below it lies only zero."""
+
+
+class Masks:
+    """One bit a weight (1 = keep), and what chose it.
+
+    Args:
+        parameters: the pruned tensors.
+        layout: theirs.
+        scopes: which weights compete.
+        config: mask policy, ties.
+
+    Attributes:
+        bits: per tensor, uint8 [ops.mask_bytes].
+        cutoff: int64 [n, 2], or [1, 2] for all tensors: (order key, tie index); weights before it, in the order of
+            (score, global index), are pruned.
+        frozen: whether the masks never change again.
+        applied: whether pruned weights are zero at this moment.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig) -> None:
+        self.layout, self.scopes, self.config = layout, scopes, config
+        self.selection = Selection(scopes, layout)
+        device = layout.places.device
+        self.bits = [ops.new_mask(p) for p in parameters]
+        self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        self.frozen = False
+        self.applied = False
+        self._chosen_for: tuple[int, ...] | None = None
+        self._stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
+        self._counts: Tensor | None = None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there has been a selection."""
+        return self._chosen_for is not None
+
+    def wanted(self, mask_due: bool) -> bool:
+        """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""
+        return mask_due or self.frozen or (self.config.mask_policy == "strict" and self.chosen)
+
+    def renew(self, importance: Importance, ratio: float, t: int, counted: Counted | None = None) -> None:
+        """Choose anew, unless neither the scores nor the number to prune changed since the last time.
+
+        Args:
+            importance: what scores the weights.
+            ratio: share of the weights that is kept.
+            t: pruner step.
+            counted: see Selection.cutoffs.
+        """
+        window = t // self.config.delta_t if importance.constant_in_window else t
+        wanted = (window, *self.scopes.n_prune(ratio))
+        if wanted == self._chosen_for:
+            return
+        score = importance.score()
+        cutoff = self.selection.cutoffs(score, ratio, counted)
+        if self.scopes.exact:
+            # Before any score is known an exact count could only be met by position; the lowest cutoff prunes nothing.
+            # The released rule, strictly below zero, prunes nothing by itself.
+            cutoff = cutoff * importance.known
+        self._pack(score, cutoff)
+        self._chosen_for = wanted
+
+    def counting(self) -> Counted | None:
+        """A bracket around the last cutoff and room for its counts; None where no single cutoff can be narrowed so."""
+        if not self.scopes.is_global or not self.chosen:
+            return None
+        if self._counts is None:
+            self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.places.device)
+        return ops.bracket_around(self.cutoff), self._counts
+
+    def keep_nonzero(self, parameters: Sequence[Tensor]) -> int:
+        """Keep for good what is not zero. Returns the number of kept weights; one synchronisation."""
+        cutoff = ops.to_device(torch.tensor([[_ZERO, 0]]), self.layout.places.device)
+        self._pack(("magnitude", list(parameters), []), cutoff)
+        self.frozen = True
+        return int(self._stats[:, 0].sum())
+
+    def forget_choice(self) -> None:
+        """Let the next `renew` select whatever was selected before."""
+        self._chosen_for = None
+
+    def _pack(self, score: Operands, cutoff: Tensor) -> None:
+        kind, a, b = score
+        self.cutoff = cutoff
+        torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, self.layout.places, self.layout.chunks, kind, cutoff)
+
+    def apply(self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout) -> None:
+        """Zero the pruned elements of tensors that are shaped like the pruned ones at these places.
+
+        Args:
+            tensors: parameters, or states of an optimizer.
+            indices: their places in the whole list.
+            layout: theirs.
+        """
+        torch.ops.pins_ext.apply_mask_(tensors, [self.bits[i] for i in indices], layout.places, layout.chunks)
+        torch.autograd.graph.increment_version(tensors)
+
+    def keep(self, i: int, shape: Sequence[int]) -> Tensor:
+        """Boolean mask of one tensor (True = keep); a copy."""
+        return ops.unpack_bits(self.bits[i], shape)
+
+    # ---- what is told and saved -------------------------------------------------------------------------------------
+
+    def counts(self) -> tuple[int, int, int]:
+        """Of the last selection: kept weights, flipped bits, NaN scores; one synchronisation."""
+        kept, flipped, nan = self._stats.sum(0).tolist()
+        return kept, flipped, nan
+
+    def threshold(self) -> float | None:
+        """The score below which weights are pruned, the highest where tensors differ; one synchronisation.
+
+        Returns:
+            None before the first mask.
+        """
+        return ops.score_of_key(self.cutoff).max().item() if self.chosen else None
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; the tensors are `bits` and `cutoff`."""
+        chosen_for = list(self._chosen_for) if self._chosen_for else None
+        return {"frozen": self.frozen, "masked": self.applied, "selected_for": chosen_for}
+
+    def load_state(self, state: Mapping[str, Any], cutoff: Tensor) -> None:
+        """Go on from a checked `state`; `bits` are copied by the caller."""
+        self.cutoff = cutoff.to(self.cutoff.device).clone()
+        self.frozen, self.applied = state["frozen"], state["masked"]
+        self._chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None

@@ -1,0 +1,94 @@
+"""What is going to be pruned, when, and what it costs: a dry run that allocates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pins_ext import ops
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import state_names
+from pins_ext.pruning.schedule import Schedule
+from pins_ext.pruning.scopes import Scopes
+
+
+class Plan(dict[str, Any]):
+    """A dry run as plain data; `str` makes it a page to read."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self['weights']:,} prunable weights in {len(self['tensors'])} tensors "
+            f"({self['share_of_model']:.1%} of the model's {self['model_weights']:,})",
+            f"{self['zeros_at_the_end']:,} of them zero at the end: sparsity {self['final_sparsity']:.4%}",
+            f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} B per weight) "
+            f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB",
+            f"schedule {self['schedule']}: dense to step {self['warmup']}, at the end from step {self['final_start']} "
+            f"of {self['total_steps']}, {self['masks']} masks on the way",
+            "  step  sparsity",
+            *(f"{t:6d}  {s:8.2%}" for t, s in self["points"]),
+            "tensors:",
+            *(f"  {name}  {shape}" for name, shape in self["tensors"].items()),
+        ]
+        return "\n".join(lines + [f"conflict: {text}" for text in self["conflicts"]])
+
+
+def plan(
+    config: PruneConfig, schedule: Schedule, parameters: Mapping[str, Tensor], scopes: Scopes, model_weights: int
+) -> Plan:
+    """The dry run of a pruner; see Pruner.plan.
+
+    Args:
+        config: what to prune and how.
+        schedule: when.
+        parameters: the pruned tensors by name.
+        scopes: which of their weights compete.
+        model_weights: weights of the whole model.
+    """
+    n = sum(p.numel() for p in parameters.values())
+    zeros = sum(scopes.n_prune(schedule.final_ratio))
+    element = {name: p.element_size() for name, p in parameters.items()}
+    state_bytes = sum(
+        p.numel() * (element[name] if state == "shadow" else config.dtype.itemsize)
+        for state in state_names(config)
+        for name, p in parameters.items()
+    )
+    ramp = range(schedule.initial_warmup + 1, schedule.final_start)
+    points = {0, schedule.initial_warmup, *ramp[:: max(1, len(ramp) // 8)], schedule.final_start, schedule.total - 1}
+    kind = schedule.kind
+    return Plan(
+        weights=n,
+        model_weights=model_weights,
+        share_of_model=n / model_weights,
+        tensors={name: tuple(p.shape) for name, p in parameters.items()},
+        zeros_at_the_end=zeros,
+        final_sparsity=zeros / n,
+        state_bytes=state_bytes,
+        mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
+        schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),
+        warmup=schedule.initial_warmup,
+        final_start=schedule.final_start,
+        total_steps=schedule.total,
+        masks=sum(t % schedule.delta_t == 0 for t in ramp),
+        points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
+        conflicts=_conflicts(config, schedule),
+        config=config.to_dict(),
+    )
+
+
+def _conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
+    """Settings that work against each other."""
+    conflicts = []
+    if config.smoothed and schedule.final_start < config.delta_t:
+        conflicts.append(f"the final sparsity starts before the first window of {config.delta_t} steps has ended")
+    ramp = range(schedule.initial_warmup + 1, schedule.final_start)
+    if not any(schedule.mask_due(t) for t in ramp) and not callable(schedule.kind):
+        conflicts.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
+    if config.needs_shadow:
+        conflicts.append(
+            f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return"
+        )
+    if config.criterion == "pins-signed":
+        conflicts.append("pins-signed collapsed to chance at 90 % sparsity in a trial: it is meant for ablations")
+    return conflicts

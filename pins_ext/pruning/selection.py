@@ -1,0 +1,101 @@
+"""From scores to cutoffs: where in the order of (score, global index) each tensor's pruned weights end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops
+from pins_ext.pruning.importance import Counted, Operands
+from pins_ext.pruning.scopes import Scopes
+
+
+class Selection:
+    """Chooses the weights to prune at a remaining ratio; exact, without concatenating or sorting scores.
+
+    Args:
+        scopes: which weights compete, and how many are pruned.
+        layout: of the pruned tensors.
+    """
+
+    def __init__(self, scopes: Scopes, layout: ops.Layout) -> None:
+        self.scopes, self.layout = scopes, layout
+        self._regions = [layout.subset(region) for region in scopes.regions]
+        # Bounds on densities also need each tensor alone.
+        self._alone = [layout.subset([i]) for i in range(len(scopes.sizes))] if scopes.bounded else []
+
+    def cutoffs(self, score: Operands, remaining_ratio: float, counted: Counted | None = None) -> Tensor:
+        """Cutoff of each tensor, int64 [n, 2] or [1, 2] for all: (order key, tie index), see ops.select.
+
+        Args:
+            score: kind and operands of the score.
+            remaining_ratio: share kept.
+            counted: a counting pass already made over all weights (one region without bounds only).
+        """
+        scopes, wanted = self.scopes, self.scopes.n_prune(remaining_ratio)
+        if scopes.is_global:
+            return self._select(scopes.regions[0], self.layout, score, wanted[0], counted).reshape(1, 2)
+        table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
+        for region, layout, count in zip(scopes.regions, self._regions, wanted, strict=True):
+            if scopes.bounded:
+                self._fill_bounded(region, score, count, table)
+            else:
+                table[list(region)] = self._select(region, layout, score, count)
+        return table
+
+    def _fill_bounded(self, region: Sequence[int], score: Operands, count: int, table: Tensor) -> None:
+        """Each tensor keeps its own top `least`, then the best of the rest up to `most`, as one exact water level.
+
+        Variable fixing on a monotone budget: where clamping every tensor's share at a common cutoff keeps too many
+        weights, the level must rise, so tensors below their floor stay there; and the other way round. Tensors so
+        settled leave the competition with their own cutoff, the others compete again.
+        """
+        scopes, free = self.scopes, list(region)
+        least, most = scopes.least, scopes.most
+        keep = scopes.size(region) - count
+        keep = min(max(keep, sum(least[i] for i in free)), sum(most[i] for i in free))
+        while free:
+            cutoff = self._select(free, self.layout.subset(free), score, scopes.size(free) - keep)
+            table[free] = cutoff
+            kept = dict(zip(free, self._kept(free, score, cutoff), strict=True))
+            low = [i for i in free if kept[i] < least[i]]
+            high = [i for i in free if kept[i] > most[i]]
+            missing = sum(least[i] - kept[i] for i in low)
+            surplus = sum(kept[i] - most[i] for i in high)
+            settled = (low if missing >= surplus else []) + (high if surplus >= missing else [])
+            for i in settled:
+                share = least[i] if kept[i] < least[i] else most[i]
+                table[i] = self._select([i], self._alone[i], score, scopes.sizes[i] - share)
+                keep -= share
+                free.remove(i)
+            if missing == surplus:
+                return
+
+    def _select(
+        self,
+        region: Sequence[int],
+        layout: ops.Layout,
+        score: Operands,
+        count: int,
+        counted: Counted | None = None,
+    ) -> Tensor:
+        kind, a, b = score
+        target = ops.to_device(torch.tensor(count), layout.places.device)
+        a, b = ([x[i] for i in region] if x else [] for x in (a, b))
+        bracket, counts = counted or (None, None)
+        return torch.ops.pins_ext.select(
+            a, b, layout.places, layout.chunks, kind, target, self.scopes.exact, bracket=bracket, counts=counts
+        )
+
+    def _kept(self, region: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
+        """Weights of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
+        kind, a, b = score
+        stats = torch.zeros(len(region), 3, dtype=torch.int64, device=cutoff.device)
+        for row, i in zip(stats.split(1), region, strict=True):
+            layout, bits = self._alone[i], ops.new_mask(a[i])
+            torch.ops.pins_ext.pack_(
+                [bits], row, [a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind, cutoff.reshape(1, 2)
+            )
+        return stats[:, 0].tolist()

@@ -1,0 +1,38 @@
+"""What other libraries put around a model or an optimizer, and the way through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", None) or _inside_ddp(model), nn.Module):
+        model = inner
+    return model
+
+
+def _inside_ddp(model: nn.Module) -> Any:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def unwrapped_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer, which has the hooks, inside wrappers such as accelerate's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"a torch.optim.Optimizer is needed, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are DTensors, or flattened by FullyShardedDataParallel."""
+    flattened = any("FullyShardedDataParallel" in type(m).__name__ for m in module.modules())
+    return flattened or any(hasattr(p, "placements") for p in module.parameters())
