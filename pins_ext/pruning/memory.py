@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext import ops
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import state_names
 
 Shape = tuple[int, ...]
 
@@ -112,7 +113,7 @@ def memory(
     sizes = [math.prod(shape) for shape, _ in shapes]
     # The "ema" teacher of 16-bit weights averages in float32.
     average = sum(_FLOAT32 * math.prod(_local(p, shards)) for p in parameters.values() if p.element_size() < _FLOAT32)
-    states = _states(config) * config.dtype.itemsize
+    states = sum(name != "shadow" for name in state_names(config)) * config.dtype.itemsize
     return Memory(
         weights=weights + buffers,
         gradients=gradients,
@@ -129,12 +130,6 @@ def ranks_needed(fits: Callable[[int], bool], limit: int = 4096) -> int | None:
     """The fewest ranks that `fits` accepts, among 1, 2, 4, ... up to `limit`; None: not even that many do."""
     counts: Iterator[int] = (2**i for i in range(limit.bit_length()))
     return next((count for count in counts if fits(count)), None)
-
-
-def _states(config: PruneConfig) -> int:
-    """How many statistics the criterion keeps per weight."""
-    averages = 0 if not config.smoothed else 2 if 0 < config.beta2 < 1 else 1
-    return averages + (config.criterion != "magnitude")
 
 
 def _local(p: Tensor, shards: int) -> Shape:
