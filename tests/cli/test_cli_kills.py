@@ -60,11 +60,11 @@ def train_apart(setup: str, arguments: list[str]) -> subprocess.CompletedProcess
 
 _KILL_IN_STEP = """
 from pins_ext.pruning.pruner import Pruner
-end = Pruner.end
+end = Pruner.end_step
 def dying(self, slot):
     end(self, slot)
     if self.step == 8: os.kill(os.getpid(), signal.SIGKILL)
-Pruner.end = dying
+Pruner.end_step = dying
 """
 
 _KILL_WHILE_SAVING = """
