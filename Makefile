@@ -36,10 +36,11 @@ demo-short: install ## the same in about a minute, for a quick look and for CI: 
 
 GPU_CODE_CHECKS := tests/triton/test_triton_compile.py tests/cuda/test_cuda_compile.py tests/cuda/test_cuda_host.py
 
-test: install lint ## all tests that need no GPU; by name those of GPU code: Triton interpreted (chosen per process), compiled
+test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -v --tb=short -m "interpret"
 	$(BIN)/python -m pytest -v --tb=short $(GPU_CODE_CHECKS)
-	$(BIN)/python -m pytest -q -m "not interpret and not slow" $(GPU_CODE_CHECKS:%=--ignore=%)
+	$(BIN)/python -m pytest -q --ptx 90 -m "not slow" tests
+	$(BIN)/python -m pytest -q -m "not interpret and not ptx and not slow" $(GPU_CODE_CHECKS:%=--ignore=%)
 
 CPP_FILES = $(shell git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
 
@@ -53,8 +54,10 @@ format: install ## format Python, C++ and CUDA
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-test-slow: install ## selection over 2.2 G weights, long kills and resumes: minutes, 16 GB of memory
-	$(BIN)/python -m pytest -q -m "slow"
+test-slow: install ## selection over 2.2 G weights, long kills and resumes, GPU code in random orders: minutes, 16 GB
+	$(BIN)/python -m pytest -q -m "slow and not ptx"
+	$(BIN)/python -m pytest -q --ptx 80 --ptx-orders 2 tests
+	$(BIN)/python -m pytest -q --ptx 90 --ptx-orders 2 tests
 
 gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network): build, gpu tests, sanitizer, benchmarks
 	$(PYTHON) bench/gpu_check.py

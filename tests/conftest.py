@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from gpus import Gpu
+
+pytest_plugins = ["ptx_emulator.plugin"]
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, visibly, what this process or machine cannot run."""
     for item in items:
-        if item.get_closest_marker("interpret") and not INTERPRET:
-            item.add_marker(pytest.mark.skip(reason="Triton's interpreter is chosen per process: TRITON_INTERPRET=1"))
+        if item.get_closest_marker("interpret") and not INTERPRET and not config.option.ptx:
+            reason = "Triton's interpreter is chosen per process: TRITON_INTERPRET=1; or --ptx 90 (tests/ptx_emulator)"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
@@ -33,9 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the tensors live. On the CPU: the Triton kernels, interpreted, are its kernels during the test."""
+    """Where the tensors live. On the CPU: the Triton kernels, interpreted or emulated, are its during the test."""
     if request.param == "cuda":
         yield "cuda"
+        return
+    if request.config.option.ptx:
+        from ptx_emulator.plugin import on_emulated_gpu
+
+        with on_emulated_gpu(request.config):
+            yield "cpu"
         return
     from triton.runtime import interpreter
 
@@ -53,6 +64,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     triton_kernels.register(library, "CPU")
     yield "cpu"
     library._destroy()
+
+
+@pytest.fixture(params=[pytest.param("emulated", marks=pytest.mark.ptx), pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """A GPU, or its operators on CPU tensors."""
+    if request.param == "cuda":
+        return Gpu("cuda", nullcontext)
+    from ptx_emulator.plugin import on_emulated_gpu
+
+    return Gpu("cpu", lambda: on_emulated_gpu(request.config))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""The CUDA operators on a GPU: the bits of the CPU operators, on any stream, in a graph, past 2^31 weights."""
+"""The CUDA operators on a GPU: the bits of the CPU operators, on any stream, in a graph, past 2^31 weights.
+
+What needs no stream and no memory of its own also runs on emulated PTX (--ptx 90), on fewer weights.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_job import DTYPES, SIZES, STATES, STEPS, Job, Lists
+from gpus import Gpu
 from torch import Tensor
 
 from pins_ext.ops import CRITERIA, Layout, Shard, new_mask
 
-pytestmark = pytest.mark.gpu
+on_a_gpu = pytest.mark.gpu
 
 DEVICE = "cuda"
 pins = torch.ops.pins_ext
@@ -25,92 +29,111 @@ def call(job: Job, lists: Lists, **pointers: Tensor) -> Lists:
     return lists
 
 
-def addresses(lists: Lists) -> Tensor:
-    """The pointer table: int64 [lists, n], zeros where a list is empty."""
-    n = len(lists["params"])
-    return torch.tensor([[t.data_ptr() for t in tensors] or [0] * n for tensors in lists.values()], device=DEVICE)
+def run(gpu: Gpu, job: Job, lists: Lists, **pointers: Tensor) -> Lists:
+    """The same on a GPU's kernels."""
+    with gpu.kernels():
+        return call(job, lists, **pointers)
 
 
-def compare(job: Job) -> None:
+def compare(gpu: Gpu, job: Job) -> None:
     """GPU, CPU and reference."""
-    on_gpu = call(job, job.place(DEVICE))
+    on_gpu = run(gpu, job, job.place(gpu.device))
     job.check(on_gpu)
     job.check(on_gpu, call(job, job.place("cpu")))
 
 
+def sizes_of(gpu: Gpu) -> tuple[int, ...]:
+    return gpu.choose(SIZES, (0, 1, 3, 17, 1030, 4097, 16385))
+
+
+def addresses(lists: Lists) -> Tensor:
+    """The pointer table: int64 [lists, n], zeros where a list is empty."""
+    n, device = len(lists["params"]), lists["params"][0].device
+    return torch.tensor([[t.data_ptr() for t in tensors] or [0] * n for tensors in lists.values()], device=device)
+
+
 @pytest.mark.parametrize(("step", "dtype", "state"), KINDS, ids=str)
-def test_small_case(step: str, dtype: torch.dtype, state: torch.dtype) -> None:
+def test_small_case(gpu: Gpu, step: str, dtype: torch.dtype, state: torch.dtype) -> None:
     """Every kernel, every kind of access: small enough for compute-sanitizer."""
-    compare(Job(step, dtype, state, sizes=(0, 1, 77, 1030), misaligned=lambda name, i: i))
-    compare(Job(step, dtype, state, sizes=(77, 1030), misaligned=lambda name, i: i * (name == "grads")))
-    compare(Job(step, dtype, state, local=[(20, 30)], shards=[Shard((20, 100), (0, 13))]))
-    compare(Job("mask", dtype, sizes=(0, 1, 77, 1030), misaligned=lambda name, i: i))
+    compare(gpu, Job(step, dtype, state, sizes=(0, 1, 77, 1030), misaligned=lambda name, i: i))
+    compare(gpu, Job(step, dtype, state, sizes=(77, 1030), misaligned=lambda name, i: i * (name == "grads")))
+    compare(gpu, Job(step, dtype, state, local=[(20, 30)], shards=[Shard((20, 100), (0, 13))]))
+    compare(gpu, Job("mask", dtype, sizes=(0, 1, 77, 1030), misaligned=lambda name, i: i))
 
 
 @pytest.mark.parametrize(("step", "dtype", "state"), KINDS, ids=str)
-def test_every_size_and_misalignment(step: str, dtype: torch.dtype, state: torch.dtype) -> None:
-    job = Job(step, dtype, state, sizes=SIZES, grad_scale=1024.0, clip=0.7, clear_state=True)
+def test_every_size_and_misalignment(gpu: Gpu, step: str, dtype: torch.dtype, state: torch.dtype) -> None:
+    job = Job(step, dtype, state, sizes=sizes_of(gpu), grad_scale=1024.0, clip=0.7, clear_state=True)
     for k in range(9):
-        compare(replace(job, misaligned=lambda name, i, k=k: k))
-    compare(replace(job, misaligned=lambda name, i: (i + len(name)) % 3))
+        compare(gpu, replace(job, misaligned=lambda name, i, k=k: k))
+    compare(gpu, replace(job, misaligned=lambda name, i: (i + len(name)) % 3))
+
+
+@pytest.mark.parametrize(("step", "dtype", "state"), KINDS, ids=str)
+def test_each_list_misaligned_alone(gpu: Gpu, step: str, dtype: torch.dtype, state: torch.dtype) -> None:
+    for name in STEPS[step]:
+        compare(gpu, Job(step, dtype, state, sizes=(1030, 77), misaligned=lambda n, i, name=name: int(n == name)))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("accepted", [0, 3])
-def test_every_criterion_and_option(criterion: str, accepted: float) -> None:
+def test_every_criterion_and_option(gpu: Gpu, criterion: str, accepted: float) -> None:
     for step, dtype, state in KINDS:
         for absent in ((), ("shadow",), ("masks",), ("ipt", "shadow")):
-            compare(Job(step, dtype, state, criterion, absent, (5, 301), accepted=accepted, clear_state=True))
+            compare(gpu, Job(step, dtype, state, criterion, absent, (5, 301), accepted=accepted, clear_state=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mask_alone(dtype: torch.dtype) -> None:
+def test_mask_alone(gpu: Gpu, dtype: torch.dtype) -> None:
     for k in range(9):
-        job = Job("mask", dtype, sizes=SIZES, misaligned=lambda name, i, k=k: k)
+        job = Job("mask", dtype, sizes=sizes_of(gpu), misaligned=lambda name, i, k=k: k)
         job.lists["params"][-1][::7] = float("nan")
-        compare(job)
+        compare(gpu, job)
 
 
-def test_not_a_number_spreads_as_on_the_cpu() -> None:
+def test_not_a_number_spreads_as_on_the_cpu(gpu: Gpu) -> None:
     for step, dtype, state in KINDS:
         job = Job(step, dtype, state, sizes=(500,))
         for name, value in (("grads", float("nan")), ("grads", float("inf")), ("params", float("nan"))):
             job.lists[name][0][torch.randint(500, (20,))] = value
-        compare(job)
+        compare(gpu, job)
 
 
-def test_global_index_past_32_bits() -> None:
+def test_global_index_past_32_bits(gpu: Gpu) -> None:
     for base in ((1 << 32) - 1003, (1 << 41) + 12345):
         for dtype in DTYPES:
-            compare(Job(dtype=dtype, state=torch.bfloat16, base=base))
+            compare(gpu, Job(dtype=dtype, state=torch.bfloat16, base=base))
             compare(
-                Job(dtype=dtype, state=torch.bfloat16, base=base, local=[(5, 300)], shards=[Shard((9, 700), (2, 99))])
+                gpu,
+                Job(dtype=dtype, state=torch.bfloat16, base=base, local=[(5, 300)], shards=[Shard((9, 700), (2, 99))]),
             )
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_pointer_table_of_the_caller(step: str) -> None:
-    job = Job(step, sizes=SIZES, absent=("shadow",) if step != "mask" else ())
-    lists = job.place(DEVICE)
-    job.check(call(job, lists, pointers=addresses(lists)))
+def test_a_pointer_table_of_the_caller(gpu: Gpu, step: str) -> None:
+    job = Job(step, sizes=sizes_of(gpu), absent=("shadow",) if step != "mask" else ())
+    lists = job.place(gpu.device)
+    job.check(run(gpu, job, lists, pointers=addresses(lists)))
 
 
-def test_more_tensors_than_one_launch_carries_addresses_of() -> None:
-    compare(Job(sizes=[i % 37 for i in range(300)]))
+def test_more_tensors_than_one_launch_carries_addresses_of(gpu: Gpu) -> None:
+    compare(gpu, Job(sizes=[i % 37 for i in range(300)]))
 
 
 @pytest.mark.parametrize("step", ["adamw", "sgd"])
-def test_found_inf_touches_nothing(step: str) -> None:
-    job = Job(step, sizes=SIZES, found_inf=1.0)
-    job.check(call(job, job.place(DEVICE)), job.lists)
+def test_found_inf_touches_nothing(gpu: Gpu, step: str) -> None:
+    job = Job(step, sizes=sizes_of(gpu), found_inf=1.0)
+    job.check(run(gpu, job, job.place(gpu.device)), job.lists)
 
 
+@on_a_gpu
 def test_repeatable() -> None:
     job = Job(dtype=torch.bfloat16, state=torch.bfloat16, sizes=(1 << 22, 12345))
     first, second = (call(job, job.place(DEVICE)) for _ in range(2))
     job.check(first, {name: [t.cpu() for t in tensors] for name, tensors in second.items()})
 
 
+@on_a_gpu
 def test_runs_on_the_current_stream() -> None:
     job = Job(sizes=(1 << 20,))
     lists = job.place(DEVICE)
@@ -129,6 +152,7 @@ def test_runs_on_the_current_stream() -> None:
     job.check(lists)
 
 
+@on_a_gpu
 def test_does_not_wait_for_the_device() -> None:
     job = Job(sizes=(1 << 20,))
     lists = job.place(DEVICE)
@@ -144,6 +168,7 @@ def test_does_not_wait_for_the_device() -> None:
     torch.cuda.synchronize()
 
 
+@on_a_gpu
 @pytest.mark.parametrize("step", ["adamw", "sgd"])
 def test_a_graph_replays_a_step(step: str) -> None:
     job = Job(step, torch.bfloat16, torch.bfloat16, sizes=SIZES, accepted=0, grad_scale=2.0, clip=0.5, found_inf=0.0)
@@ -180,6 +205,7 @@ def test_a_graph_replays_a_step(step: str) -> None:
     assert graph_call[0][-4].item() == 3
 
 
+@on_a_gpu
 def test_capture_without_pointers_is_refused() -> None:
     job = Job()
     arguments, scalars = job.arguments(job.place(DEVICE))
@@ -192,6 +218,7 @@ def test_capture_without_pointers_is_refused() -> None:
         job.op(*arguments, **scalars)
 
 
+@on_a_gpu
 def test_past_two_to_the_31_weights() -> None:
     """SGD, ipt with stochastic rounding and mask over one bfloat16 tensor; slices are held against small calls."""
     n = (1 << 31) + 100_003
@@ -222,6 +249,7 @@ def test_past_two_to_the_31_weights() -> None:
         assert torch.equal(ipt[at : at + size].view(torch.int16), i.view(torch.int16)), at
 
 
+@on_a_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_works_on_the_device_of_the_tensors() -> None:
     job = Job()
@@ -229,6 +257,7 @@ def test_works_on_the_device_of_the_tensors() -> None:
     assert torch.cuda.current_device() == 0
 
 
+@on_a_gpu
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -251,6 +280,7 @@ def test_refuses_and_names_the_argument(spoil, message: str) -> None:  # type: i
         job.op(*arguments, **scalars)
 
 
+@on_a_gpu
 @pytest.mark.parametrize("step", STEPS)
 def test_opcheck(step: str) -> None:
     job = Job(step, sizes=(77, 300))

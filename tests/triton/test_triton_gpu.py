@@ -3,112 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
-from cases import STATES, assert_all_same, rng_of, tensors
+from cases import STATES, rng_of, tensors
+from gpus import Gpu
 from torch import Tensor
+from window import SIZES, Model, assert_same_state
 
 from pins_ext import ops
 from pins_ext import reference as ref
 
-pytestmark = pytest.mark.gpu
+on_a_gpu = pytest.mark.gpu
 
 pins = torch.ops.pins_ext
-# A few hundred chunks, so that programs take several; odd ends; tensors of one chunk and less.
-SIZES = [5_000_003, 1, 0, 16384, 99_991, 64, 777]
 
 
-@dataclass
-class Model:
-    """The tensors of a model of random weights, and one window of pruning on them."""
-
-    device: str
-    dtype: torch.dtype = torch.float32
-    state: torch.dtype = torch.float32
-    values: str = "normal"
-    sizes: list[int] = field(default_factory=lambda: SIZES)
-    misaligned: bool = False
-
-    def __post_init__(self) -> None:
-        def random(dtype: torch.dtype, seed: int) -> list[Tensor]:
-            made = tensors(self.sizes, dtype, self.values, seed, self.misaligned)
-            if self.device == "cpu" or not self.misaligned:
-                return [x.to(self.device) for x in made]
-            return [torch.empty(x.numel() + 1, dtype=dtype, device=self.device)[1:].copy_(x) for x in made]
-
-        self.params, self.grads = random(self.dtype, 1), random(self.dtype, 2)
-        self.ipt, self.mean, self.unc = (random(self.state, seed) for seed in (3, 4, 5))
-        layout = ops.Layout.of(self.params, base=(1 << 32) - 3_000_000)
-        self.work = layout.places, layout.chunks
-        self.masks = [ops.new_mask(p) for p in self.params]
-        self.lr = torch.linspace(1e-5, 1e-3, len(self.sizes), device=self.device)
-        self.one, self.rng = torch.ones(1, device=self.device), rng_of(1).to(self.device)
-        self.n_prune = torch.tensor(sum(self.sizes) * 4 // 5, device=self.device)
-        self.bracket = ops.bracket_around(torch.tensor([0x80000000 + (120 << 23), 0], device=self.device), octaves=4)
-        self.counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.device)
-        self.stats = torch.zeros(len(self.sizes), 3, dtype=torch.int64, device=self.device)
-        self.threshold = torch.zeros(2, dtype=torch.int64, device=self.device)
-
-    def pointers(self, *lists: list[Tensor]) -> Tensor:
-        return torch.tensor([[x.data_ptr() for x in row] for row in lists], device=self.device)
-
-    def accumulate(self) -> None:
-        args = (self.ipt, self.params, self.grads, *self.work, self.lr, self.one, self.rng, "pins")
-        pins.accumulate_(*args, grad_scale=2 * self.one, clip=self.one / 3, found_inf=0 * self.one)
-
-    def fold(self, pointers: Tensor | None = None) -> None:
-        args = (self.mean, self.unc, self.ipt, *self.work, self.one, self.rng, 0.85, 0.95)
-        pins.fold_(*args, bracket=self.bracket, counts=self.counts, pointers=pointers)
-
-    def select(self, pointers: Tensor | None = None) -> None:
-        args = (self.mean, self.unc, *self.work, "product", self.n_prune)
-        counts = {"bracket": self.bracket, "counts": self.counts.clone()}
-        self.threshold.copy_(pins.select(*args, **counts, pointers=pointers))
-
-    def pack(self, pointers: Tensor | None = None) -> None:
-        args = (self.masks, self.stats, self.mean, self.unc, *self.work, "product", self.threshold[None])
-        pins.pack_(*args, pointers=pointers)
-
-    def window(self) -> None:
-        self.accumulate()
-        self.fold()
-        self.select()
-        self.pack()
-
-    def state_on_cpu(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Floating-point states, and everything that counts."""
-        counts = [*self.masks, self.counts, self.threshold, self.stats]
-        return [x.cpu() for x in (*self.ipt, *self.mean, *self.unc)], [x.cpu() for x in counts]
-
-
-def assert_same_state(actual: Model, expected: Model) -> None:
-    (floats, counts), (expected_floats, expected_counts) = actual.state_on_cpu(), expected.state_on_cpu()
-    assert_all_same(floats, expected_floats)
-    for x, y in zip(counts, expected_counts, strict=True):
-        assert torch.equal(x, y)
+def windows(gpu: Gpu, *args: Any, **kwargs: Any) -> None:
+    """A window on the GPU and one on the CPU, to the same bits."""
+    on_gpu, on_cpu = (Model(device, *args, **kwargs) for device in (gpu.device, "cpu"))
+    with gpu.kernels():
+        on_gpu.window()
+    on_cpu.window()
+    assert_same_state(on_gpu, on_cpu)
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
-@pytest.mark.parametrize("values", ["normal", "special", "zeros", "ties"])
+@pytest.mark.parametrize("values", ["normal", "special", "zeros", "ties", "equal"])
 @pytest.mark.parametrize("state", STATES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_same_bits_as_the_cpu(dtype: torch.dtype, state: torch.dtype, values: str, misaligned: bool) -> None:
-    sizes = SIZES if values == "normal" else [300_001, 5, 40_000]
-    models = [Model(device, dtype, state, values, sizes, misaligned) for device in ("cuda", "cpu")]
-    for model in models:
-        model.window()
-    assert_same_state(*models)
+def test_same_bits_as_the_cpu(gpu: Gpu, dtype: torch.dtype, state: torch.dtype, values: str, misaligned: bool) -> None:
+    sizes = gpu.choose(SIZES if values == "normal" else [300_001, 5, 40_000], [20_001, 5, 0, 777])
+    windows(gpu, dtype, state, values, sizes, misaligned)
 
 
-def test_many_small_tensors() -> None:
-    models = [Model(device, sizes=[1 + i % 300 for i in range(5000)]) for device in ("cuda", "cpu")]
-    for model in models:
-        model.window()
-    assert_same_state(*models)
+def test_many_small_tensors(gpu: Gpu) -> None:
+    windows(gpu, sizes=[1 + i % 300 for i in range(gpu.choose(5000, 150))])
 
 
+@on_a_gpu
 def test_same_result_every_time() -> None:
     first = Model("cuda", state=torch.bfloat16, values="ties")
     first.window()
@@ -118,6 +52,7 @@ def test_same_result_every_time() -> None:
         assert_same_state(again, first)
 
 
+@on_a_gpu
 def test_a_window_never_waits_for_the_device() -> None:
     model = Model("cuda")
     model.window()  # compiles, which may wait
@@ -129,6 +64,7 @@ def test_a_window_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
+@on_a_gpu
 def test_works_on_the_current_stream() -> None:
     """The gradients are written on a side stream, late; a launch on another stream would read them too early."""
     expected, model, stream = Model("cuda"), Model("cuda"), torch.cuda.Stream()
@@ -146,6 +82,7 @@ def test_works_on_the_current_stream() -> None:
     assert_same_state(model, expected)
 
 
+@on_a_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_works_on_a_device_that_is_not_current() -> None:
     model, expected = Model("cuda:1"), Model("cpu")
@@ -157,6 +94,7 @@ def test_works_on_a_device_that_is_not_current() -> None:
 # ---- CUDA graphs --------------------------------------------------------------------------------------
 
 
+@on_a_gpu
 def test_capture_without_pointers_is_refused() -> None:
     model = Model("cuda", sizes=[1000])
     model.window()
@@ -165,6 +103,7 @@ def test_capture_without_pointers_is_refused() -> None:
             model.fold()
 
 
+@on_a_gpu
 def test_replays_of_fold_select_and_pack() -> None:
     model, expected = Model("cuda", state=torch.bfloat16), Model("cpu", state=torch.bfloat16)
     folded = model.pointers(model.mean, model.unc, model.ipt)
@@ -211,6 +150,7 @@ def chunked(n: int, f: Callable[[slice], Tensor]) -> int:
     return sum(int(f(slice(i, i + (1 << 28)))) for i in range(0, n, 1 << 28))
 
 
+@on_a_gpu
 @pytest.mark.parametrize("ties", [False, True])
 def test_past_2_to_the_31_weights(ties: bool) -> None:
     """One tensor of 2^31 + 12345 bfloat16 weights; `ties`: a hundred distinct scores."""

@@ -1,0 +1,132 @@
+"""csrc/cuda/update.cu from nvcc's PTX: its operators on CPU tensors, launched as the host code of update.cu does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import module
+from .launch import BUILD, built
+from .session import SESSION, Ranges, extent
+
+ROOT = Path(__file__).parents[2]
+CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
+NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+THREADS = 128
+ADDRESSES = 500  # csrc/cuda/pointers.cuh Addresses::kCount
+
+Key = tuple[str, ...]
+"""A kernel and its template arguments: "update_kernel", "AdamWStep", "float", "BFloat16"."""
+
+
+@cache
+def compiled(capability: int) -> dict[Key, module.Entry]:
+    """The kernels of update.cu."""
+    nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is missing: csrc/cuda cannot be compiled")
+    include = Path(torch.__file__).parent / "include"
+    # As setup.py compiles it.
+    flags = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden", f"-arch=compute_{capability}"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = [p for p in (ROOT / "csrc").rglob("*.*") if "cpu" not in p.parts]
+    ptx = built(f"update-{capability}.ptx", sources, [nvcc, *flags, "-ptx", "csrc/cuda/update.cu"], ROOT)
+    entries = module.entries(ptx.read_text())
+    names = subprocess.run(["c++filt"], input="\n".join(entries), capture_output=True, text=True, check=True).stdout
+    return {_key(name): entry for entry, name in zip(entries.values(), names.split("\n"), strict=False)}
+
+
+def _key(demangled: str) -> Key:
+    m = re.search(r"(\w+_kernel)(?:<(.*?)>)?\(", demangled)
+    assert m, demangled
+    return (m[1], *(t.split("::")[-1].strip() for t in (m[2] or "").split(",") if t))
+
+
+class CudaKernels:
+    """masked_adamw_, masked_sgd_ and apply_mask_ of an architecture, for CPU tensors.
+
+    The checks of the host code are not made here.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self.entries = compiled(capability)
+
+    def register(self, library: torch.library.Library) -> None:
+        """Make them the CPU's."""
+        for op in ("masked_adamw_", "masked_sgd_", "apply_mask_"):
+            library.impl(op, getattr(self, op), "CPU", allow_override=True)
+
+    def _launch(self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges) -> None:
+        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, 0, ranges)
+
+    def _table(self, n: int, lists: list[list[Tensor]], pointers: Tensor | None) -> Tensor:
+        """pointers.cuh pointer_table: the kernel that writes it runs, too."""
+        if pointers is not None:
+            assert pointers.shape == (len(lists), n)
+            return pointers
+        addresses = [a for tensors in lists for a in ([x.data_ptr() for x in tensors] or [0] * n)]
+        table = torch.empty(len(lists), n, dtype=torch.int64)
+        for first in range(0, len(addresses), ADDRESSES):
+            part = addresses[first : first + ADDRESSES]
+            blob = struct.pack(f"<{ADDRESSES}q", *part, *[0] * (ADDRESSES - len(part)))
+            blob += struct.pack("<Qi", table.data_ptr() + 8 * first, len(part))
+            self._launch(("write_addresses_kernel",), blob, 1, 256, [extent(table)])
+        return table
+
+    def _update(self, step: str, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> None:
+        places, chunks, hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf = call
+        params, ipt = lists[0], lists[-4]
+        if not len(chunks):
+            return
+        table = self._table(len(places), lists, pointers)
+        scalars = [hyper, accepted, rng, grad_scale, clip, found_inf]
+        # update.cuh UpdateArguments.
+        blob = struct.pack("<QqQQ", table.data_ptr(), len(params), places.data_ptr(), chunks.data_ptr())
+        blob += struct.pack("<6Q", *(0 if x is None else x.data_ptr() for x in scalars))
+        given = sum(bool(tensors) << k for k, tensors in enumerate(lists))
+        blob += struct.pack("<Ii?7x", given, CRITERIA.index(criterion), clear_state)
+        ranges = [extent(x) for x in (table, places, chunks, *scalars) if x is not None]
+        ranges += [extent(x) for tensors in lists for x in tensors]
+        state = "BFloat16" if ipt and ipt[0].dtype == torch.bfloat16 else "float"
+        self._launch(("update_kernel", step, NAMES[params[0].dtype], state), blob, len(chunks), THREADS, ranges)
+
+    def masked_adamw_(
+        self, params: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], ipt: list[Tensor],
+        shadow: list[Tensor], grads: list[Tensor], masks: list[Tensor], places: Tensor, chunks: Tensor, hyper: Tensor,
+        accepted: Tensor, rng: Tensor, criterion: str, clear_state: bool = False, *, grad_scale: Tensor | None = None,
+        clip: Tensor | None = None, found_inf: Tensor | None = None, pointers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        lists = [params, exp_avg, exp_avg_sq, ipt, shadow, grads, masks]
+        scalars = (hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf)
+        self._update("AdamWStep", lists, places, chunks, *scalars, pointers=pointers)
+
+    def masked_sgd_(
+        self, params: list[Tensor], momentum_buffer: list[Tensor], ipt: list[Tensor], shadow: list[Tensor],
+        grads: list[Tensor], masks: list[Tensor], places: Tensor, chunks: Tensor, hyper: Tensor, accepted: Tensor,
+        rng: Tensor, criterion: str, clear_state: bool = False, *, grad_scale: Tensor | None = None,
+        clip: Tensor | None = None, found_inf: Tensor | None = None, pointers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        lists = [params, momentum_buffer, ipt, shadow, grads, masks]
+        scalars = (hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf)
+        self._update("SgdStep", lists, places, chunks, *scalars, pointers=pointers)
+
+    def apply_mask_(
+        self, params: list[Tensor], masks: list[Tensor], places: Tensor, chunks: Tensor, *,
+        pointers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if not len(chunks):
+            return
+        table = self._table(len(places), [params, masks], pointers)
+        blob = struct.pack("<QqQQ", table.data_ptr(), len(params), places.data_ptr(), chunks.data_ptr())
+        ranges = [extent(x) for x in (table, places, chunks, *params, *masks)]
+        kind = "float" if params[0].dtype == torch.float32 else "BFloat16"
+        self._launch(("apply_mask_kernel", kind), blob, len(chunks), THREADS, ranges)
