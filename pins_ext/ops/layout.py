@@ -71,6 +71,21 @@ class Layout:
             return self
         return _laid_out(self._host_places[list(indices)], self.total, self.places.device)
 
+    def global_index(self, i: int, offset: Tensor) -> Tensor:
+        """Where weights lie among all weights.
+
+        Args:
+            i: the tensor.
+            offset: int64, flat indices in its local part.
+        """
+        base, *sizes = self._host_places[i].tolist()
+        full, local, start = sizes[:4], sizes[4:8], sizes[8:]
+        index, stride = torch.full_like(offset, base), 1
+        for f, n, s in zip(reversed(full), reversed(local), reversed(start), strict=True):
+            index += (offset % n + s) * stride
+            offset, stride = offset // n, stride * f
+        return index
+
 
 class Subsets:
     """Layouts of parts of one list: each is built once, and kept while every step asks for it.

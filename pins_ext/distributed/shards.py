@@ -1,0 +1,101 @@
+"""Where the local part of a DTensor lies in the whole tensor: own index arithmetic, right for uneven cuts too.
+
+torch's `compute_local_shape_and_global_offset` is wrong where FSDP2 cuts unevenly what tensor parallelism has cut
+unevenly before (pytorch#161368).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; torch.distributed.tensor is not imported for the question."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory; a plain tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def shard_of(name: str, tensor: Tensor) -> ops.Shard | None:
+    """Where this rank's part of a tensor lies; None for a plain tensor, which is whole.
+
+    Args:
+        name: what to call the tensor in errors.
+        tensor: a parameter.
+
+    Raises:
+        ValueError: parts that are sums (Partial), an order of cuts that is not known here, or a local part of another
+            size than the arithmetic says.
+    """
+    if not is_dtensor(tensor):
+        return None
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"{name} lies on a mesh that this rank is no part of: {mesh}")
+    start, size = box(name, tuple(tensor.shape), tuple(mesh.shape), coordinate, tensor.placements)
+    there = tuple(local(tensor).shape)
+    # An empty part may keep its other dimensions or not.
+    if there != size and torch.Size(there).numel() + torch.Size(size).numel() > 0:
+        raise ValueError(
+            f"{name}: {tuple(tensor.shape)} cut as {tensor.placements} over {tuple(mesh.shape)} ranks should be {size} "
+            f"here and is {there}"
+        )
+    return ops.Shard(tuple(tensor.shape), start)
+
+
+def box(
+    name: str, shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First index and size, per dimension, of the part at a coordinate of the mesh.
+
+    Every cut is into equal parts rounded up, the last ones shorter or empty (torch.chunk). Cuts of one dimension follow
+    each other from left to right of the mesh; _StridedShard says that its own comes after those on its right.
+
+    Raises:
+        ValueError: see shard_of.
+    """
+    start, size = [0] * len(shape), list(shape)
+    for dim, place in _cuts(name, mesh, placements):
+        part = -(-size[dim] // mesh[place])
+        begin = min(coordinate[place] * part, size[dim])
+        start[dim] += begin
+        size[dim] = min(part, size[dim] - begin)
+    return tuple(start), tuple(size)
+
+
+def _cuts(name: str, mesh: Sequence[int], placements: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """The cuts in their order: which dimension of the tensor, by which of the mesh."""
+    late: list[tuple[int, int]] = []
+    done: dict[int, int] = {}
+    for place, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        if not hasattr(placement, "dim"):
+            raise ValueError(f"{name} is placed as {placement}, whose parts are no parts of a weight: {placements}")
+        if getattr(placement, "split_factor", 1) > 1:
+            late.append((placement.dim, place))
+        else:
+            done[placement.dim] = done.get(placement.dim, 1) * mesh[place]
+            yield placement.dim, place
+    for dim, place in reversed(late):
+        right = [q for q in range(place + 1, len(mesh)) if getattr(placements[q], "dim", None) == dim]
+        expected = torch.Size([mesh[q] for q in right]).numel()
+        if placements[place].split_factor != expected:
+            raise ValueError(
+                f"{name} is placed as {placements} over {tuple(mesh)} ranks, an order of cuts that pins_ext doesn't know"
+            )
+        yield dim, place
