@@ -96,6 +96,6 @@ def _cuts(name: str, mesh: Sequence[int], placements: Sequence[Any]) -> Iterator
         expected = torch.Size([mesh[q] for q in right]).numel()
         if placements[place].split_factor != expected:
             raise ValueError(
-                f"{name} is placed as {placements} over {tuple(mesh)} ranks, an order of cuts that pins_ext doesn't know"
+                f"{name} is placed as {placements} over {tuple(mesh)} ranks: an order of cuts that isn't known"
             )
         yield dim, place

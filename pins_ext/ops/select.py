@@ -76,8 +76,19 @@ def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """The operands of a selection, and the operators that read them. scratch: int64 [1 + BINS], for counts."""
+class Scored:
+    """The operands of a selection, and the operators that read them.
+
+    Attributes:
+        a: operands of the score, see the operators.
+        b: its second operands, where it has two.
+        places, chunks: layout of the tensors.
+        score: kind of the score.
+        pointers: addresses of the tensors, for a GPU.
+        position: int64 [], rank of the weight that is looked for, in the order of (score, global index).
+        total: how many weights compete.
+        scratch: int64 [1 + BINS], for counts.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
@@ -93,53 +104,104 @@ class _Scored:
     def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
         return self.a, self.b, self.places, self.chunks, self.score
 
-    def drawn(self) -> Tensor:
-        """A bracket from a sample."""
+    def looked(self, flag: Tensor) -> bool:
+        """Whether the flag is set and the host knows: on the CPU, where looking is free."""
+        return flag.is_cpu and bool(flag)
+
+    def summed(self, counts: Tensor) -> Tensor:
+        """The counts of all weights that compete, from those of a pass over the operands."""
+        return counts
+
+    def begun(self, missed: Tensor | None = None) -> Tensor:
+        """A bracket to begin with, from a sample.
+
+        Args:
+            missed: the side on which the target lies of a bracket that was counted before.
+        """
         size = min(SAMPLES, self.total)
         keys = torch.ops.pins_ext.sample(*self._operands, size, pointers=self.pointers)
         return bracket_of(keys, self.position, self.total)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
-        if bracket.is_cpu and bracket[4]:
+        if self.looked(bracket[4]):
             return bracket
         torch.ops.pins_ext.count_(self.scratch, *self._operands, bracket, pointers=self.pointers)
-        return narrow(bracket, self.scratch, self.position)
+        return narrow(bracket, self.summed(self.scratch), self.position)
 
-    def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
+    def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and global indices of the weights inside the bracket, int64 [2, m], in any order, and how many they are.
+
+        Past these weights both are MAX_INDEX; where more are found than fit, they are not all there.
+        """
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
         torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, pointers=self.pointers)
         if found.is_cpu:
             candidates = candidates[:, : max(1, int(found))]
+        return candidates, found[0]
+
+    def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
+        candidates, found = self.candidates(bracket)
         keys, index = candidates[:, candidates[1].argsort()]
         keys, order = keys.sort(stable=True)
         rank = bracket[3].clamp(0, keys.numel() - 1)
         key, tied = keys[rank], (rank > 0) & (keys[rank - 1] == keys[rank])
-        return key, torch.where(tied, index[order[rank]], 0), (found[0] > 0) & (found[0] <= CANDIDATES)
+        return key, torch.where(tied, index[order[rank]], 0), (found > 0) & (found <= CANDIDATES)
 
     def tie_index(self, bracket: Tensor) -> Tensor:
         """Of the weight at the bracket's rank among those of its one key."""
         return torch.ops.pins_ext.tie_index(*self._operands, bracket, pointers=self.pointers).reshape(())
 
 
-def _bin_of(scored: _Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
+def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
     """A bracket of one bin around the threshold.
 
-    From the counts that rode on the fold; where the threshold has left their bracket, or without any, from a sample and
-    a pass. The host looks at results on the CPU only, where that is free, and leaves out what they make needless.
+    From the bracket that is given, whose counts may have ridden on the fold; where the threshold has left it, or
+    without one, from another and one pass more.
     """
-    if bracket is None or counts is None:
-        return scored.counted(scored.drawn())
-    found = narrow(bracket, counts, scored.position)
+    if bracket is None:
+        return scored.counted(scored.begun())
+    found = scored.counted(bracket) if counts is None else narrow(bracket, scored.summed(counts), scored.position)
     hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
-    if hit.is_cpu and hit:
+    if scored.looked(hit):
         return found
-    drawn = scored.drawn()
+    begun = scored.begun(found)
     # Marked as one key, a bracket costs no pass.
-    drawn[4] = hit
-    return torch.where(hit, found, scored.counted(drawn))
+    begun[4] = hit
+    return torch.where(hit, found, scored.counted(begun))
+
+
+def choose(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
+    """The cutoff below which `n_prune` weights lie, see `select`.
+
+    A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
+    bracket misled, further counting passes follow, which else return at once: two resolve anything to one key. The host
+    looks at results only where that is free, and leaves out what they make needless.
+    """
+    bracket = _bin_of(scored, bracket, counts)
+    key, tie, few = scored.collected(bracket)
+    if not scored.looked(few):
+        one = torch.stack([key, key, torch.zeros_like(key), torch.zeros_like(key), torch.ones_like(key)])
+        bracket = torch.where(few, one, bracket)
+        for _ in range(2):
+            bracket = scored.counted(bracket)
+        key, tie = bracket[0], torch.where(few, tie, scored.tie_index(bracket))
+    nothing = n_prune.reshape(()) <= 0
+    if exact:
+        everything = n_prune.reshape(()) >= scored.total
+        key = torch.where(everything, MAX_KEY, key)
+        tie = torch.where(everything, MAX_INDEX, tie)
+    else:
+        tie = torch.zeros_like(tie)
+        nothing = nothing | (key == MAX_KEY)
+    return torch.where(nothing, 0, torch.stack([key, tie]))
+
+
+def position_of(n_prune: Tensor, total: int, exact: bool) -> Tensor:
+    """Rank, int64 [], of the weight that a selection looks for: the first that is kept, or the released rule's."""
+    return (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
 
 
 def select(
@@ -155,34 +217,14 @@ def select(
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
 ) -> Tensor:
-    """`pins_ext::select` on every device, without a host sync on a GPU.
-
-    A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
-    sample misled, further counting passes follow, which else return at once: two resolve anything to one key.
-    """
+    """`pins_ext::select` on every device, without a host sync on a GPU."""
     total = sum(tensor.numel() for tensor in a)
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=places.device)
-    position = (n_prune if exact else n_prune - 1).reshape(()).clamp(0, total - 1)
     scratch = torch.empty(1 + BINS, dtype=torch.int64, device=places.device)
-    scored = _Scored(a, b, places, chunks, score, pointers, position, total, scratch)
-    bracket = _bin_of(scored, bracket, counts)
-    key, tie, few = scored.collected(bracket)
-    if not (few.is_cpu and few):
-        one = torch.stack([key, key, torch.zeros_like(key), torch.zeros_like(key), torch.ones_like(key)])
-        bracket = torch.where(few, one, bracket)
-        for _ in range(2):
-            bracket = scored.counted(bracket)
-        key, tie = bracket[0], torch.where(few, tie, scored.tie_index(bracket))
-    nothing = n_prune.reshape(()) <= 0
-    if exact:
-        everything = n_prune.reshape(()) >= total
-        key = torch.where(everything, MAX_KEY, key)
-        tie = torch.where(everything, MAX_INDEX, tie)
-    else:
-        tie = torch.zeros_like(tie)
-        nothing = nothing | (key == MAX_KEY)
-    return torch.where(nothing, 0, torch.stack([key, tie]))
+    position = position_of(n_prune, total, exact)
+    scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch)
+    return choose(scored, n_prune, exact, bracket, counts)
 
 
 def score_of_key(threshold: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def scores(kind: str, seed: int) -> list[Tensor]:
 
 
 def spread(full: list[Tensor], how: str) -> tuple[Ranks, list[Tensor], ops.Layout]:
-    """The ranks, this rank's parts and their layout; tensor by tensor another way to cut it where the mesh is square."""
+    """The ranks, this rank's parts and their layout; on a mesh each tensor is cut in another way."""
     size = dist.get_world_size()
     if how == "rows":
         mesh = init_device_mesh("cpu", (size,))

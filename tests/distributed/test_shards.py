@@ -105,7 +105,7 @@ def test_what_is_not_understood_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"w is placed as P\(sum\), whose parts"):
         box("w", (4, 4), (2,), (0,), (Partial(),))
-    with pytest.raises(ValueError, match="an order of cuts that pins_ext doesn't know"):
+    with pytest.raises(ValueError, match="an order of cuts that isn't known"):
         box("w", (4, 4), (2, 2), (0, 0), (_StridedShard(0, split_factor=4), Shard(0)))
     assert box("w", (7, 4), (3, 2), (2, 1), (_StridedShard(0, split_factor=2), Shard(0))) == ((6, 0), (1, 4))
     assert shard_of("w", torch.zeros(3)) is None
