@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test lint format test-slow gpu-check bench wheel clean
+.PHONY: help install demo demo-short test lint format test-slow gpu-check bench docs wheel clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,10 @@ gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network):
 
 bench: install ## the quick benchmark against PyTorch's own operators
 	$(BIN)/pins-ext bench --quick
+
+docs: install ## the site in build/docs, every warning an error
+	$(BIN)/python -m sphinx -b html -q -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 wheel: install ## dist/pins_ext-*.whl, for Python >= 3.10 and torch >= 2.10
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w dist .

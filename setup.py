@@ -41,7 +41,7 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 # They build, test and write the checkout: no use in a wheel.
-CHECKOUT_ONLY = (("pins_ext.bench", "gpu_check"), ("pins_ext.bench", "readme_table"))
+CHECKOUT_ONLY = (("pins_ext.bench", "gpu_check"), ("pins_ext.bench", "results_table"))
 
 
 def cuda_home() -> Path | None:

@@ -1,4 +1,4 @@
-"""What the benchmarks write down: records, targets, the picture, README's table of figures."""
+"""What the benchmarks write down: records, targets, the picture, the table of figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_bench import CPU, MAKERS, Nobody, problem
 
-from pins_ext.bench import command, contention, machine, memory, readme_table, records, roofline, suite, targets
+from pins_ext.bench import command, contention, machine, memory, records, results_table, roofline, suite, targets
 from pins_ext.bench.protocol import Limits
 
 
@@ -88,22 +88,22 @@ def test_the_picture_is_drawn(run: records.Run, tmp_path: Path) -> None:
     assert not roofline.draw(dataclasses.replace(run, records=[]), tmp_path / "y.svg")
 
 
-# ---- README ----------------------------------------------------------------------------------------------------------
+# ---- RESULTS.md ------------------------------------------------------------------------------------------------------
 
 
 def test_status_is_rendered_checked_and_written(
     run: records.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results, document = tmp_path / "results", tmp_path / "RESULTS.md"
     run.save(results / "cpu-2026-01-02.json")
     dataclasses.replace(run, date="2026-01-01").save(results / "cpu-2026-01-01.json")
     dataclasses.replace(run, options=run.options | {"quick": True}).save(results / "cpu-2026-01-03-quick.json")
-    readme.write_text(f"before\n{readme_table.BEGIN}\nformer\n{readme_table.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(results)]
-    assert readme_table.main([*arguments, "--check"]) == 1
-    assert readme_table.main([*arguments, "--write"]) == 0
-    assert readme_table.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    document.write_text(f"before\n{results_table.BEGIN}\nformer\n{results_table.END}\nafter\n")
+    arguments = ["--document", str(document), "--results", str(results)]
+    assert results_table.main([*arguments, "--check"]) == 1
+    assert results_table.main([*arguments, "--write"]) == 0
+    assert results_table.main([*arguments, "--check"]) == 0
+    text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "former" not in text
@@ -114,9 +114,13 @@ def test_status_is_rendered_checked_and_written(
     assert ("disturbed" in text) == (run.others > contention.QUIET)
     shown = [line for line in targets.lines(run.records, "cpu") if line.verdict == "missed"]
     assert text.count("**missed**") == len(shown)
-    readme.write_text("no markers")
-    assert readme_table.main([*arguments, "--write"]) == 1
+    document.write_text("no markers")
+    assert results_table.main([*arguments, "--write"]) == 1
     assert "no <!-- status:begin -->" in capsys.readouterr().err
+
+
+def test_the_committed_table_says_what_the_committed_files_say() -> None:
+    assert results_table.main(["--check"]) == 0
 
 
 def test_partial_and_quick_runs_have_names_of_their_own(run: records.Run) -> None:

@@ -78,7 +78,7 @@ def test_the_wheel_holds_one_module_and_no_foreign_package(wheel: zipfile.ZipFil
         assert name in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".cu"))]
     # They are of use in a checkout alone.
-    assert not [name for name in names if re.search(r"gpu_check|readme_table|NOTES|bench/results", name)]
+    assert not [name for name in names if re.search(r"gpu_check|results_table|NOTES|bench/results", name)]
 
 
 def test_the_wheel_says_what_it_needs(wheel: zipfile.ZipFile) -> None:

@@ -1,6 +1,6 @@
-"""README's table of figures, from the committed result files alone: `python -m bench.readme_table --check | --write`.
+"""The table of figures, from the committed result files alone: `python -m bench.results_table --check | --write`.
 
-The table stands between two markers in README.md; `--check` fails when it no longer says what the files say.
+The table stands between two markers in bench/RESULTS.md; `--check` fails when it no longer says what the files say.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ _NO_GPU = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check or write; 1 when README says something else than the files."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__)
+    """Check or write; 1 when the document says something else than the files."""
+    parser = argparse.ArgumentParser(prog="python -m bench.results_table", description=__doc__)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="fail if README is not up to date")
-    what.add_argument("--write", action="store_true", help="bring README up to date")
-    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md", metavar="PATH")
+    what.add_argument("--check", action="store_true", help="fail if the document is not up to date")
+    what.add_argument("--write", action="store_true", help="bring the document up to date")
+    parser.add_argument("--document", type=Path, default=_ROOT / "bench" / "RESULTS.md", metavar="PATH")
     parser.add_argument("--results", type=Path, default=_ROOT / "bench" / "results", metavar="FOLDER")
     options = parser.parse_args(argv)
-    section = render(options.results, options.readme.parent)
+    section = render(options.results, options.document.parent)
     if not (options.check or options.write):
         print(section)
         return 0
-    text = options.readme.read_text()
+    text = options.document.read_text()
     try:
         wanted = replaced(text, section)
     except ValueError as error:
-        print(f"{options.readme.name}: {error}", file=sys.stderr)
+        print(f"{options.document.name}: {error}", file=sys.stderr)
         return 1
     if options.write:
-        options.readme.write_text(wanted)
+        options.document.write_text(wanted)
     elif text != wanted:
-        print(f"{options.readme.name} is out of date: python -m bench.readme_table --write", file=sys.stderr)
+        print(f"{options.document.name} is out of date: python -m bench.results_table --write", file=sys.stderr)
         return 1
     return 0
 
