@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pins_ext.pruning.pruner import Pruner
     from pins_ext.regularization.self_regularizer import SelfRegularizer
     from pins_ext.sparse.format import load_sparse, save_sparse
+    from pins_ext.sparse.inference import sparsify_for_inference
 
 _HOME = {
     "PruneConfig": "pruning.config",
@@ -27,6 +28,7 @@ _HOME = {
     "load_sparse": "sparse.format",
     "merge_lora": "integrations.lora",
     "save_sparse": "sparse.format",
+    "sparsify_for_inference": "sparse.inference",
 }
 _MODULES = ("integrations", "ops", "optim")
 
@@ -41,6 +43,7 @@ __all__ = [
     "ops",
     "optim",
     "save_sparse",
+    "sparsify_for_inference",
 ]
 
 

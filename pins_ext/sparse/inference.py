@@ -1,0 +1,166 @@
+"""Make a pruned model run on what is left of it: its pruned linear layers become sparse ones, where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pins_ext.sparse.calibration import Calibration, Trial, measure
+from pins_ext.sparse.linear import SparseLinear
+
+TOKENS = (1, 128)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sparsify_for_inference(
+    model: nn.Module,
+    min_sparsity: float = 0.7,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    calibrate: bool = True,
+    say: Callable[[str], None] | None = print,
+    save_to: str | Path | None = None,
+) -> Any:
+    """Replace pruned linear layers (and transformers' Conv1D) by sparse ones for inference on the CPU.
+
+    The model is changed in place: save it before. A layer is replaced where it has enough zeros and was faster sparse
+    in a short measurement on this machine, with the number of threads of this process.
+
+    Args:
+        model: a pruned model on the CPU; it is set to evaluation mode.
+        min_sparsity: share of zeros from which on a layer is considered.
+        tokens: numbers of tokens (batch × sequence) to measure; the geometric mean over them decides.
+        calibrate: measure; without it every layer with enough zeros becomes sparse.
+        say: told what was measured; None for silence.
+        save_to: a JSON file for the measurements.
+
+    Returns:
+        The model; `model.pins_calibration` holds what was measured (`pins_ext.sparse.calibration.Calibration`).
+
+    Raises:
+        ValueError: options out of range, a model that is not on the CPU, or one without any layer with enough zeros.
+    """
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"tokens must be positive numbers of tokens, got {tuple(tokens)}")
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    if device is not None:
+        raise ValueError(f"the sparse kernels run on the CPU and the model is on {device}: move it with model.cpu()")
+    model.eval()
+    places, dense = _candidates(model, min_sparsity)
+    if not places:
+        raise ValueError(
+            f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
+            f"prune the model first, or lower min_sparsity"
+        )
+    trials = []
+    for group in _groups(model, places):
+        trial = _tried(model, group, tuple(tokens) if calibrate else ())
+        if trial is not None:
+            trials.append(trial)
+        if trial is None or trial.chosen == "sparse":
+            for name in group:
+                _replace(model, name)
+    machine = f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
+    calibration = Calibration(machine, tuple(trials), dense)
+    if say is not None:
+        say(calibration.table())
+    if save_to is not None:
+        calibration.save(save_to)
+    model.pins_calibration = calibration  # type: ignore[assignment]
+    return model
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as [out, in]: Conv1D of transformers stores its transpose."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
+
+
+def _sparsity(module: nn.Module) -> float:
+    weight = _matrix(module)
+    return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def _candidates(model: nn.Module, min_sparsity: float) -> tuple[list[str], dict[str, str]]:
+    """Names of the layers to try, and why the others stay dense."""
+    places: list[str] = []
+    dense: dict[str, str] = {}
+    for name, module in model.named_modules():
+        # Subclasses compute something else, or are read by their parents.
+        if type(module) is not nn.Linear and not _is_conv1d(module):
+            continue
+        reason = _reason(model, name, module)
+        if reason is None and _sparsity(module) < min_sparsity:
+            reason = f"less than {min_sparsity:.0%} zeros"
+        if reason is None:
+            places.append(name)
+        else:
+            dense[name] = reason
+    return places, dense
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _reason(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not name:
+        return "it is the model itself"
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {weight.dtype}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    home = type(parent).__module__
+    if home.startswith("torch.nn.") and home != "torch.nn.modules.container":
+        return f"{type(parent).__name__} reads its weight directly"
+    return None
+
+
+def _groups(model: nn.Module, places: Sequence[str]) -> list[list[str]]:
+    """Layers of one shape, dtype and sparsity, to five percent: one of them is measured for all."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in places:
+        module = model.get_submodule(name)
+        weight = _matrix(module)
+        key = (tuple(weight.shape), weight.dtype, type(module), round(_sparsity(module) * 20))
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...]) -> Trial | None:
+    if not tokens:
+        return None
+    # The middle one by sparsity stands for the group.
+    name = sorted(group, key=lambda n: _sparsity(model.get_submodule(n)))[len(group) // 2]
+    module = model.get_submodule(name)
+    weight = _matrix(module)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, weight.shape[1], generator=generator).to(weight.dtype) for n in tokens]
+    dense, sparse = measure(module, _sparse(module), inputs)
+    return Trial((weight.shape[0], weight.shape[1]), _sparsity(module), tokens, dense, sparse, tuple(group))
+
+
+def _sparse(module: nn.Module) -> SparseLinear:
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return SparseLinear(_matrix(module), bias)
+
+
+def _replace(model: nn.Module, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    layer = _sparse(model.get_submodule(name))
+    layer.eval()
+    # By its registered name: a parent may be a Sequential or a ModuleDict.
+    parent._modules[leaf] = layer

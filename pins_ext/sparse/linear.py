@@ -1,0 +1,94 @@
+"""A linear layer that keeps and multiplies only the weights that are not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_pack
+
+_PACKED = (
+    "a model made for inference holds packed weights, which can't be {}: save the model with pins_ext.save_sparse "
+    "before pins_ext.sparsify_for_inference, and make it for inference again after loading"
+)
+
+
+class SparseLinear(nn.Module):
+    """y = x · weightᵀ + bias over the non-zero weights, on the CPU, for inference only.
+
+    It can be called from several threads at once. It has no parameters: `weight` tells shape and dtype without data.
+
+    Args:
+        weight: floating point [out, in] with zeros.
+        bias: [out], or None.
+
+    Attributes:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        nonzero: weights that are not zero.
+        weight: a tensor on the meta device: models ask their layers for its dtype.
+    """
+
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    counts: Tensor
+    starts: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        weight = weight.detach()
+        self.out_features, self.in_features = weight.shape
+        self.nonzero = int(weight.count_nonzero())
+        for name, tensor in sparse_pack(weight.float().contiguous())._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+        self._dtype = weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the weight, without data."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
+        packed = PackedWeight(self.values, self.columns, self.rows, self.counts, self.starts)
+        return sparse_linear(x.contiguous(), packed, self.bias, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes and sparsity."""
+        sparsity = 1 - self.nonzero / max(1, self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={sparsity:.4f}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Follow a cast of the model in name: any activations are accepted, and packed weights stay as they are."""
+        probe = fn(torch.empty(0, dtype=self._dtype))
+        if probe.device.type != "cpu":
+            raise RuntimeError(_PACKED.format(f"moved to {probe.device}"))
+        self._dtype = probe.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise RuntimeError(_PACKED.format("saved"))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError(_PACKED.format("loaded into"))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(_PACKED.format("pickled"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
+        """A further layer over the same packed weights, which never change."""
+        other = SparseLinear.__new__(SparseLinear)
+        nn.Module.__init__(other)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_buffers"})
+        other._buffers = dict(self._buffers)
+        memo[id(self)] = other
+        return other
