@@ -112,7 +112,7 @@ def test_an_interrupted_run_stops_with_a_checkpoint(
     tiny: Path, tmp_path: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], number: int, code: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    end: Callable[..., Any] = Pruner.end
+    end: Callable[..., Any] = Pruner.end_step
 
     def interrupted(self: Pruner, slot: Any) -> None:
         end(self, slot)
@@ -120,7 +120,7 @@ def test_an_interrupted_run_stops_with_a_checkpoint(
             os.kill(os.getpid(), number)
 
     output = tmp_path / "run"
-    monkeypatch.setattr(Pruner, "end", interrupted)
+    monkeypatch.setattr(Pruner, "end_step", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert main(["train", *flags(tiny, output), "--test-file", f"{tiny}/test.csv"]) == code
     assert signal.getsignal(signal.SIGINT) is before
@@ -134,7 +134,7 @@ def test_an_interrupted_run_stops_with_a_checkpoint(
 def test_an_interrupted_comparison_goes_on_where_it_was(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end: Callable[..., Any] = Pruner.end
+    end: Callable[..., Any] = Pruner.end_step
 
     def interrupted(self: Pruner, slot: Any) -> None:
         end(self, slot)
@@ -143,7 +143,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 
     output = tmp_path / "all"
     command = ["train", *flags(tiny, output, "--compare", "--eval-strategy", "no")]
-    monkeypatch.setattr(Pruner, "end", interrupted)
+    monkeypatch.setattr(Pruner, "end_step", interrupted)
     assert main(command) == 130
     assert sorted(p.name for p in output.iterdir()) == ["dense", "pins.unfinished"]
     dense = (output / "dense" / "metrics.json").stat().st_mtime_ns
