@@ -34,7 +34,7 @@ html_title = f"pins_ext {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 # Pages without pages below them need no list of these.
-html_sidebars = dict.fromkeys(("get_started", "results", "faq"), [])
+html_sidebars = {page: [] for page in ("get_started", "results", "faq")}
 html_copy_source = False
 html_theme_options = {
     "navbar_align": "left",
