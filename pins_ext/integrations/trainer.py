@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -22,6 +22,7 @@ from pins_ext.files.atomic import (
     written_aside,
 )
 from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.finite import FiniteWatch, check_weights
 
 EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
 
@@ -33,7 +34,8 @@ class PinsTrainer(Trainer):
 
     A checkpoint is written aside, pruner and teacher included, flushed to disk, renamed, and only then old ones go;
     resuming takes the newest whole one. Evaluations draw no random numbers from training, and every epoch begins with
-    the random state it had, so data order and dropout of a resumed run are those of an unbroken one.
+    the random state it had, so data order and dropout of a resumed run are those of an unbroken one. Training stops at
+    the first loss or gradient norm that is not finite, and weights that are not finite are never saved.
 
     Args:
         pins: the callback that prunes; it must not be among `callbacks` as well.
@@ -49,6 +51,7 @@ class PinsTrainer(Trainer):
         self._epoch_random_state: dict[str, Any] | None = None
         self._resumed_from: Path | None = None
         self._saving_in: Path | None = None
+        self._finite = FiniteWatch()
         super().__init__(callbacks=[pins, *(callbacks or [])], **kwargs)
         if self.args.world_size > 1:
             raise ValueError(
@@ -58,18 +61,42 @@ class PinsTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs are visible, one is supported so far: set CUDA_VISIBLE_DEVICES=0")
 
-    # ---- resuming ----------------------------------------------------------------------------------------------------
+    # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; True resumes from the newest whole checkpoint in the output folder, a path from that one.
 
         Raises:
             IncompleteError: there is none, or the one at the path is damaged.
+            NonFiniteError: a loss, a gradient norm or a weight became NaN or infinite.
         """
         clear_leftovers(Path(self.args.output_dir or ""))
         self._resumed_from = self._checkpoint(resume_from_checkpoint)
         self.pins.resume_from = self._resumed_from
-        return super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
+        output = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
+        self._check_finite()
+        return output
+
+    # ---- finite numbers ----------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, and looks at the loss."""
+        loss = super().training_step(*args, **kwargs)
+        self._finite.look("loss", self.state.global_step + 1, loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # A gradient scaler finds its scale by infinite gradients, and leaves those steps out.
+        if norm is not None and self.accelerator.scaler is None:
+            self._finite.look("gradient norm", self.state.global_step + 1, norm)
+        return norm
+
+    def _check_finite(self) -> None:
+        self._finite.settle()
+        check_weights(cast(nn.Module, self.model), self.state.global_step)
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def _checkpoint(self, wanted: str | bool | None) -> Path | None:
         if not wanted:
@@ -80,7 +107,8 @@ class PinsTrainer(Trainer):
             logger.warning(f"passed over: {reason}")
         if folder is None:
             raise IncompleteError(f"{root} holds no whole checkpoint to resume from")
-        numerics, now = read_manifest(folder).get("numerics", {}), _numerics()
+        then, now = read_manifest(folder).get("numerics"), _numerics()
+        numerics = then if isinstance(then, dict) else {}
         changed = [
             f"{name} {numerics[name]} -> {now[name]}" for name in now if numerics.get(name, now[name]) != now[name]
         ]
@@ -116,6 +144,8 @@ class PinsTrainer(Trainer):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before it could take the place of a checkpoint that is sound.
+        self._check_finite()
         step = self.state.global_step
         root = Path(super()._get_output_dir(trial))
         folder = root / f"checkpoint-{step}"

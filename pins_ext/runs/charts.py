@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ _GRID = "#e8ebef"
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
+    # Labels are text of the user's own: a dollar sign begins no formula.
+    "text.parse_math": False,
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
@@ -225,15 +227,20 @@ def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str) 
             buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for pattern, replacement in _page_fit():
-        svg = re.sub(pattern, replacement, svg)
-    return svg
+    return _page_fit(svg[svg.index("<svg") :])
 
 
-def _page_fit() -> Iterable[tuple[str, str]]:
-    """Metadata goes, the size becomes the page's, and text takes its font."""
-    yield r"(?s)<metadata>.*?</metadata>", ""
-    yield r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1"
-    yield r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1"
-    yield r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: inherit"
+def _page_fit(svg: str) -> str:
+    """Metadata goes, the size becomes the page's, and text takes its font.
+
+    Only tags are changed: a `<` in a label is escaped, so that what looks like one is one.
+    """
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
+    svg = re.sub(r"<svg\b[^<>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
+    return re.sub(r"<text\b[^<>]*>", lambda tag: _inherited_font(tag[0]), svg)
+
+
+def _inherited_font(tag: str) -> str:
+    """A text's tag with the font of the page around it; its size stays. Before 3.11 matplotlib writes `font: 9px X`."""
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: inherit", tag)
+    return re.sub(r"font-family: [^;\"]+", "font-family: inherit", tag)

@@ -17,9 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pins_ext.files.atomic import checkpoints, clear_leftovers, recover, replace, write_file, written_aside
+from pins_ext.files.atomic import (
+    checkpoints,
+    clear_leftovers,
+    recover,
+    remove,
+    replace,
+    sha256,
+    write_file,
+    written_aside,
+)
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.html import RECORD, RecordError, read_record
 
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
 
 _LOCK = "lock"
 _SETTINGS = "settings.json"
+_PUBLISHED = "published"
+"""Holds the hash of a result's record, from just before the result is in place until the unfinished run is gone."""
 
 _PLACES = (("*",), ("*/*", "*/*/*"))
 """Where results lie: a comparison's runs in its folder; an ablation's cells as METHOD/SEED or METHOD/SETTING/SEED."""
@@ -61,6 +72,7 @@ class RunFolder:
         Raises:
             UsageError: the place is taken by other files, or by an unfinished run that is not to be resumed.
         """
+        self.settle()
         if self.result.exists() and not self.result.is_dir():
             raise UsageError(f"{self.result} is a file: choose another --output-dir")
         if self.overwrite:
@@ -109,6 +121,23 @@ class RunFolder:
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(lock)
 
+    def settle(self) -> bool:
+        """After a stop between publishing and tidying up: remove the unfinished run whose result is in place.
+
+        Returns:
+            Whether there was one.
+        """
+        marker, record = self.work / _PUBLISHED, self.result / RECORD
+        done = marker.is_file() and record.is_file() and marker.read_text(encoding="utf-8") == sha256(record)
+        if done:
+            remove(self.work)
+        return done
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to resume, or a result."""
+        return self.finished or self.work.is_dir()
+
     def remember(self, request: Request) -> None:
         """Note what the unfinished run was asked for; one that is resumed must have been asked for the same.
 
@@ -117,7 +146,7 @@ class RunFolder:
         """
         file, settings = self.work / _SETTINGS, request.settings()
         if request.resume is not None and file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            before = self._settings()["settings"]
             names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             if names:
                 changed = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in names)
@@ -126,8 +155,17 @@ class RunFolder:
 
     def remembered(self) -> list[str]:
         """The flags that the unfinished run was started with."""
+        return list(self._settings()["given"]) if (self.work / _SETTINGS).is_file() else []
+
+    def _settings(self) -> dict[str, Any]:
         file = self.work / _SETTINGS
-        return list(json.loads(file.read_text(encoding="utf-8"))["given"]) if file.is_file() else []
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(settings["given"], list) and isinstance(settings["settings"], dict):
+                return dict(settings)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UsageError(f"{file} is damaged: remove it, and give the run's flags again with --resume")
 
     @contextmanager
     def publishing(self, say: Callable[[str], None]) -> Iterator[Path]:
@@ -146,8 +184,9 @@ class RunFolder:
             earlier = self.earlier()
             os.rename(self.result, earlier)
             say(f"the earlier result is now {as_typed(earlier)}")
+        write_file(self.work / _PUBLISHED, sha256(staged / RECORD))
         replace(staged, self.result)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.settle()
 
     def earlier(self) -> Path:
         """The first free name for an earlier result."""

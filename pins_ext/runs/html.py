@@ -126,7 +126,9 @@ def _tiles(record: dict[str, Any]) -> str:
     if timings.get("pruning_share") is not None:
         each = f"{timings['pruning_ms']:.1f} of {timings['step_ms']:.0f} ms"
         tiles.append((percent(timings["pruning_share"]), "of a step is pruning", each))
-    cells = "".join(f"<div><b>{a}</b><span>{escape(b)}</span><small>{escape(c)}</small></div>" for a, b, c in tiles)
+    cells = "".join(
+        f"<div><b>{escape(a)}</b><span>{escape(b)}</span><small>{escape(c)}</small></div>" for a, b, c in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 

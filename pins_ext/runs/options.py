@@ -9,12 +9,16 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from pins_ext.runs.errors import UsageError
+
+_MOST_VALUES = 10_000
+"""In a file of flags or a grid: a few aliases to aliases would otherwise keep a machine busy for minutes."""
 
 _TRUE, _FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
@@ -96,17 +100,41 @@ def refuse_foreign(parser: Parser, tokens: Iterable[str]) -> None:
             raise UsageError(f"{flag} is a flag of train that {command} does not take: leave it out")
 
 
+TYPED_ONLY = ("config", "resume", "resume_from_checkpoint", "overwrite", "debug", "help", "help_all")
+"""Flags about one call of a command, by name: a file of flags, which describes a run, can't set them."""
+
+
 def file_tokens(file: Path, without: Collection[str] = ()) -> list[str]:
     """A YAML or JSON file of flags as they would be typed.
 
     Args:
+        file: of flags to values.
         without: flags to pass over, by name: commands that take fewer of them than train share its files.
 
     Raises:
-        UsageError: unreadable, or not a mapping of flags to values.
+        UsageError: unreadable, not a mapping of flags to values, or a flag that is only for typing.
     """
     flags = read_mapping(file, f"--config {file}", "flags to values, as in  sparsity: 0.8")
-    return tokens({name: value for name, value in flags.items() if str(name).replace("-", "_") not in without})
+    named = {str(name).replace("-", "_"): value for name, value in flags.items()}
+    for name, value in named.items():
+        flag = "--" + name.replace("_", "-")
+        if name in TYPED_ONLY:
+            raise UsageError(f"--config {file}: {flag[2:]} can't be set in a file; type {flag} with the command")
+        for each in value if isinstance(value, list) else [value]:
+            if _looks_like_a_flag(each):
+                raise UsageError(f"--config {file}: {flag[2:]} can't be {each!r}: that reads as another flag")
+    return tokens({name: value for name, value in named.items() if name not in without})
+
+
+def _looks_like_a_flag(value: Any) -> bool:
+    """Whether a value, typed after its flag, would be taken for a flag of its own."""
+    if not isinstance(value, str) or not value.startswith("-"):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
 
 
 def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
@@ -138,10 +166,34 @@ def _from_json(text: str, name: str) -> Any:
 def _from_yaml(text: str, name: str) -> Any:
     import yaml
 
+    loader = yaml.SafeLoader(text)
     try:
-        return yaml.safe_load(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values_in(node, {}) > _MOST_VALUES:
+            raise UsageError(f"{name} stands for more than {_MOST_VALUES:,} values: write out fewer aliases (*)")
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def _values_in(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for, each alias written out; infinitely many where it holds itself.
+
+    Args:
+        node: of yaml's own tree, in which an alias is the same object again.
+        known: what was counted so far, by the node's id.
+    """
+    if isinstance(node.value, str):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    return known[id(node)]
 
 
 def tokens(flags: Mapping[str, Any]) -> list[str]:

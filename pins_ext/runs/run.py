@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pins_ext.files.atomic import SaveError, newest_complete, write_file
 from pins_ext.integrations.callback import PRUNER_FILE
+from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.runs.errors import CommandError, StoppedError, UsageError, one_line
 from pins_ext.runs.folder import RunFolder
 from pins_ext.runs.html import RECORD, REPORT, read_record, render
@@ -56,6 +57,8 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
             raise StoppedError(f"{error}; {_whereabouts(folder)}", error.signal) from error
         except SaveError as error:
             raise CommandError(f"{error}; {_whereabouts(folder)}") from error
+        except NonFiniteError as error:
+            raise CommandError(f"training has diverged: {error}; {_last_finite(folder)}") from error
         except ValueError as error:
             # What is refused before the first step is the request: patterns, schedule, densities, a checkpoint.
             if stop.training:
@@ -69,7 +72,10 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
 def finished(request: Request) -> dict[str, Any] | None:
     """The record of a run that is to be resumed and has nothing left to do."""
     folder = RunFolder(Path(request.run.output_dir).absolute())
-    if request.resume is None or not folder.finished or folder.work.exists():
+    if request.resume is None:
+        return None
+    folder.settle()
+    if not folder.finished or folder.work.exists():
         return None
     return read_record(folder.result)
 
@@ -123,8 +129,17 @@ def _evaluated_already(prepared: Prepared) -> dict[str, Any] | None:
     return {name: value for name, value in last.items() if name.startswith("eval_") or name == "epoch"}
 
 
+def _last_finite(folder: RunFolder) -> str:
+    """What to do after weights, loss or gradients were not finite; checkpoints are only written while they are."""
+    newest, _ = newest_complete(folder.work)
+    sound = f"{newest} is the last checkpoint, and finite; " if newest is not None else ""
+    return f"{sound}train again with a lower --learning-rate, more --warmup-steps or other data"
+
+
 def _whereabouts(folder: RunFolder) -> str:
     """What is left on the disk after an unfinished run."""
+    if folder.settle():
+        return f"the result in {folder.result} is complete"
     newest, _ = newest_complete(folder.work)
     if newest is None:
         return "no checkpoint was written"

@@ -117,3 +117,9 @@ def test_the_sentences_follow_the_numbers() -> None:
     said = reading(changes(1.0, 1.0), [tried])[-1]
     assert "2 of 3 exchanges of 64 pairs lower the loss (1 clearly above rounding)" in said
     assert "0.2 % of what the mask changes, 0.05 % of what random masks change" in said
+    large = Exchanges(7, 1e-8, 1e-3, 1e-5, (Stratum("near", 64, groups, 1e-3, -1e-3),))
+    assert (
+        "(100 % of what the mask changes, 10,000 % of what random masks change)" in reading(changes(1, 1), [large])[-1]
+    )
+    small = Exchanges(7, 1e-8, 1e4, 1.1, (Stratum("near", 64, groups, 1e-3, -1e-3),))
+    assert "(less than 0.001 % of what the mask changes, 0.091 % of" in reading(changes(1, 1), [small])[-1]

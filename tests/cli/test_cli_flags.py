@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,41 @@ def test_a_bad_file_of_flags_is_refused(tmp_path: Path, content: str, reason: st
         parsed("--config", str(tmp_path / "a.yaml"))
     with pytest.raises(UsageError, match="No such file"):
         parsed("--config", str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize("key", options.TYPED_ONLY)
+def test_a_file_of_flags_can_t_set_what_is_about_one_call(tmp_path: Path, key: str) -> None:
+    for name in (key, key.replace("_", "-")):
+        (tmp_path / "a.yaml").write_text(f"train_file: x.csv\n{name}: true")
+        with pytest.raises(UsageError, match=f"{key.replace('_', '-')} can't be set in a file"):
+            parsed("--config", str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("content", ["exclude: ['*.0.*', --overwrite]", "label: --compare", "include: ['-h']"])
+def test_a_value_in_a_file_is_no_flag(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"train_file: x.csv\n{content}")
+    with pytest.raises(UsageError, match="reads as another flag"):
+        parsed("--config", str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("train_file: x.csv\ntask_weight: 1\nteacher_weight: -1")
+    with pytest.raises(UsageError, match="unknown flag --task-weight"):
+        parsed("--config", str(tmp_path / "b.yaml"))
+
+
+def test_a_few_aliases_are_fine_and_a_bomb_of_them_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("exclude: &those ['*.0.*']\ninclude: *those\ntrain_file: x.csv")
+    assert parsed("--config", str(file)).pruning.include == ("*.0.*",)  # type: ignore[union-attr]
+    layers = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
+    merged = [f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}" for i in range(1, 12)]
+    for bomb in (["l0: &l0 [x, x, x]", *layers], ["m0: &m0 {x: 1}", *merged], ["a: &a [*a]"]):
+        file.write_text("\n".join(bomb))
+        begin = time.monotonic()
+        with pytest.raises(UsageError, match="more than 10,000 values"):
+            parsed("--config", str(file))
+        assert time.monotonic() - begin < 5
+    file.write_text("[" * 5000)
+    with pytest.raises(UsageError, match="is not YAML"):
+        parsed("--config", str(file))
 
 
 def test_recipes_give_way_to_flags() -> None:

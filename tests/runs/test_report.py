@@ -143,6 +143,50 @@ def test_odd_records_render(changes: dict[str, Any]) -> None:
     assert "<script" not in html
 
 
+HOSTILE = '<img src=x onerror="alert(1)">'
+
+
+def hostile(value: Any) -> Any:
+    """A record whose every text, key and number that need be none holds markup."""
+    if isinstance(value, dict):
+        return {name: hostile(item) for name, item in value.items()} | {HOSTILE: HOSTILE}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def test_markup_in_a_record_is_text() -> None:
+    """metrics.json may come from anybody: whatever it holds, nothing of it is live in the page."""
+    made = hostile(record())
+    made |= {"notes": [HOSTILE], "created": "2026", "format": report.FORMAT}
+    made["final"] |= {"metric": "eval_accuracy", "metrics": {"eval_accuracy": HOSTILE, HOSTILE: HOSTILE}}
+    made["final"]["tensors"] = {f"{HOSTILE}.weight": {"weights": 10, "zeros": 9}}
+    html = report.render([made])
+    assert "<img" not in html
+    assert "&lt;img" in html
+    page = re.sub(r"(?s)^.*?<body>|<meta[^>]*>", "", html).replace("</html>", "").replace("</body>", "")
+    ElementTree.fromstring(f"<div>{page}</div>")
+
+
+@pytest.mark.parametrize("label", ["$\\undefined$", "costs $5 or $6", 'font: 1px x; 2" y', 'a style="font: 9px b"'])
+def test_a_label_is_drawn_as_it_is_written(label: str) -> None:
+    drawn = charts.pictures([record(label), record("other")])
+    assert len(drawn) == 7
+    for picture in drawn[:5]:
+        texts = [
+            "".join(element.itertext())
+            for element in ElementTree.fromstring(picture.svg).iter()
+            if element.tag.endswith("text")
+        ]
+        assert label in texts
+
+
+def test_pictures_take_the_font_of_the_page() -> None:
+    for picture in charts.pictures([record()]):
+        assert "font-family: inherit" in picture.svg
+        assert "DejaVu" not in picture.svg
+
+
 def test_unnumbered_tensors_are_bars() -> None:
     tensors = {"left.weight": {"weights": 10, "zeros": 9}, "right.weight": {"weights": 4, "zeros": 1}}
     final = record()["final"] | {"tensors": tensors}

@@ -170,7 +170,15 @@ def _relative(gain: float, tried: Exchanges) -> str:
     if not tried.mask_change or not tried.random_change:
         return ""
     own, random = gain / abs(tried.mask_change), gain / abs(tried.random_change)
-    return f" ({100 * own:.2g} % of what the mask changes, {100 * random:.2g} % of what random masks change)"
+    return f" ({_share(own)} of what the mask changes, {_share(random)} of what random masks change)"
+
+
+def _share(part: float) -> str:
+    """A share to two digits, or to the whole percent where it is larger."""
+    percent = 100 * part
+    if percent < 0.001:
+        return "less than 0.001 %"
+    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
