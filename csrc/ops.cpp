@@ -64,6 +64,8 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor counts, Tensor starts, Tensor? bias, "
       "int out_features) -> Tensor");
+  // float64 [1], summed in an order that depends on neither threads nor device: of gradients, the norm to clip by.
+  m.def("sum_of_squares(Tensor[] tensors, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> Tensor");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }

@@ -8,6 +8,8 @@ ACL 2023; smoothing and schedule: Zhang et al., "PLATON", ICML 2022. csrc/criter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -179,6 +181,36 @@ def store(x: Tensor, dtype: torch.dtype, random16: Tensor) -> Tensor:
     rounded = (bits + (random16.view(bits.shape) & 0xFFFF)) >> 16
     rounded = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded) & 0xFFFF
     return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
+
+
+# ---- gradient norm --------------------------------------------------------------------------------------------------
+
+
+def sum_of_squares(tensors: Sequence[Tensor], chunk: int = 16384, lanes: int = 512, totals: int = 256) -> Tensor:
+    """Sum of the squares of all elements, float64 [1], in the order that every kernel keeps. Each square is exact.
+
+    Args:
+        tensors: of any floating dtype and shape.
+        chunk: elements summed together. Element i of a chunk belongs to lane i % lanes.
+        lanes: sums of a chunk, each in order, then added halves onto halves.
+        totals: chunk c is added to total c % totals in order; these too are added halves onto halves.
+    """
+    chunks = [part for x in tensors for part in x.float().flatten().split(chunk) if part.numel()]
+    total = torch.zeros(totals, dtype=torch.float64)
+    for c, part in enumerate(chunks):
+        rows = torch.zeros(-(-part.numel() // lanes) * lanes, dtype=torch.float64)
+        rows[: part.numel()] = part.double() ** 2
+        sums = torch.zeros(lanes, dtype=torch.float64)
+        for row in rows.view(-1, lanes):
+            sums = sums + row
+        total[c % totals] += _halves(sums)
+    return _halves(total).reshape(1)
+
+
+def _halves(values: Tensor) -> Tensor:
+    while values.numel() > 1:
+        values = values[: values.numel() // 2] + values[values.numel() // 2 :]
+    return values[0]
 
 
 # ---- sharding -------------------------------------------------------------------------------------------------------

@@ -87,12 +87,17 @@ PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Roundi
   }
 }
 
-// g / scale * clip, in place where there is nothing to do.
+// g / scale * clip, in place where there is nothing to do. Dividing by one or multiplying by it changes no bit.
 PINS_BLOCK const float* load_gradient(const Span& span, int64_t at, int64_t n, const Gradient& gradient,
                                       Buffer& buffer) {
   const float* source = load(span, at, n, buffer);
-  if (gradient.scale == 1.0f && gradient.clip == 1.0f) return source;
-  for (int64_t i = 0; i < n; ++i) buffer.values[i] = (source[i] / gradient.scale) * gradient.clip;
+  const float scale = gradient.scale, clip = gradient.clip;
+  if (scale != 1.0f) {
+    for (int64_t i = 0; i < n; ++i) buffer.values[i] = (source[i] / scale) * clip;
+    return buffer.values;
+  }
+  if (clip == 1.0f) return source;
+  for (int64_t i = 0; i < n; ++i) buffer.values[i] = source[i] * clip;
   return buffer.values;
 }
 

@@ -3,11 +3,13 @@
 #include "../criterion.inl"
 #include "../optimizer.inl"
 #include "../layout.inl"
+#include "../norm.inl"
 #include "block.inl"
 #include "importance.inl"
 #include "select.inl"
 #include "update.inl"
 #include "sparse.inl"
+#include "norm.inl"
 
 constexpr Kernels table(const char* name) {
   return Kernels{
@@ -24,5 +26,6 @@ constexpr Kernels table(const char* name) {
        masked_update<Sgd, 4>, masked_update<Sgd, 5>, masked_update<Sgd, kNoCriterion>},
       apply_mask,
       sparse_loops(),
+      sum_of_squares,
   };
 }

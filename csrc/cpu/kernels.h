@@ -1,7 +1,7 @@
 // What the list operators ask of an instruction set: one chunk of one tensor at a time, plain pointers, no torch.
 //
-// isa_default.cpp, isa_avx2.cpp and isa_avx512.cpp compile the same loops ({importance,select,update}.inl) and each
-// export one table; dispatch.cpp chooses among them once.
+// isa_default.cpp, isa_avx2.cpp and isa_avx512.cpp compile the same loops ({importance,select,update,norm}.inl) and
+// each export one table; dispatch.cpp chooses among them once.
 #pragma once
 
 #include <cstdint>
@@ -110,6 +110,7 @@ struct Kernels {
   void (*masked_sgd[kCriterionCount + 1])(const Update&);
   void (*apply_mask)(const ApplyMask&);
   SparseLoops sparse;
+  double (*sum_of_squares)(const Span&, int64_t count);
 };
 
 extern const Kernels default_kernels;

@@ -39,8 +39,8 @@ inline int64_t check_place(const Place& place, size_t i) {
     fits = fits && !__builtin_mul_overflow(numel, place.full[d], &numel);
   }
   fits = fits && !__builtin_add_overflow(place.base, numel, &end);
-  PINS_CHECK(fits, item("places", i), " has sizes ", joined(std::vector<int64_t>(place.full, place.full + 4)), " from global index ", place.base,
-             " on, which does not fit 63 bits");
+  PINS_CHECK(fits, item("places", i), " has sizes ", joined(std::vector<int64_t>(place.full, place.full + 4)),
+             " from global index ", place.base, " on, which does not fit 63 bits");
   return end;
 }
 

@@ -49,6 +49,12 @@ class CurrentDevice {
   cudaStream_t stream_ = nullptr;
 };
 
+// One block for each row of the checked work list.
+inline unsigned blocks_of(const Tensor& chunks) {
+  PINS_CHECK(chunks.size(0) <= 0x7fffffff, "chunks must have at most 2^31 - 1 rows, got ", chunks.size(0));
+  return static_cast<unsigned>(chunks.size(0));
+}
+
 template <class T>
 const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -70,11 +70,6 @@ void apply_mask(const Work& work, ScalarType params, unsigned blocks, cudaStream
 
 // ---- checked operators ------------------------------------------------------------------------------------------
 
-unsigned blocks_of(const Tensor& chunks) {
-  PINS_CHECK(chunks.size(0) <= 0x7fffffff, "chunks must have at most 2^31 - 1 rows, got ", chunks.size(0));
-  return static_cast<unsigned>(chunks.size(0));
-}
-
 Work work_of(const Tensor& pointers, const Tensor& places, const Tensor& chunks) {
   return {data_of<int64_t>(pointers), places.size(0), data_of<Place>(places), data_of<Chunk>(chunks)};
 }

@@ -13,6 +13,7 @@ import torch
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
 from pins_ext.ops.masks import mask_bytes, new_mask, pack_bits, unpack_bits
+from pins_ext.ops.norm import clip_factor
 from pins_ext.ops.rounding import rounding_key
 from pins_ext.ops.select import (
     BINS,
@@ -46,6 +47,7 @@ __all__ = [
     "Subsets",
     "bracket_around",
     "bracket_of",
+    "clip_factor",
     "mask_bytes",
     "narrow",
     "new_mask",

@@ -55,6 +55,12 @@ def _(x, values, columns, rows, counts, starts, bias, out_features):  # type: ig
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@torch.library.register_fake("pins_ext::sum_of_squares")
+def _(tensors, places, chunks, *, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(tensors, places, chunks, pointers)
+    return places.new_empty(1, dtype=torch.float64)
+
+
 def _no_output(*args: object, **kwargs: object) -> None:
     _check_devices(*args, *kwargs.values())
 

@@ -97,6 +97,10 @@ def sparse_linear() -> Arguments:
     return [x, *torch.ops.pins_ext.sparse_pack(pruned_weight()), torch.ones(20), 20], {}
 
 
+def sum_of_squares() -> Arguments:
+    return [*lists(1), *tables()], {}
+
+
 CALLS: dict[str, Callable[[], Arguments]] = {
     "accumulate_": accumulate,
     "fold_": fold,
@@ -111,6 +115,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "apply_mask_": apply_mask,
     "sparse_pack": sparse_pack,
     "sparse_linear": sparse_linear,
+    "sum_of_squares": sum_of_squares,
 }
 
 

@@ -174,6 +174,30 @@ def _apply_mask(p: Problem) -> Call:
     return {"params": p.floats(p.dtype), "masks": p.masks(), **p.tables}
 
 
+def _sum_of_squares(p: Problem) -> Call:
+    return {"tensors": p.floats(p.dtype), **p.tables}
+
+
+def _pruned_weight(p: Problem) -> Tensor:
+    shape = (p.dice.choice((1, 15, 16, 33)), p.dice.choice((1, 63, 64, 300)))
+    weight = torch.randn(shape, generator=p.torch)
+    return weight * (torch.rand(shape, generator=p.torch) < p.dice.choice((0.0, 0.1, 0.5, 1.0)))
+
+
+def _sparse_pack(p: Problem) -> Call:
+    dtype = p.dice.choice((torch.float32, torch.bfloat16, torch.int8))
+    return {"weight": (_pruned_weight(p) * 10).to(dtype)}
+
+
+def _sparse_linear(p: Problem) -> Call:
+    weight = _pruned_weight(p)
+    names = ("values", "columns", "rows", "counts", "starts")
+    packed = dict(zip(names, torch.ops.pins_ext.sparse_pack(weight), strict=True))
+    x = torch.randn(p.dice.choice((0, 1, 7, 40)), weight.shape[1], generator=p.torch).to(p.dtype)
+    bias = torch.ones(weight.shape[0]) if p.dice.random() < 0.5 else None
+    return {"x": x, **packed, "bias": bias, "out_features": weight.shape[0]}
+
+
 GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "accumulate_": _accumulate,
     "fold_": _fold,
@@ -186,6 +210,9 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "masked_adamw_": _adamw,
     "masked_sgd_": _sgd,
     "apply_mask_": _apply_mask,
+    "sum_of_squares": _sum_of_squares,
+    "sparse_pack": _sparse_pack,
+    "sparse_linear": _sparse_linear,
 }
 
 
@@ -208,6 +235,8 @@ def spoil(call: Call, dice: random.Random) -> None:
         call[name] = not value
     elif isinstance(value, int):
         call[name] = dice.choice(UGLY[6:])
+    elif value is None:
+        call[name] = torch.ones(dice.randrange(3))
     else:
         call[name] = dice.choice((0.0, 1.0, -1.0, float("nan"), 1e308))
 

@@ -123,7 +123,7 @@ def everything(sizes: list[int]) -> list[Tensor]:
         pins.apply_mask_(shadow, masks, *tables)
         for written in (params, shadow, first, second, ipt, mean, unc, masks):
             out += clones(written)
-        out.append(counts)
+        out += [counts, pins.sum_of_squares(grads, *tables).float()]
     return out
 
 
