@@ -16,7 +16,7 @@ from rich.console import Console
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
 from pins_ext.runs.options import Formatter
 
-from . import bench_importance, bench_pack, bench_select, bench_step, bench_update, machine
+from . import bench_importance, bench_norm, bench_pack, bench_select, bench_step, bench_update, machine
 from .contention import QUIET
 from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
 from .protocol import Limits
@@ -32,6 +32,7 @@ GROUPS: dict[str, list[Callable[[Problem, bool], Group]]] = {
     "update": [bench_update.group],
     "importance": [bench_importance.group],
     "pack": [bench_pack.group],
+    "norm": [bench_norm.group],
 }
 """What makes the groups of a stem from a problem, with or without peers; the most valuable first."""
 
@@ -41,7 +42,7 @@ _QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 _ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
 PyTorch itself and the released algorithm offer. Prints a table per group and the targets, writes JSON and a picture.
 
-stems: select, step, update, importance, pack on one model's shapes, with peers; scores: select over score
+stems: select, step, update, importance, pack, norm on one model's shapes, with peers; scores: select over score
 distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000 small ones, misaligned views.
 """
 _EXAMPLES = """examples:

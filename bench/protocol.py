@@ -262,7 +262,7 @@ def _outputs(case: Case) -> list[Tensor]:
 
 def _bits(tensor: Tensor) -> Tensor:
     """As integers, so that NaN equals NaN and 0 differs from -0."""
-    kinds = {2: torch.int16, 4: torch.int32}
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 

@@ -31,7 +31,7 @@ class Group:
     """Cases that share operands and are interleaved.
 
     Attributes:
-        stem: importance, select, pack, update or step. build: makes the cases. peers: whether those too.
+        stem: importance, select, pack, update, norm or step. build: makes the cases. peers: whether those too.
         operand_bytes: per weight, what building takes. label: tells groups of one stem apart.
     """
 

@@ -19,9 +19,9 @@ Tensor sum_of_squares(const Tensors& tensors, const Tensor& places, const Tensor
   for_each_chunk(work, [&](const Chunk& chunk, int64_t i) {
     sums[i] = kernels().sum_of_squares(tensors_at.at(chunk), work.run(chunk).count);
   });
-  double totals[kTotals] = {};
-  for (int64_t i = 0; i < work.size; ++i) totals[i % kTotals] += sums[i];
-  for (int width = kTotals; width > 1; width /= 2) add_halves(totals, width, 0, 1);
+  double totals[kNormTotals] = {};
+  for (int64_t i = 0; i < work.size; ++i) totals[i % kNormTotals] += sums[i];
+  for (int width = kNormTotals; width > 1; width /= 2) add_halves(totals, width, 0, 1);
   *static_cast<double*>(result.data_ptr()) = totals[0];
   return result;
 }

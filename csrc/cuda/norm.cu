@@ -25,19 +25,19 @@ __device__ void sum_tree(double* values, int width) {
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) chunk_squares_kernel(const __grid_constant__ Work work, double* sums) {
-  __shared__ double values[kLanes];
+  __shared__ double values[kNormLanes];
   double lanes[4];
   lane_sums<T>(work, blockIdx.x, threadIdx.x, lanes);
   for (int w = 0; w < 4; ++w) values[4 * threadIdx.x + w] = lanes[w];
-  sum_tree(values, kLanes);
+  sum_tree(values, kNormLanes);
   if (threadIdx.x == 0) sums[blockIdx.x] = values[0];
 }
 
-__global__ void __launch_bounds__(kTotals) total_kernel(const double* sums, int64_t count, double* total) {
-  __shared__ double values[kTotals];
+__global__ void __launch_bounds__(kNormTotals) total_kernel(const double* sums, int64_t count, double* total) {
+  __shared__ double values[kNormTotals];
   values[threadIdx.x] = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kTotals) values[threadIdx.x] += sums[i];
-  sum_tree(values, kTotals);
+  for (int64_t i = threadIdx.x; i < count; i += kNormTotals) values[threadIdx.x] += sums[i];
+  sum_tree(values, kNormTotals);
   if (threadIdx.x == 0) total[0] = values[0];
 }
 
@@ -62,8 +62,8 @@ Tensor sum_of_squares(const Tensors& tensors, const Tensor& places, const Tensor
     const Work work{data_of<int64_t>(table), n, data_of<Place>(places), data_of<Chunk>(chunks)};
     chunk_squares(work, tensors[0].scalar_type(), static_cast<double*>(sums.data_ptr()), blocks, device.stream());
   }
-  total_kernel<<<1, kTotals, 0, device.stream()>>>(data_of<double>(sums), chunks.size(0),
-                                                   static_cast<double*>(total.data_ptr()));
+  total_kernel<<<1, kNormTotals, 0, device.stream()>>>(data_of<double>(sums), chunks.size(0),
+                                                       static_cast<double*>(total.data_ptr()));
   PINS_LAUNCH_CHECK(total_kernel);
   return total;
 }

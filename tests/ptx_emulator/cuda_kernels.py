@@ -1,4 +1,4 @@
-"""csrc/cuda/update.cu from nvcc's PTX: its operators on CPU tensors, launched as the host code of update.cu does."""
+"""csrc/cuda from nvcc's PTX: its operators on CPU tensors, launched as their host code does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Key = tuple[str, ...]
 
 @cache
 def compiled(capability: int) -> dict[Key, module.Entry]:
-    """The kernels of update.cu."""
+    """The kernels of update.cu and norm.cu."""
     nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc is missing: csrc/cuda cannot be compiled")
@@ -39,8 +39,10 @@ def compiled(capability: int) -> dict[Key, module.Entry]:
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{include}"]
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (ROOT / "csrc").rglob("*.*") if "cpu" not in p.parts]
-    ptx = built(f"update-{capability}.ptx", sources, [nvcc, *flags, "-ptx", "csrc/cuda/update.cu"], ROOT)
-    entries = module.entries(ptx.read_text())
+    entries: dict[str, module.Entry] = {}
+    for stem in ("update", "norm"):
+        ptx = built(f"{stem}-{capability}.ptx", sources, [nvcc, *flags, "-ptx", f"csrc/cuda/{stem}.cu"], ROOT)
+        entries |= module.entries(ptx.read_text())
     names = subprocess.run(["c++filt"], input="\n".join(entries), capture_output=True, text=True, check=True).stdout
     return {_key(name): entry for entry, name in zip(entries.values(), names.split("\n"), strict=False)}
 
@@ -52,7 +54,7 @@ def _key(demangled: str) -> Key:
 
 
 class CudaKernels:
-    """masked_adamw_, masked_sgd_ and apply_mask_ of an architecture, for CPU tensors.
+    """masked_adamw_, masked_sgd_, apply_mask_ and sum_of_squares of an architecture, for CPU tensors.
 
     The checks of the host code are not made here.
     """
@@ -62,7 +64,7 @@ class CudaKernels:
 
     def register(self, library: torch.library.Library) -> None:
         """Make them the CPU's."""
-        for op in ("masked_adamw_", "masked_sgd_", "apply_mask_"):
+        for op in ("masked_adamw_", "masked_sgd_", "apply_mask_", "sum_of_squares"):
             library.impl(op, getattr(self, op), "CPU", allow_override=True)
 
     def _launch(self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges) -> None:
@@ -130,3 +132,18 @@ class CudaKernels:
         ranges = [extent(x) for x in (table, places, chunks, *params, *masks)]
         kind = "float" if params[0].dtype == torch.float32 else "BFloat16"
         self._launch(("apply_mask_kernel", kind), blob, len(chunks), THREADS, ranges)
+
+    def sum_of_squares(
+        self, tensors: list[Tensor], places: Tensor, chunks: Tensor, *, pointers: Tensor | None = None
+    ) -> Tensor:
+        sums = torch.empty(len(chunks), dtype=torch.float64)
+        total = torch.empty(1, dtype=torch.float64)
+        if len(chunks):
+            table = self._table(len(places), [tensors], pointers)
+            blob = struct.pack("<QqQQ", table.data_ptr(), len(tensors), places.data_ptr(), chunks.data_ptr())
+            ranges = [extent(x) for x in (table, places, chunks, *tensors, sums)]
+            key = ("chunk_squares_kernel", NAMES[tensors[0].dtype])
+            self._launch(key, blob + struct.pack("<Q", sums.data_ptr()), len(chunks), 128, ranges)
+        blob = struct.pack("<QqQ", sums.data_ptr(), len(chunks), total.data_ptr())
+        self._launch(("total_kernel",), blob, 1, 256, [extent(sums), extent(total)])
+        return total
