@@ -24,6 +24,8 @@ COMMANDS = {
     "plan": ("pins_ext.cli.plan", "what train would do: tensors, memory, schedule, conflicts"),
     "ablate": ("pins_ext.cli.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
     "diagnose": ("pins_ext.cli.diagnose", "how well first order predicts what pruning does to the loss"),
+    "export": ("pins_ext.cli.export", "a checkpoint in sparse form, small on disk, or dense again"),
+    "run": ("pins_ext.cli.run", "classify, tag, answer or generate with a pruned model, on its sparse weights"),
     "report": ("pins_ext.cli.report", "the HTML report of a run, or of several side by side"),
     "verify": ("pins_ext.cli.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.cli.doctor", "what this installation can do, and what falls back to what"),

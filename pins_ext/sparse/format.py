@@ -277,13 +277,7 @@ def _built(checkpoint: SparseCheckpoint) -> Any:
     from transformers.initialization import no_init_weights
 
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise SparseFormatError(
-            f"{checkpoint.folder / 'config.json'} names {names} as its class, which transformers doesn't have: "
-            f"build the model and pass it as model="
-        )
+    kind = model_class(config, checkpoint.folder)
     with no_init_weights():
         model = kind(config)
     model.tie_weights()
@@ -292,6 +286,28 @@ def _built(checkpoint: SparseCheckpoint) -> Any:
             checkpoint.folder, local_files_only=True
         )
     return model
+
+
+def model_class(config: Any, folder: Path) -> Any:
+    """The transformers class that a configuration names; code from elsewhere is never run.
+
+    Args:
+        config: of the model.
+        folder: where it was read, for the error.
+
+    Raises:
+        SparseFormatError: transformers doesn't have it.
+    """
+    import transformers
+
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise SparseFormatError(
+            f"{folder / 'config.json'} names {names} as its class, which transformers doesn't have: "
+            f"build the model and pass it as model="
+        )
+    return kind
 
 
 def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:

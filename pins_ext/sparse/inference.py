@@ -14,6 +14,11 @@ from pins_ext.sparse.linear import SparseLinear
 
 TOKENS = (1, 128)
 
+
+class NothingSparseError(ValueError):
+    """A model without a single layer that has enough zeros."""
+
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,7 +48,8 @@ def sparsify_for_inference(
         The model; `model.pins_calibration` holds what was measured (`pins_ext.sparse.calibration.Calibration`).
 
     Raises:
-        ValueError: options out of range, a model that is not on the CPU, or one without any layer with enough zeros.
+        ValueError: options out of range, or a model that is not on the CPU.
+        NothingSparseError: no layer has enough zeros.
     """
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
@@ -55,7 +61,7 @@ def sparsify_for_inference(
     model.eval()
     places, dense = _candidates(model, min_sparsity)
     if not places:
-        raise ValueError(
+        raise NothingSparseError(
             f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
             f"prune the model first, or lower min_sparsity"
         )

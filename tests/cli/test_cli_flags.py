@@ -194,5 +194,5 @@ def test_bad_input_is_one_clear_line(
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "did you mean train?" in capsys.readouterr().err
-    assert main(["prune"]) == 2
-    assert "unknown command 'prune'; there are train, plan, ablate" in capsys.readouterr().err
+    assert main(["wash"]) == 2
+    assert "unknown command 'wash'; there are train, plan, ablate" in capsys.readouterr().err

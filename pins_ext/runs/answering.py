@@ -1,0 +1,153 @@
+"""Texts through a model: what it says of each, for the kinds of head that `pins-ext train` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+KINDS = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "entities",
+    "ForQuestionAnswering": "questions",
+    "ForCausalLM": "generation",
+    "LMHeadModel": "generation",
+}
+"""End of a model's class name -> what it does."""
+
+MAX_ANSWER = 30
+N_BEST = 20
+
+
+class UnanswerableError(ValueError):
+    """A model of a kind, or a request, that can't be answered."""
+
+
+def kind_of(model: Any) -> str:
+    """ "classification", "entities", "questions" or "generation".
+
+    Raises:
+        UnanswerableError: none of them.
+    """
+    name = type(model).__name__
+    for end, kind in KINDS.items():
+        if name.endswith(end):
+            return kind
+    raise UnanswerableError(f"{name} is none of the models that can be run: {', '.join(KINDS)}")
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    pairs: Sequence[str] | None = None,
+    max_new_tokens: int = 40,
+) -> Iterator[dict[str, Any]]:
+    """What the model says of each text, as plain data.
+
+    Args:
+        model: of one of `KINDS`.
+        tokenizer: its tokenizer.
+        texts: one by one; the contexts for questions.
+        pairs: a second text for each, for tasks on pairs; the questions for questions.
+        max_new_tokens: how much to generate.
+
+    Yields:
+        classification: {"label", "score"}, or {"value"} for regression. entities: {"entities": [{"label", "text",
+        "start", "end", "score"}]}. questions: {"answer", "start", "end", "score"}. generation: {"text"}.
+
+    Raises:
+        UnanswerableError: a kind that needs `pairs` without them, or the other way round.
+    """
+    kind = kind_of(model)
+    if kind == "questions" and pairs is None:
+        raise UnanswerableError("a model for questions needs a question for each text")
+    if pairs is not None and kind in ("entities", "generation"):
+        raise UnanswerableError(f"a model for {kind} takes one text at a time, no pairs")
+    with torch.inference_mode():
+        if kind == "entities":
+            yield from _entities(model, tokenizer, texts)
+        elif kind == "generation":
+            yield from _generated(model, tokenizer, texts, max_new_tokens)
+        else:
+            for i, text in enumerate(texts):
+                pair = None if pairs is None else pairs[i]
+                if kind == "classification" or pair is None:
+                    yield _classified(model, tokenizer, text, pair)
+                else:
+                    yield _answered(model, tokenizer, text, pair)
+
+
+def _classified(model: Any, tokenizer: Any, text: str, pair: str | None) -> dict[str, Any]:
+    inputs = tokenizer(text, pair, truncation=True, return_tensors="pt")
+    logits = model(**inputs).logits[0].float()
+    if logits.numel() == 1:
+        return {"value": float(logits[0])}
+    if model.config.problem_type == "multi_label_classification":
+        scores = logits.sigmoid()
+        return {"labels": {model.config.id2label[i]: float(s) for i, s in enumerate(scores)}}
+    scores = logits.softmax(0)
+    best = int(scores.argmax())
+    return {"label": model.config.id2label[best], "score": float(scores[best])}
+
+
+def _entities(model: Any, tokenizer: Any, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    from transformers import pipeline
+
+    tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
+    for text in texts:
+        entities: list[Any] = tagger(text)
+        yield {
+            "entities": [
+                {
+                    "label": found["entity_group"],
+                    "text": text[found["start"] : found["end"]],
+                    "start": int(found["start"]),
+                    "end": int(found["end"]),
+                    "score": float(found["score"]),
+                }
+                for found in entities
+            ]
+        }
+
+
+def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[str, Any]:
+    """The likeliest span over all windows of the context (Devlin et al. 2019)."""
+    from pins_ext.tasks.families.questions import best_span
+
+    length = min(tokenizer.model_max_length, 512)
+    encoded = tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        max_length=length,
+        stride=length // 4,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        padding=True,
+        return_tensors="pt",
+    )
+    offsets = encoded.pop("offset_mapping")
+    encoded.pop("overflow_to_sample_mapping")
+    output = model(**encoded)
+    best: tuple[float, int, int] | None = None
+    for i in range(len(offsets)):
+        inside = torch.tensor([part == 1 for part in encoded.sequence_ids(i)])
+        places = torch.where(inside[:, None], offsets[i], -1).numpy()
+        start, end = output.start_logits[i].float().numpy(), output.end_logits[i].float().numpy()
+        span = best_span(start, end, places, N_BEST, MAX_ANSWER)
+        if span is not None and (best is None or span[0] > best[0]):
+            best = span
+    if best is None:
+        return {"answer": "", "start": 0, "end": 0, "score": float("-inf")}
+    return {"answer": context[best[1] : best[2]], "start": best[1], "end": best[2], "score": best[0]}
+
+
+def _generated(model: Any, tokenizer: Any, texts: Iterable[str], max_new_tokens: int) -> Iterator[dict[str, Any]]:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        yield {"text": tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)}

@@ -1,0 +1,179 @@
+"""`pins-ext export` and `pins-ext run`: each kind of model, both forms of checkpoint, bad requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_models import characters, decoder_config, word_pieces
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2LMHeadModel,
+)
+
+from pins_ext.cli.main import main
+from pins_ext.sparse.format import load_sparse
+from pins_ext.sparse.linear import SparseLinear
+
+
+def pruned(model: nn.Module) -> Any:
+    torch.manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            weight.data[torch.rand(weight.shape) < 0.9] = 0
+    return model
+
+
+def config(**changes: Any) -> BertConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertConfig(vocab_size=len(word_pieces()), max_position_embeddings=64, **sizes, **changes)
+
+
+MODELS = {
+    "classification": lambda: BertForSequenceClassification(config(id2label={0: "no", 1: "yes"})),
+    "regression": lambda: BertForSequenceClassification(config(num_labels=1)),
+    "entities": lambda: BertForTokenClassification(config(id2label={0: "O", 1: "B-PLACE", 2: "I-PLACE"})),
+    "questions": lambda: BertForQuestionAnswering(config()),
+    "generation": lambda: GPT2LMHeadModel(decoder_config()),
+}
+
+
+def saved(kind: str, folder: Path) -> Path:
+    torch.manual_seed(1)
+    pruned(MODELS[kind]()).save_pretrained(folder)
+    (characters() if kind == "generation" else word_pieces()).save_pretrained(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["run", *map(str, argv), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_sparse_and_dense_answer_alike(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(kind, tmp_path / "dense")
+    texts = ["--text", "a cab in a bag", "--text", "an odd day. what a day"]
+    if kind == "questions":
+        texts += ["--pair", "what is in a bag?", "--pair", "what day?"]
+    dense = run(capsys, folder, *texts, "--dense")
+    assert len(dense) == 2
+    assert main(["export", str(folder)]) == 0
+    for form in (folder, tmp_path / "dense.sparse"):
+        for found, expected in zip(run(capsys, form, *texts, "--min-sparsity", "0.5"), dense, strict=True):
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert found[key] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value) or (
+                    key == "entities" and [e | {"score": 0} for e in found[key]] == [e | {"score": 0} for e in value]
+                )
+
+
+def test_what_people_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    assert main(["run", str(folder), "--text", "a cab", "--pair", "a bag", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "sparse or dense, measured" in said
+    assert "yes (0." in said or "no (0." in said
+    assert "1 text in " in said
+    (tmp_path / "texts.txt").write_text("a cab\ta bag\n\na day\ta bad day\n")
+    assert len(run(capsys, folder, "--file", tmp_path / "texts.txt")) == 2
+
+
+def test_export_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    assert main(["export", str(folder), "--output-dir", str(tmp_path / "small")]) == 0
+    said = capsys.readouterr().out
+    assert "pruned tensors: " in said
+    assert all(f"\n{word}" in said for word in ("dense", "sparse", "floor", "written"))
+    assert main(["export", str(tmp_path / "small"), "--format", "dense", "--output-dir", str(tmp_path / "back")]) == 0
+    before = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {f.name for f in (tmp_path / "back").iterdir()} == {f.name for f in folder.iterdir()}
+
+
+def test_export_changes_dtype_and_values_when_asked(tmp_path: Path) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    assert main(["export", str(folder), "--dtype", "bfloat16", "--int8", "--output-dir", str(tmp_path / "small")]) == 0
+    assert {p.dtype for p in load_sparse(tmp_path / "small").parameters()} == {torch.bfloat16}
+    again = ["export", str(tmp_path / "small"), "--format", "dense", "--dtype", "float16"]
+    assert main([*again, "--output-dir", str(tmp_path / "half")]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype="auto")
+    assert model.dtype == torch.float16
+
+
+def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts.txt").write_text("a\tb\nc\n")
+    assert "is no folder: name one that train" in refused(capsys, "export", tmp_path / "none")
+    assert "holds no checkpoint: it has neither config.json nor" in refused(capsys, "export", tmp_path / "empty")
+    assert "exists: choose another --output-dir" in refused(capsys, "export", folder, "--output-dir", tmp_path)
+    assert "is the checkpoint itself" in refused(capsys, "export", folder, "--output-dir", folder, "--overwrite")
+    assert "--int8 is for --format sparse" in refused(capsys, "export", folder, "--format", "dense", "--int8")
+    assert "give texts with --text, or with --file" in refused(capsys, "run", folder)
+    assert "one --pair for each --text" in refused(capsys, "run", folder, "--text", "a", "--pair", "a", "--pair", "b")
+    assert "every line must hold one text, or" in refused(capsys, "run", folder, "--file", tmp_path / "texts.txt")
+    assert "between 0 and 1, got 90" in refused(capsys, "run", folder, "--text", "a", "--min-sparsity", 90)
+    assert "--threads must be at least 1" in refused(capsys, "run", folder, "--text", "a", "--threads", 0)
+    questions = saved("questions", tmp_path / "questions")
+    assert "needs a question for each text" in refused(capsys, "run", questions, "--text", "a")
+    entities = saved("entities", tmp_path / "entities")
+    assert "takes one text at a time" in refused(capsys, "run", entities, "--text", "a", "--pair", "b")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    assert main(["export", str(folder)]) == 0
+    (shard,) = (tmp_path / "dense.sparse").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    assert "is damaged" in refused(capsys, "run", tmp_path / "dense.sparse", "--text", "a")
+    head = folder / "model.safetensors"
+    head.write_bytes(head.read_bytes()[:-100])
+    assert "can't be loaded" in refused(capsys, "run", folder, "--text", "a")
+
+
+def test_a_model_that_is_not_pruned_runs_densely_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BertForSequenceClassification(config()).save_pretrained(tmp_path / "dense")
+    word_pieces().save_pretrained(tmp_path / "dense")
+    assert main(["run", str(tmp_path / "dense"), "--text", "a"]) == 0
+    assert "computed densely: no linear layer has 70% zeros" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "dense")]) == 0
+    assert "note: no tensor has enough zeros" in capsys.readouterr().out
+
+
+def test_run_computes_on_sparse_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    calls: list[int] = []
+    forward = SparseLinear.forward
+    monkeypatch.setattr("pins_ext.sparse.inference.measure", lambda *_: ((2.0, 2.0), (1.0, 1.0)))
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    run(capsys, folder, "--text", "a cab")
+    assert len(calls) >= 6
+    calls.clear()
+    run(capsys, folder, "--text", "a cab", "--dense")
+    assert calls == []
