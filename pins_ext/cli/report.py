@@ -8,8 +8,9 @@ from pathlib import Path
 from pins_ext.files.atomic import SaveError, write_file
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.folder import results_in
-from pins_ext.runs.html import REPORT, RecordError, read_record, render
+from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.options import Parser
+from pins_ext.runs.record import RecordError, read_record
 
 _ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pins_ext.runs.record import Entry, RunRecord
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -56,7 +58,7 @@ class Picture:
     svg: str
 
 
-def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
+def pictures(records: Sequence[RunRecord]) -> list[Picture]:
     """Every picture these runs have data for: sparsity, loss, evaluations, threshold, churn, sparsity per tensor."""
     drawn = [
         _lines(
@@ -76,10 +78,10 @@ def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
 
 
 def _lines(
-    records: Sequence[dict[str, Any]],
+    records: Sequence[RunRecord],
     title: str,
     caption: str,
-    draw: Callable[[Axes, dict[str, Any], str], bool],
+    draw: Callable[[Axes, RunRecord, str], bool],
 ) -> Picture | None:
     """One chart over steps with a line per run; None when no run has anything to draw."""
 
@@ -96,68 +98,66 @@ def _lines(
     return Picture(title, caption, svg) if svg else None
 
 
-def _series(record: dict[str, Any], part: str, key: str) -> tuple[list[int], list[float]]:
-    points = [(entry["step"], entry[key]) for entry in record.get(part, ()) if entry.get(key) is not None]
+def _series(entries: Sequence[Entry], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the entries that have one of this name."""
+    points = [(entry["step"] or 0, value) for entry in entries if (value := entry.get(name)) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _draw_sparsity(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, achieved = _series(record, "masks", "sparsity")
+def _draw_sparsity(axes: Axes, record: RunRecord, color: str) -> bool:
+    steps, achieved = _series(record.masks, "sparsity")
     if not steps:
         return False
-    axes.plot(steps, achieved, color=color, label=record["label"], marker="o", markersize=4, linewidth=1.6, alpha=0.75)
-    axes.plot(*_series(record, "schedule", "target_sparsity"), color=_INK, linestyle=(0, (1, 2)), linewidth=1)
+    axes.plot(steps, achieved, color=color, label=record.label, marker="o", markersize=4, linewidth=1.6, alpha=0.75)
+    axes.plot(*_series(record.schedule, "target_sparsity"), color=_INK, linestyle=(0, (1, 2)), linewidth=1)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_ylim(0, 1)
     return True
 
 
-def _draw_loss(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, loss = _series(record, "history", "loss")
-    axes.plot(steps, loss, color=color, label=record["label"], marker="o" if len(steps) == 1 else "", markersize=4)
+def _draw_loss(axes: Axes, record: RunRecord, color: str) -> bool:
+    steps, loss = _series(record.history, "loss")
+    axes.plot(steps, loss, color=color, label=record.label, marker="o" if len(steps) == 1 else "", markersize=4)
     axes.set_ylim(bottom=0)
     return bool(steps)
 
 
-def _draw_evaluation(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    metric = record.get("final", {}).get("metric")
-    points = [entry for entry in record.get("evaluations", ()) if entry.get(metric) is not None]
-    if len(points) < 2:
+def _draw_evaluation(axes: Axes, record: RunRecord, color: str) -> bool:
+    metric = record.final.metric
+    steps, scores = _series(record.evaluations, metric)
+    if len(steps) < 2:
         return False
-    axes.plot(
-        [p["step"] for p in points], [p[metric] for p in points], color=color, linewidth=1.2, label=record["label"]
-    )
-    for point in points:
-        fill = color if point.get("at_target", True) else "white"
-        axes.plot(point["step"], point[metric], "o", color=color, markerfacecolor=fill, markersize=4.5)
+    axes.plot(steps, scores, color=color, linewidth=1.2, label=record.label)
+    at_target = [entry.get("at_target", True) for entry in record.evaluations if entry.get(metric) is not None]
+    for step, score, there in zip(steps, scores, at_target, strict=True):
+        axes.plot(step, score, "o", color=color, markerfacecolor=color if there else "white", markersize=4.5)
     axes.set_ylabel(metric.removeprefix("eval_"))
     return True
 
 
-def _draw_threshold(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, threshold = _series(record, "masks", "threshold")
+def _draw_threshold(axes: Axes, record: RunRecord, color: str) -> bool:
+    steps, threshold = _series(record.masks, "threshold")
     positive = [(step, value) for step, value in zip(steps, threshold, strict=True) if 0 < value < float("inf")]
     if not positive:
         return False
-    axes.plot([s for s, _ in positive], [v for _, v in positive], color=color, label=record["label"])
+    axes.plot([s for s, _ in positive], [v for _, v in positive], color=color, label=record.label)
     axes.set_yscale("log")
     return True
 
 
-def _draw_churn(axes: Axes, record: dict[str, Any], color: str) -> bool:
-    steps, churn = _series(record, "masks", "churn")
+def _draw_churn(axes: Axes, record: RunRecord, color: str) -> bool:
+    steps, churn = _series(record.masks, "churn")
     if not any(churn):
         return False
-    axes.plot(steps, churn, color=color, label=record["label"], marker="o", markersize=3, linewidth=1.2)
+    axes.plot(steps, churn, color=color, label=record.label, marker="o", markersize=3, linewidth=1.2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set_ylim(bottom=0)
     return True
 
 
-def _tensors(record: dict[str, Any]) -> Picture | None:
+def _tensors(record: RunRecord) -> Picture | None:
     """Sparsity per tensor: a map of layer by kind where the names are numbered, bars otherwise."""
-    tensors = record.get("final", {}).get("tensors") or {}
-    shares = {name: t["zeros"] / t["weights"] for name, t in tensors.items() if t["weights"]}
+    shares = {name: tensor.sparsity for name, tensor in record.final.tensors.items() if tensor.weights}
     if not shares:
         return None
     numbered = {name: re.search(r"\.(\d+)\.", name) for name in shares}
@@ -166,11 +166,11 @@ def _tensors(record: dict[str, Any]) -> Picture | None:
         layers = sorted({int(match[1]) for match in numbered.values() if match})
         cells = {(_kind(name), int(match[1])): shares[name] for name, match in numbered.items() if match}
         size = (_WIDTH, 0.9 + 0.3 * len(kinds))
-        svg = _svg(lambda figure: _draw_map(figure, cells, kinds, layers), size, record["label"])
+        svg = _svg(lambda figure: _draw_map(figure, cells, kinds, layers), size, record.label)
     else:
         size = (_WIDTH, 0.8 + 0.2 * len(shares))
-        svg = _svg(lambda figure: _draw_bars(figure, shares), size, record["label"])
-    title = f"Sparsity per tensor, {record['label']}"
+        svg = _svg(lambda figure: _draw_bars(figure, shares), size, record.label)
+    title = f"Sparsity per tensor, {record.label}"
     return Picture(title, "Darker: more of the tensor was pruned.", svg) if svg else None
 
 

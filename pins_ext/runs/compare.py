@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -13,6 +12,7 @@ from pins_ext.files.atomic import write_file
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.folder import RunFolder, is_result
 from pins_ext.runs.html import REPORT, render
+from pins_ext.runs.record import RunRecord
 from pins_ext.runs.request import Request
 from pins_ext.runs.run import finished, run
 from pins_ext.runs.summary import print_summary
@@ -31,7 +31,7 @@ def compare(request: Request, console: Console) -> None:
     for each in requests.values():
         RunFolder(Path(each.run.output_dir).absolute(), each.overwrite).check(resume=each.resume is not None)
     console.print(f"{len(requests)} runs with the same budget: {', '.join(each.label for each in requests.values())}")
-    records: list[dict[str, Any]] = []
+    records: list[RunRecord] = []
     task: Task | None = None
     for each in requests.values():
         record = finished(each)

@@ -30,7 +30,7 @@ from pins_ext.files.atomic import (
     written_aside,
 )
 from pins_ext.runs.errors import UsageError
-from pins_ext.runs.html import RECORD, RecordError, read_record
+from pins_ext.runs.record import RECORD, RecordError, read_record
 
 if TYPE_CHECKING:
     from pins_ext.runs.request import Request
@@ -214,7 +214,7 @@ def results_in(folder: Path) -> list[Path]:
     for places in _PLACES:
         inner = [each for place in places for each in folder.glob(place) if is_result(each)]
         if inner:
-            return sorted(inner, key=lambda each: str(read_record(each)["created"]))
+            return sorted(inner, key=lambda each: read_record(each).created)
     return [folder]
 
 

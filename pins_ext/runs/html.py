@@ -6,41 +6,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from pins_ext.runs.charts import pictures
+from pins_ext.runs.record import RunRecord
 
-RECORD = "metrics.json"
 REPORT = "report.html"
-FORMAT = "pins-ext run"
 NOTHING = "\N{EN DASH}"
 
 
-class RecordError(ValueError):
-    """A folder holds no readable record of a run."""
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record (metrics.json) of a run.
-
-    Raises:
-        RecordError: there is none, or it was not written by this software.
-    """
-    file = folder / RECORD if folder.is_dir() else folder
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{folder} is not the folder of a run: it has no {RECORD}") from error
-    except ValueError as error:
-        raise RecordError(f"{file} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise RecordError(f"{file} was not written by pins-ext train")
-    return record
-
-
-def render(records: Sequence[dict[str, Any]], title: str | None = None) -> str:
+def render(records: Sequence[RunRecord], title: str | None = None) -> str:
     """The report as HTML text.
 
     Args:
@@ -53,7 +30,7 @@ def render(records: Sequence[dict[str, Any]], title: str | None = None) -> str:
         f"<figure><figcaption><b>{escape(p.title)}</b><span>{escape(p.caption)}</span></figcaption>{p.svg}</figure>"
         for p in pictures(records)
     )
-    notes = [*filter(None, [standard_error(records)]), *(note for r in records for note in r.get("notes", ()))]
+    notes = [*filter(None, [standard_error(records)]), *(note for r in records for note in r.notes)]
     body = [
         f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(records))}</p></header>",
         _tiles(records[0]) if len(records) == 1 else "",
@@ -69,13 +46,12 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NOTHING if share is None else f"{100 * share:.{digits}f} %"
 
 
-def standard_error(records: Sequence[dict[str, Any]]) -> str:
+def standard_error(records: Sequence[RunRecord]) -> str:
     """How far an accuracy may be off, being measured on so many examples; nothing for other metrics."""
     errors, sizes = [], set()
     for record in records:
-        score = record["final"].get("metrics", {}).get("eval_accuracy")
-        n = record.get("data", {}).get("examples", {}).get("validation")
-        if record["final"].get("metric") != "eval_accuracy" or score is None or not n:
+        score, n = record.final.score, record.data.examples.get("validation")
+        if record.final.metric != "eval_accuracy" or score is None or not 0 <= score <= 1 or not n:
             return ""
         errors.append(f"{100 * math.sqrt(score * (1 - score) / n):.1f}")
         sizes.add(n)
@@ -86,73 +62,71 @@ def standard_error(records: Sequence[dict[str, Any]]) -> str:
     return f"{sizes.pop():,} validation examples: an accuracy has a standard error of {size} points (binomial)"
 
 
-def _distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _distinct(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Runs with the same label get a number, so that a legend tells them apart."""
-    labels = [record.get("label", "run") for record in records]
+    labels = [record.label for record in records]
     seen: dict[str, int] = {}
     distinct = []
     for record, label in zip(records, labels, strict=True):
         seen[label] = seen.get(label, 0) + 1
-        distinct.append({**record, "label": f"{label} ({seen[label]})" if labels.count(label) > 1 else label})
+        distinct.append(replace(record, label=f"{label} ({seen[label]})" if labels.count(label) > 1 else label))
     return distinct
 
 
-def _heading(records: Sequence[dict[str, Any]]) -> str:
+def _heading(records: Sequence[RunRecord]) -> str:
     if len(records) == 1:
-        return f"{records[0]['label']} on {records[0].get('data', {}).get('task', 'a task')}"
-    tasks = dict.fromkeys(record.get("data", {}).get("task", "a task") for record in records)
+        return f"{records[0].label} on {records[0].data.task}"
+    tasks = dict.fromkeys(record.data.task for record in records)
     return f"{len(records)} runs on {', '.join(tasks)}"
 
 
-def _subtitle(records: Sequence[dict[str, Any]]) -> str:
-    models = dict.fromkeys(record.get("model", {}).get("name", "a model") for record in records)
-    dates = sorted(record.get("created", "")[:10] for record in records)
-    versions = dict.fromkeys(record.get("versions", {}).get("pins_ext", "") for record in records)
+def _subtitle(records: Sequence[RunRecord]) -> str:
+    models = dict.fromkeys(record.model.name for record in records)
+    dates = sorted(record.created[:10] for record in records)
+    versions = dict.fromkeys(record.versions.get("pins_ext", "") for record in records)
     return " · ".join(filter(None, [", ".join(models), dates[-1], f"pins_ext {', '.join(versions)}"]))
 
 
-def _tiles(record: dict[str, Any]) -> str:
-    final, data, timings = record["final"], record.get("data", {}), record.get("timings", {})
-    metric = final.get("metric")
+def _tiles(record: RunRecord) -> str:
+    final, data, timings = record.final, record.data, record.timings
     tiles = []
-    if metric and metric in final.get("metrics", {}):
-        baseline = data.get("baseline", {}).get(metric)
-        below = "" if baseline is None else f"{data['baseline_name']} {_number(baseline)}"
-        tiles.append((_number(final["metrics"][metric]), metric.removeprefix("eval_"), below))
-    if final.get("weights"):
-        zeros = f"{final['zeros']:,} of {final['weights']:,} weights are zero"
-        tiles.append((percent(final["zeros"] / final["weights"], 2), "sparsity", zeros))
-    tiles.append((f"{record['total_steps']:,}", "steps", f"{timings.get('train_seconds', 0):.0f} s of training"))
-    if timings.get("pruning_share") is not None:
-        each = f"{timings['pruning_ms']:.1f} of {timings['step_ms']:.0f} ms"
-        tiles.append((percent(timings["pruning_share"]), "of a step is pruning", each))
+    if final.metric in final.metrics:
+        baseline = data.baseline.get(final.metric)
+        below = "" if baseline is None else f"{data.baseline_name} {_number(baseline)}"
+        tiles.append((_number(final.score), final.metric.removeprefix("eval_"), below))
+    if final.sparsity is not None:
+        zeros = f"{final.zeros:,} of {final.weights:,} weights are zero"
+        tiles.append((percent(final.sparsity, 2), "sparsity", zeros))
+    tiles.append((f"{record.total_steps:,}", "steps", f"{timings.train_seconds:.0f} s of training"))
+    if timings.pruning_share is not None:
+        each = f"{timings.pruning_ms or 0:.1f} of {timings.step_ms or 0:.0f} ms"
+        tiles.append((percent(timings.pruning_share), "of a step is pruning", each))
     cells = "".join(
         f"<div><b>{escape(a)}</b><span>{escape(b)}</span><small>{escape(c)}</small></div>" for a, b, c in tiles
     )
     return f'<div class="tiles">{cells}</div>'
 
 
-def _results(records: Sequence[dict[str, Any]]) -> str:
-    mains = [r["final"].get("metric") for r in records]
-    found = dict.fromkeys(name for r in records for name in r["final"].get("metrics", {}) if _shown(name))
+def _results(records: Sequence[RunRecord]) -> str:
+    mains = [record.final.metric for record in records]
+    found = dict.fromkeys(name for record in records for name in record.final.metrics if _shown(name))
     names = sorted(found, key=lambda name: name not in mains)
     head = ["run", *(name.removeprefix("eval_") for name in names), "sparsity", "zeros", "ms per step", "pruning"]
     rows = []
     for record in records:
-        final, timings = record["final"], record.get("timings", {})
-        weights = final.get("weights")
+        final, timings = record.final, record.timings
         rows.append(
             [
-                record["label"],
-                *(_number(final["metrics"].get(name)) for name in names),
-                percent(final["zeros"] / weights, 2) if weights else "dense",
-                f"{final['zeros']:,}" if weights else NOTHING,
-                f"{timings['step_ms']:.0f}" if timings.get("step_ms") else NOTHING,
-                percent(timings.get("pruning_share")),
+                record.label,
+                *(_number(final.metrics.get(name)) for name in names),
+                "dense" if final.sparsity is None else percent(final.sparsity, 2),
+                f"{final.zeros:,}" if final.weights else NOTHING,
+                NOTHING if timings.step_ms is None else f"{timings.step_ms:.0f}",
+                percent(timings.pruning_share),
             ]
         )
-    for data in {r["data"]["task"]: r["data"] for r in records if r.get("data", {}).get("baseline")}.values():
-        row = [data["baseline_name"], *(_number(data["baseline"].get(name)) for name in names)]
+    for data in {record.data.task: record.data for record in records if record.data.baseline}.values():
+        row = [data.baseline_name, *(_number(data.baseline.get(name)) for name in names)]
         rows.append([*row, *[NOTHING] * (len(head) - len(row))])
     return _table(head, rows)
 
@@ -161,28 +135,23 @@ def _shown(metric: str) -> bool:
     return not metric.endswith(("runtime", "per_second", "epoch", "preparation_time", "sparsity"))
 
 
-def _details(record: dict[str, Any]) -> str:
+def _details(record: RunRecord) -> str:
     """Settings, tensors and versions of a run, folded away."""
-    config = record.get("config", {})
     parts = []
-    for part in ("task", "pruning", "self_regularization", "training"):
-        values = config.get(part)
-        if values:
-            rows = [
-                [key.replace("_", "-"), _plain(value)]
-                for key, value in values.items()
-                if value not in (None, "", [], {})
-            ]
-            parts.append(f"<h3>{escape(part.replace('_', '-'))}</h3>{_table(['setting', 'value'], rows)}")
-    tensors = record["final"].get("tensors") or {}
-    if tensors:
+    for part, values in asdict(record.config).items():
         rows = [
-            [name, f"{t['weights']:,}", f"{t['zeros']:,}", percent(t["zeros"] / t["weights"], 2)]
-            for name, t in tensors.items()
+            [name.replace("_", "-"), _plain(value)] for name, value in values.items() if value not in (None, "", [], {})
+        ]
+        if rows:
+            parts.append(f"<h3>{escape(part.replace('_', '-'))}</h3>{_table(['setting', 'value'], rows)}")
+    if tensors := record.final.tensors:
+        rows = [
+            [name, f"{tensor.weights:,}", f"{tensor.zeros:,}", percent(tensor.sparsity, 2)]
+            for name, tensor in tensors.items()
         ]
         parts.append(f"<h3>tensors</h3>{_table(['name', 'weights', 'zeros', 'sparsity'], rows)}")
-    versions = " · ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-    summary = f"Everything about {escape(record['label'])}"
+    versions = " · ".join(f"{name} {version}" for name, version in record.versions.items())
+    summary = f"Everything about {escape(record.label)}"
     return f"<details><summary>{summary}</summary>{''.join(parts)}<p>{escape(versions)}</p></details>"
 
 
@@ -190,7 +159,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return NOTHING
     return f"{value:.4f}" if isinstance(value, float) else str(value)

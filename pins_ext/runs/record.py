@@ -2,167 +2,244 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import platform
-import resource
-import sys
-from collections.abc import Iterable
-from datetime import datetime, timezone
-from importlib import metadata
-from importlib.util import find_spec
-from typing import Any, cast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from pins_ext.files.plain import PlainError, plain, typed
 
-from pins_ext import __version__
-from pins_ext.integrations.callback import MASK_ENTRY
-from pins_ext.integrations.timing import plain_step_seconds
-from pins_ext.runs.html import FORMAT
-from pins_ext.runs.prepare import Prepared
+RECORD = "metrics.json"
+FORMAT = "pins-ext run"
+VERSION = 1
 
-_HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "target_sparsity", "nan")
-_MASKS = ("target_sparsity", "threshold", "churn")
-_SCHEDULE_POINTS = 200
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "numpy")
+Entry = Mapping[str, float | None]
+"""What was logged at a step, by name; one of the names is `step`."""
 
 
-def make_record(prepared: Prepared, metrics: dict[str, float], train_seconds: float) -> dict[str, Any]:
-    """Everything about a finished run, as JSON takes it.
+class RecordError(ValueError):
+    """A folder holds no readable record of a run."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that was trained.
+
+    Attributes:
+        name: as it was asked for.
+        kind: its class.
+        auto_class: the class of transformers that loads it.
+        dtype: of its parameters.
+    """
+
+    name: str = "a model"
+    kind: str = field(default="", metadata={"key": "class"})
+    auto_class: str = "AutoModelForSequenceClassification"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What it was trained on.
+
+    Attributes:
+        task: as in --task, or "files".
+        source: where the data comes from.
+        licence: its terms.
+        examples: how many each split has.
+        labels: class names by id.
+        baseline: metrics of a prediction that needs no model.
+        baseline_name: what that prediction does.
+    """
+
+    task: str = "a task"
+    source: str = ""
+    licence: str = ""
+    examples: Mapping[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    baseline: Mapping[str, float | None] = field(default_factory=dict)
+    baseline_name: str = "baseline"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, by name.
+
+    Attributes:
+        task: the data and how it is read.
+        pruning: a PruneConfig's fields; empty for a dense run.
+        self_regularization: a SelfRegularizer's plan; empty without one.
+        training: the optimizer and the Trainer's arguments.
+    """
+
+    task: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    self_regularization: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One pruned tensor: how many weights it has, how many of them are zero, its shape."""
+
+    weights: int
+    zeros: int
+    shape: tuple[int, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that is zero."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Final:
+    """The final model.
+
+    Attributes:
+        metric: the main one, as in `metrics`.
+        greater_is_better: its direction.
+        points: what one unit of it is in points.
+        metrics: eval_* and, where a test set was evaluated, test_*; None stands for NaN.
+        weights: prunable ones; 0 for a dense run.
+        zeros: how many of them are zero.
+        kept: how many the masks keep.
+        threshold: the last one, a score.
+        tensors: the pruned tensors by name.
+    """
+
+    metric: str
+    greater_is_better: bool = True
+    points: float = 100.0
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    weights: int = 0
+    zeros: int = 0
+    kept: int = 0
+    threshold: float | None = None
+    tensors: Mapping[str, TensorFacts] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float | None:
+        """The main metric."""
+        return self.metrics.get(self.metric)
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the prunable weights that is zero; None for a dense run."""
+        return self.zeros / self.weights if self.weights else None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What it took.
+
+    Attributes:
+        train_seconds: wall time of training, evaluations included.
+        steps_timed: the number of steps that the means are of.
+        peak_memory_mb: the largest resident set of the process, in MiB.
+        step_ms: mean of a step; None where none was timed.
+        optimizer_ms: mean of the optimizer in it.
+        pruning_ms: mean of pruning in it; None for a dense run.
+        pruning_share: the same as a share of the step.
+    """
+
+    train_seconds: float = 0.0
+    steps_timed: int = 0
+    peak_memory_mb: float | None = None
+    step_ms: float | None = None
+    optimizer_ms: float | None = None
+    pruning_ms: float | None = None
+    pruning_share: float | None = None
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """Where it was trained: platform, device, CPU threads, instruction set of the CPU kernels."""
+
+    platform: str = ""
+    device: str = ""
+    threads: int = 0
+    cpu_kernels: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything about a finished run.
+
+    Attributes:
+        format: says that the file is this software's.
+        version: of the format.
+        label: the run's name in tables and pictures.
+        created: when, in ISO 8601.
+        total_steps: optimizer steps made.
+        planned_steps: optimizer steps asked for.
+        flags: of the command, as they were typed or stood in files.
+        schedule: `target_sparsity` of some steps.
+        history: what was logged while training.
+        masks: one entry per new mask.
+        evaluations: metrics on the way, and whether the model was `at_target`.
+        versions: of the software, by package.
+        notes: what a reader of the results should know.
+
+    The attributes that are classes of their own are described there.
+
+    Raises:
+        PlainError: an entry of a step that names no step.
+    """
+
+    format: str = FORMAT
+    version: int = VERSION
+    label: str = "run"
+    created: str = ""
+    model: ModelFacts = field(default_factory=ModelFacts)
+    data: DataFacts = field(default_factory=DataFacts)
+    total_steps: int = 0
+    planned_steps: int = 0
+    flags: tuple[str, ...] = ()
+    config: Settings = field(default_factory=Settings)
+    schedule: tuple[Entry, ...] = ()
+    history: tuple[Entry, ...] = ()
+    masks: tuple[Entry, ...] = ()
+    evaluations: tuple[Entry, ...] = ()
+    final: Final
+    timings: Timings = field(default_factory=Timings)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: MachineFacts = field(default_factory=MachineFacts)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part in ("schedule", "history", "masks", "evaluations"):
+            if any(entry.get("step") is None for entry in getattr(self, part)):
+                raise PlainError(f"an entry of {part} has no step")
+
+
+def as_read(record: RunRecord) -> RunRecord:
+    """The record as it will come back from its file, which knows no NaN."""
+    return typed(RunRecord, plain(record), "the record")
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a run.
 
     Args:
-        metrics: of the final model, eval_* and test_*. train_seconds: wall time of training, evaluations included.
+        folder: of its result, or the record's file.
+
+    Raises:
+        RecordError: there is none, or it was not written by this software.
     """
-    request, task, trainer = prepared.request, prepared.task, prepared.trainer
-    log = trainer.state.log_history
-    baseline = task.baseline()
-    return _strict(
-        {
-            "format": FORMAT,
-            "version": 1,
-            "label": request.label,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "model": {
-                "name": prepared.model_name,
-                "class": type(trainer.model).__name__,
-                "auto_class": task.auto_class,
-                "dtype": request.run.dtype,
-            },
-            "data": {
-                "task": task.name,
-                "source": task.source,
-                "licence": task.licence,
-                "examples": task.sizes(),
-                "labels": list(task.label_names),
-                "baseline": {f"eval_{name}": value for name, value in baseline.items()},
-                "baseline_name": task.baseline_name,
-            },
-            "total_steps": trainer.state.global_step,
-            "planned_steps": prepared.total_steps,
-            "flags": list(request.tokens),
-            "config": _settings(prepared),
-            "schedule": _schedule(prepared),
-            "history": [_chosen(entry, _HISTORY) for entry in log if "loss" in entry],
-            "masks": [{"sparsity": e[MASK_ENTRY], **_chosen(e, _MASKS)} for e in log if MASK_ENTRY in e],
-            "evaluations": [
-                _chosen(entry, ("at_target", *(name for name in entry if name.startswith("eval_"))))
-                for entry in log
-                if "eval_loss" in entry
-            ],
-            "final": {
-                "metric": f"eval_{task.main_metric}",
-                "greater_is_better": task.greater_is_better,
-                "points": task.points,
-                "metrics": metrics,
-                **_sparsity(prepared),
-            },
-            "timings": _timings(prepared, train_seconds),
-            "versions": {
-                "pins_ext": __version__,
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in _PACKAGES if find_spec(name)},
-            },
-            "machine": {
-                "platform": platform.platform(),
-                "device": str(trainer.args.device),
-                "threads": torch.get_num_threads(),
-                "cpu_kernels": torch.ops.pins_ext.cpu_capability(),
-            },
-            "notes": prepared.notes,
-        }
-    )
-
-
-def _chosen(entry: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {"step": entry["step"], **{name: entry[name] for name in names if name in entry}}
-
-
-def _schedule(prepared: Prepared) -> list[dict[str, Any]]:
-    """The sparsity that was asked for after each step, in enough points to draw it."""
-    pruner = prepared.pins.pruner
-    if pruner is None:
-        return []
-    total = pruner.schedule.total
-    steps = [*range(0, total, max(1, total // _SCHEDULE_POINTS)), total - 1]
-    return [{"step": t + 1, "target_sparsity": 1 - pruner.schedule.remaining_ratio(t)} for t in steps]
-
-
-def _settings(prepared: Prepared) -> dict[str, Any]:
-    request, regularizer = prepared.request, prepared.pins.self_regularizer
-    return {
-        "task": {name: value for name, value in dataclasses.asdict(request.task).items() if value is not None},
-        "pruning": request.pruning.to_dict() if request.pruning is not None else {},
-        "self_regularization": regularizer.plan() if regularizer is not None else {},
-        "training": {"optimizer": request.run.optimizer, **request.training},
-    }
-
-
-def _sparsity(prepared: Prepared) -> dict[str, Any]:
-    """Zeros overall and per tensor of the final model."""
-    pruner, final = prepared.pins.pruner, prepared.pins.final
-    if pruner is None or final is None:
-        return {"weights": 0, "zeros": 0, "kept": 0, "tensors": {}}
-    tensors = {
-        name: {"weights": p.numel(), "zeros": p.numel() - int(torch.count_nonzero(p)), "shape": list(p.shape)}
-        for name, p in zip(pruner.names, pruner.parameters, strict=True)
-    }
-    threshold = prepared.pins.stats()["threshold"]
-    return {**{name: final[name] for name in ("weights", "zeros", "kept")}, "threshold": threshold, "tensors": tensors}
-
-
-def _timings(prepared: Prepared, train_seconds: float) -> dict[str, Any]:
-    """Mean milliseconds of a step, of the optimizer in it, and of pruning; its share of the step.
-
-    With a fused optimizer pruning is what its step costs more than the plain optimizer's, measured on copies of the
-    weights after training; with hooks it is timed by itself.
-    """
-    timer, trainer = prepared.timer, prepared.trainer
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    timings: dict[str, Any] = {
-        "train_seconds": train_seconds,
-        "steps_timed": timer.steps,
-        "peak_memory_mb": usage / 2**20,
-    }
-    if not timer.steps:
-        return timings
-    step, optimizer = timer.seconds / timer.steps, timer.optimizer_seconds / timer.steps
-    timings |= {"step_ms": 1e3 * step, "optimizer_ms": 1e3 * optimizer}
-    if prepared.pins.pruner is not None:
-        outside = prepared.pins.pruning_seconds / timer.steps
-        plain = plain_step_seconds(cast(Optimizer, trainer.optimizer), cast(nn.Module, trainer.model))
-        pruning = outside if plain is None else max(outside, optimizer - plain)
-        timings |= {"pruning_ms": 1e3 * pruning, "pruning_share": pruning / step}
-    return timings
-
-
-def _strict(value: Any) -> Any:
-    """Strict JSON has no NaN and no infinity; tuples become lists."""
-    if isinstance(value, dict):
-        return {str(name): _strict(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    file = folder / RECORD if folder.is_dir() else folder
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{folder} is not the folder of a run: it has no {RECORD}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{file} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise RecordError(f"{file} was not written by pins-ext train")
+    if data.get("version") != VERSION:
+        raise RecordError(f"{file} has version {data.get('version')!r}, this software reads {VERSION}")
+    try:
+        return typed(RunRecord, data, str(file))
+    except PlainError as error:
+        raise RecordError(str(error)) from error

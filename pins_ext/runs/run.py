@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -12,22 +11,24 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pins_ext.files.atomic import SaveError, newest_complete, write_file
+from pins_ext.files.plain import to_json
 from pins_ext.integrations.callback import PRUNER_FILE
 from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.runs.errors import CommandError, StoppedError, UsageError, one_line
 from pins_ext.runs.folder import RunFolder
-from pins_ext.runs.html import RECORD, REPORT, read_record, render
+from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.interrupt import StopOnSignal
 from pins_ext.runs.prepare import Prepared, prepare
 from pins_ext.runs.progress import Watch
-from pins_ext.runs.record import make_record
+from pins_ext.runs.record import RECORD, RunRecord, read_record
+from pins_ext.runs.recording import make_record
 from pins_ext.runs.request import NEWEST, Request
 from pins_ext.runs.start import SayWhatStarts
 from pins_ext.tasks import Task
 from pins_ext.tasks.load import EMBEDDED
 
 
-def run(request: Request, console: Console, task: Task | None = None) -> tuple[dict[str, Any], Task]:
+def run(request: Request, console: Console, task: Task | None = None) -> tuple[RunRecord, Task]:
     """Train, evaluate and write the result folder.
 
     Args:
@@ -69,7 +70,7 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[d
     return record, prepared.task
 
 
-def finished(request: Request) -> dict[str, Any] | None:
+def finished(request: Request) -> RunRecord | None:
     """The record of a run that is to be resumed and has nothing left to do."""
     folder = RunFolder(Path(request.run.output_dir).absolute())
     if request.resume is None:
@@ -80,7 +81,7 @@ def finished(request: Request) -> dict[str, Any] | None:
     return read_record(folder.result)
 
 
-def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str, Any]:
+def _train(prepared: Prepared, folder: RunFolder, console: Console) -> RunRecord:
     trainer, task, resume = prepared.trainer, prepared.task, prepared.request.resume
     checkpoint: str | bool | None = resume
     if resume == NEWEST:
@@ -103,7 +104,7 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> dict[str,
         cast(PreTrainedTokenizerBase, task.tokenizer).save_pretrained(result)
         if prepared.pins.pruner is not None:
             prepared.pins.pruner.save(result / PRUNER_FILE)
-        (result / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+        write_file(result / RECORD, to_json(record))
         try:
             report = render([record])
         except Exception as error:

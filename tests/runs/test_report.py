@@ -11,14 +11,21 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pins_ext.files.plain import to_json, typed
 from pins_ext.runs import charts
 from pins_ext.runs import html as report
+from pins_ext.runs.record import FORMAT, RECORD, RecordError, RunRecord, as_read, read_record
 
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
 
-def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[str, Any]:
+def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> RunRecord:
     """The record of a made-up run."""
+    return typed(RunRecord, data(label, steps) | changes, "a record")
+
+
+def data(label: str = "PINS 80 %", steps: int = 200) -> dict[str, Any]:
+    """The same as JSON has it."""
     history, masks = [], []
     for step in range(10, steps + 1, 10):
         progress = min(1.0, max(0.0, (step / steps - 0.1) / 0.6))
@@ -41,8 +48,8 @@ def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[s
     evaluations = [
         {"step": step, "eval_accuracy": 0.4 + step / 600, "at_target": step > 140} for step in range(50, steps + 1, 50)
     ]
-    made = {
-        "format": report.FORMAT,
+    return {
+        "format": FORMAT,
         "version": 1,
         "label": label,
         "created": "2026-11-20T10:00:00+00:00",
@@ -64,12 +71,11 @@ def record(label: str = "PINS 80 %", steps: int = 200, **changes: Any) -> dict[s
         "timings": {"train_seconds": 44.0, "step_ms": 210.0, "pruning_ms": 6.1, "pruning_share": 0.029},
         "versions": {"pins_ext": "0.1.0", "torch": "2.13.0"},
     }
-    return made | changes
 
 
-def dense(label: str = "dense") -> dict[str, Any]:
+def dense(label: str = "dense") -> RunRecord:
     """A run that pruned nothing."""
-    history = [{"step": entry["step"], "loss": entry["loss"]} for entry in record()["history"]]
+    history = data()["history"]
     final = {"metric": "eval_accuracy", "metrics": {"eval_accuracy": 0.74}, "weights": 0, "zeros": 0, "tensors": {}}
     return record(
         label, schedule=[], history=history, masks=[], final=final, timings={"train_seconds": 40.0, "step_ms": 190.0}
@@ -94,12 +100,13 @@ def test_runs_are_drawn_side_by_side() -> None:
 
 
 def test_an_accuracy_has_a_standard_error() -> None:
-    data = record()["data"] | {"examples": {"train": 9, "validation": 677}}
-    made = [record(data=data), record(data=data, final=record()["final"] | {"metrics": {"eval_accuracy": 0.5362}})]
+    told = data()["data"] | {"examples": {"train": 9, "validation": 677}}
+    other = data()["final"] | {"metrics": {"eval_accuracy": 0.5362}}
     # sqrt(.71 * .29 / 677) and sqrt(.5362 * .4638 / 677)
-    assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in report.render(made)
-    other = record()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
-    assert report.standard_error([record(data=data, final=other)]) == ""
+    shown = report.render([record(data=told), record(data=told, final=other)])
+    assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in shown
+    other = data()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
+    assert report.standard_error([record(data=told, final=other)]) == ""
     assert report.standard_error([record()]) == ""
 
 
@@ -147,9 +154,9 @@ HOSTILE = '<img src=x onerror="alert(1)">'
 
 
 def hostile(value: Any) -> Any:
-    """A record whose every text, key and number that need be none holds markup."""
+    """A record whose every text is markup."""
     if isinstance(value, dict):
-        return {name: hostile(item) for name, item in value.items()} | {HOSTILE: HOSTILE}
+        return {name: hostile(item) for name, item in value.items()}
     if isinstance(value, list):
         return [hostile(item) for item in value]
     return HOSTILE if isinstance(value, str) else value
@@ -157,11 +164,13 @@ def hostile(value: Any) -> Any:
 
 def test_markup_in_a_record_is_text() -> None:
     """metrics.json may come from anybody: whatever it holds, nothing of it is live in the page."""
-    made = hostile(record())
-    made |= {"notes": [HOSTILE], "created": "2026", "format": report.FORMAT}
-    made["final"] |= {"metric": "eval_accuracy", "metrics": {"eval_accuracy": HOSTILE, HOSTILE: HOSTILE}}
+    made = hostile(data()) | {"format": FORMAT, "notes": [HOSTILE]}
+    made["final"] |= {"metric": HOSTILE, "metrics": {HOSTILE: 0.5}}
     made["final"]["tensors"] = {f"{HOSTILE}.weight": {"weights": 10, "zeros": 9}}
-    html = report.render([made])
+    made["data"]["baseline"] = {HOSTILE: 0.25}
+    made["config"]["pruning"][HOSTILE] = [HOSTILE, {HOSTILE: HOSTILE}]
+    made["versions"][HOSTILE] = HOSTILE
+    html = report.render([typed(RunRecord, made, "a record")])
     assert "<img" not in html
     assert "&lt;img" in html
     page = re.sub(r"(?s)^.*?<body>|<meta[^>]*>", "", html).replace("</html>", "").replace("</body>", "")
@@ -189,19 +198,44 @@ def test_pictures_take_the_font_of_the_page() -> None:
 
 def test_unnumbered_tensors_are_bars() -> None:
     tensors = {"left.weight": {"weights": 10, "zeros": 9}, "right.weight": {"weights": 4, "zeros": 1}}
-    final = record()["final"] | {"tensors": tensors}
+    final = data()["final"] | {"tensors": tensors}
     assert "left.weight" in charts.pictures([record(final=final)])[-1].svg
 
 
 def test_records_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(report.RecordError, match=r"has no metrics\.json"):
-        report.read_record(tmp_path)
-    file = tmp_path / report.RECORD
-    file.write_text("{")
-    with pytest.raises(report.RecordError, match="not JSON"):
-        report.read_record(tmp_path)
-    file.write_text('{"format": "other"}')
-    with pytest.raises(report.RecordError, match="not written by pins-ext"):
-        report.read_record(tmp_path)
-    file.write_text(json.dumps(record()))
-    assert report.read_record(tmp_path) == report.read_record(file) == record()
+    with pytest.raises(RecordError, match=r"has no metrics\.json"):
+        read_record(tmp_path)
+    file = tmp_path / RECORD
+    for content, reason in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"format": "other"}', "not written by pins-ext"),
+        (json.dumps(data() | {"version": 2}), "version 2, this software reads 1"),
+        (json.dumps(data() | {"final": {}}), "final: metric is missing"),
+        (json.dumps(data() | {"total_steps": HOSTILE}), "total_steps must be a whole number"),
+        (json.dumps(data() | {"total_steps": True}), "total_steps must be a whole number"),
+        (json.dumps(data() | {"masks": [{"sparsity": 0.5}]}), "an entry of masks has no step"),
+        (json.dumps(data() | {"history": [{"step": 1, "loss": "low"}]}), "history.0..loss must be a number"),
+        (json.dumps(data() | {"data": {"examples": {"train": None}}}), "examples.train must be a whole number"),
+        (json.dumps(data() | {"notes": "one"}), "notes must be a list"),
+        (json.dumps(data() | {"config": 3}), "config must be an object"),
+    ):
+        file.write_text(content)
+        with pytest.raises(RecordError, match=reason):
+            read_record(tmp_path)
+    file.write_text(json.dumps(data()))
+    assert read_record(tmp_path) == read_record(file) == record()
+
+
+def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
+    final = data()["final"] | {"metrics": {"eval_accuracy": float("nan")}}
+    made = as_read(record(final=final))
+    assert made.final.score is None
+    (tmp_path / RECORD).write_text(to_json(made))
+    assert read_record(tmp_path) == made
+    written = json.loads((tmp_path / RECORD).read_text())
+    assert list(written)[:5] == ["format", "version", "label", "created", "model"]
+    assert list(written["model"]) == ["name", "class", "auto_class", "dtype"]
+    # What was not measured is left out.
+    assert "optimizer_ms" not in written["timings"]
+    assert "threshold" not in written["final"]

@@ -13,8 +13,8 @@ from pins_ext.files.atomic import checkpoints
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.folder import RunFolder
-from pins_ext.runs.html import read_record
 from pins_ext.runs.options import Parser, tokens
+from pins_ext.runs.record import RunRecord, read_record
 from pins_ext.studies.ablation.grid import Flags, Grid
 
 
@@ -45,13 +45,13 @@ class Cell:
         """What the run printed."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> RunRecord | None:
         """The record of the finished run; None if there is none, or one with other settings."""
         place = RunFolder(self.folder)
         if not place.finished:
             return None
         record = read_record(self.folder)
-        return record if self._differences(record.get("flags")) == [] else None
+        return record if self._differences(record.flags) == [] else None
 
     @property
     def interrupted(self) -> bool:
@@ -63,12 +63,12 @@ class Cell:
         """Why this cell would lose another run's work, if it would."""
         place = RunFolder(self.folder)
         if place.finished:
-            return _conflict(self.folder, self._differences(read_record(self.folder).get("flags")))
+            return _conflict(self.folder, self._differences(read_record(self.folder).flags))
         if checkpoints(place.work):
             return _conflict(place.work, self._differences(place.remembered()))
         return None
 
-    def _differences(self, flags: Sequence[str] | None) -> list[str]:
+    def _differences(self, flags: Sequence[str]) -> list[str]:
         """Settings that other flags ask for, beside those asked for here."""
         if not flags:
             return ["flags not recorded"]

@@ -11,6 +11,7 @@ from typing import Any
 from pins_ext.files.atomic import write_file
 from pins_ext.runs.errors import CommandError
 from pins_ext.runs.html import NOTHING, percent
+from pins_ext.runs.record import RunRecord
 from pins_ext.studies.ablation.cells import Cell, Row, text
 from pins_ext.studies.ablation.chart import draw
 from pins_ext.studies.ablation.grid import Flags, Grid
@@ -162,10 +163,10 @@ def _overlap_rows(pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
 def _reading(lines: Sequence[Line], grid: Grid) -> str:
     baselines: dict[str, None] = {}
     for line in lines:
-        data = next(iter(line.records.values()))["data"]
-        score = data["baseline"].get(line.metric)
+        data = next(iter(line.records.values())).data
+        score = data.baseline.get(line.metric)
         if score is not None:
-            baselines[f"{data['baseline_name']} on {data['task']} {score:.4f}"] = None
+            baselines[f"{data.baseline_name} on {data.task} {score:.4f}"] = None
     seeds = ", ".join(map(str, grid.seeds))
     return (
         f"Mean ± standard deviation over seeds ({seeds}), on the evaluation set. Against {grid.reference}: mean of the "
@@ -197,19 +198,19 @@ def _absent(why_not: Mapping[str, str]) -> str:
     )
 
 
-def _how(grid: Grid, records: Sequence[Mapping[str, Any]]) -> str:
+def _how(grid: Grid, records: Sequence[RunRecord]) -> str:
     """Everything that is needed to run it again."""
     methods = [["method", "flags"], *([name, _flags(flags) or NOTHING] for name, flags in grid.methods.items())]
     facts = {
         "every run": _flags(grid.base),
         "varied": "; ".join(f"{name}: {', '.join(map(text, values))}" for name, values in grid.vary.items()),
-        "model": _several(record["model"]["name"] for record in records),
-        "data": _several(record["data"]["source"] for record in records),
-        "machine": _several(f"{r['machine']['device']}, {r['machine']['threads']} threads" for r in records),
+        "model": _several(record.model.name for record in records),
+        "data": _several(record.data.source for record in records),
+        "machine": _several(f"{r.machine.device}, {r.machine.threads} threads" for r in records),
         "software": _several(
-            ", ".join(f"{name} {version}" for name, version in record["versions"].items()) for record in records
+            ", ".join(f"{name} {version}" for name, version in record.versions.items()) for record in records
         ),
-        "note": _several(note for record in records for note in record["notes"]),
+        "note": _several(note for record in records for note in record.notes),
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     return f"## How\n\n{listed}\n\n{_markdown(methods)}"

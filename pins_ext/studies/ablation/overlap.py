@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pins_ext.runs.errors import CommandError
+from pins_ext.runs.record import RunRecord
 from pins_ext.studies.ablation.cells import Row
 
 _WEIGHTS = "model.safetensors"
@@ -66,7 +67,7 @@ class Pair:
     overlaps: Mapping[int, Overlap]
 
 
-def pairs_of(rows: Sequence[Row], records: Mapping[str, dict[str, Any]]) -> Iterator[Pair]:
+def pairs_of(rows: Sequence[Row], records: Mapping[str, RunRecord]) -> Iterator[Pair]:
     """Every two methods that were pruned to the same sparsity, where both have finished.
 
     Args:
@@ -80,12 +81,12 @@ def pairs_of(rows: Sequence[Row], records: Mapping[str, dict[str, Any]]) -> Iter
         found: dict[tuple[str, str], dict[int, Overlap]] = {}
         for seed in group[0].cells:
             cells = {row.method: row.cells[seed] for row in group if row.cells[seed].name in records}
-            pruned = {method: c for method, c in cells.items() if records[c.name]["final"]["weights"]}
+            pruned = {method: c for method, c in cells.items() if records[c.name].final.weights}
             # Two models can be compared where the same tensors were pruned to the same sparsity.
             kinds: dict[tuple[float, tuple[str, ...]], dict[str, Path]] = {}
             for method, cell in pruned.items():
                 record = records[cell.name]
-                kind = (record["config"]["pruning"]["sparsity"], tuple(record["final"]["tensors"]))
+                kind = (record.config.pruning["sparsity"], tuple(record.final.tensors))
                 kinds.setdefault(kind, {})[method] = cell.folder
             for (_, tensors), folders in kinds.items():
                 for pair, overlap in overlaps(folders, tensors).items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pins_ext.runs.record import RunRecord
 from pins_ext.studies.ablation.cells import Cell, Row, text
 from pins_ext.studies.ablation.overlap import non_zeros
 from pins_ext.studies.ablation.spread import Difference, Spread
@@ -24,7 +25,7 @@ class Line:
     """
 
     row: Row
-    records: Mapping[int, dict[str, Any]]
+    records: Mapping[int, RunRecord]
     metric: str
     non_zeros: Mapping[int, int]
 
@@ -38,7 +39,7 @@ class Line:
         return Spread.of(list(self.values(name).values()))
 
 
-def lines_of(rows: Sequence[Row], records: Mapping[str, dict[str, Any]]) -> list[Line]:
+def lines_of(rows: Sequence[Row], records: Mapping[str, RunRecord]) -> list[Line]:
     """The rows that have finished cells.
 
     Args:
@@ -48,7 +49,7 @@ def lines_of(rows: Sequence[Row], records: Mapping[str, dict[str, Any]]) -> list
     for row in rows:
         there = {seed: records[cell.name] for seed, cell in row.cells.items() if cell.name in records}
         if there:
-            metric = next(iter(there.values()))["final"]["metric"]
+            metric = next(iter(there.values())).final.metric
             kept = {seed: _kept(row.cells[seed], record, records) for seed, record in there.items()}
             lines.append(Line(row, there, metric, {seed: n for seed, n in kept.items() if n is not None}))
     return lines
@@ -62,17 +63,17 @@ def reference_of(line: Line, lines: Sequence[Line], reference: str) -> Line | No
     return next((each for each in same if each.row.method == reference), None)
 
 
-def metric_names(records: Sequence[dict[str, Any]]) -> list[str]:
+def metric_names(records: Sequence[RunRecord]) -> list[str]:
     """Metrics of the task, on the evaluation and, where it was evaluated, the test set; the main one first."""
-    names: dict[str, None] = dict.fromkeys(record["final"]["metric"] for record in records)
+    names: dict[str, None] = dict.fromkeys(record.final.metric for record in records)
     for record in records:
-        for name in (record["final"]["metric"], *record["data"]["baseline"]):
+        for name in (record.final.metric, *record.data.baseline):
             both = (name, f"test_{name.removeprefix('eval_')}")
-            names |= dict.fromkeys(each for each in both if each in record["final"]["metrics"])
+            names |= dict.fromkeys(each for each in both if each in record.final.metrics)
     return list(names)
 
 
-def flat(cells: Sequence[Cell], records: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def flat(cells: Sequence[Cell], records: Mapping[str, RunRecord]) -> Iterator[dict[str, Any]]:
     """A row per finished cell with everything that was measured of it."""
     for cell in cells:
         record = records.get(cell.name)
@@ -108,22 +109,21 @@ def aggregated(lines: Sequence[Line], reference: str) -> Iterator[dict[str, Any]
             }
 
 
-def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
-    final, timings = record["final"], record["timings"]
+def _measured(record: RunRecord) -> dict[str, Any]:
+    final = record.final
     return {
-        **{name: final["metrics"].get(name) for name in metric_names([dict(record)])},
-        "zero_share": final["zeros"] / final["weights"] if final["weights"] else 0.0,
-        "zeros": final["zeros"],
-        "steps": record["total_steps"],
-        **{name: timings.get(name) for name in COSTS},
+        **{name: final.metrics.get(name) for name in metric_names([record])},
+        "zero_share": final.sparsity or 0.0,
+        "zeros": final.zeros,
+        "steps": record.total_steps,
+        **{name: getattr(record.timings, name) for name in COSTS},
     }
 
 
-def _kept(cell: Cell, record: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> int | None:
+def _kept(cell: Cell, record: RunRecord, records: Mapping[str, RunRecord]) -> int | None:
     """Prunable weights that are not zero. A dense run doesn't know which are prunable: counted as in a pruned one."""
-    if record["final"]["weights"]:
-        return int(record["final"]["weights"] - record["final"]["zeros"])
-    model = record["model"]
-    pruned = (each for each in records.values() if each["final"]["weights"] and each["model"] == model)
+    if record.final.weights:
+        return record.final.weights - record.final.zeros
+    pruned = (each for each in records.values() if each.final.weights and each.model == record.model)
     other = next(pruned, None)
-    return None if other is None else non_zeros(cell.folder, other["final"]["tensors"])
+    return None if other is None else non_zeros(cell.folder, other.final.tensors)
