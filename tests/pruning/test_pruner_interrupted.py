@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIG, STEPS, Network, batches, exact, start
+from models import CONFIG, STEPS, Network, batches, exact, same, start
 from torch import nn
 
-from pins_ext import Pruner, reference
+from pins_ext import PruneConfig, Pruner, reference
 from pins_ext.optim import PinsAdamW
 
 
@@ -65,3 +65,35 @@ def test_a_death_in_one_of_several_optimizers_ends_the_step() -> None:
             optimizer.step()
     assert pruner.step == STEPS - 2
     assert pruner.finalize()["zeros"] == exact(pruner)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta2": 0}, {"criterion": "movement"}, {"mask_policy": "strict"}], ids=str)
+@pytest.mark.parametrize("optimizer_class", [PinsAdamW, torch.optim.AdamW])
+def test_an_exception_in_before_mask_leaves_a_gradient_counted_once(
+    optimizer_class: Any, options: dict[str, Any]
+) -> None:
+    config = PruneConfig(**{"sparsity": 0.8, "delta_t": 5, "warmup": 5, "cooldown": 20} | options)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    runs = []
+    for dying in ((), (10, 25, 44)):
+        model, optimizer, pruner = start(config, optimizer_class)
+        generator, counts = torch.Generator().manual_seed(1), []
+        for i in range(STEPS):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            pruner.before_mask = stop if i in dying else None
+            if i in dying:
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            counts.append(float(pruner.importance.accepted[0]))
+        assert pruner.finalize()["zeros"] == exact(pruner)
+        runs.append((model, pruner, counts))
+    (whole, undisturbed, expected), (model, pruner, counts) = runs
+    assert pruner.step == undisturbed.step == STEPS
+    assert counts == expected
+    assert same(whole, model)
