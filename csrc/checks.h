@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "criteria.h"
+
 namespace pins_ext {
 
 using torch::headeronly::DeviceType;
@@ -248,7 +250,9 @@ int option(const char* name, const std::string& value, const char* const (&names
   fail(name, " must be one of ", all, "; got '", value, "'");
 }
 
-constexpr const char* kCriteria[] = {"pins", "pins-signed", "pins-update", "platon", "movement", "precomputed"};
-constexpr const char* kScores[] = {"product", "identity", "deviation", "magnitude"};
+#define PINS_NAME(id, name, formula) name,
+constexpr const char* kCriteria[] = {PINS_CRITERIA(PINS_NAME)};
+constexpr const char* kScores[] = {PINS_SCORES(PINS_NAME)};
+#undef PINS_NAME
 
 }  // namespace pins_ext

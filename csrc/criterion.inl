@@ -14,9 +14,11 @@
 #endif
 #endif
 
-// Order is part of the op surface: pins_ext/ops lists the same names in the same order.
-enum class Criterion : int { pins = 0, pins_signed = 1, pins_update = 2, platon = 3, movement = 4, precomputed = 5 };
-enum class Score : int { product = 0, identity = 1, deviation = 2, magnitude = 3 };
+// The lists are in criteria.h, which is included before this file, outside of any namespace.
+#define PINS_ENUMERATOR(id, name, formula) id,
+enum class Criterion : int { PINS_CRITERIA(PINS_ENUMERATOR) };
+enum class Score : int { PINS_SCORES(PINS_ENUMERATOR) };
+#undef PINS_ENUMERATOR
 
 PINS_HD uint32_t bits_of(float x) {
   uint32_t bits;
@@ -45,15 +47,13 @@ PINS_HD float score_platon(float p, float g) { return abs_of(p * g); }
 // -p g: movement pruning (Sanh et al. 2020); accumulated, not averaged.
 PINS_HD float score_movement(float p, float g) { return (-p) * g; }
 
-// `p` is the weight before the step, `p_next` the one after it (before masking). `precomputed`: g already is c.
 template <Criterion criterion>
 PINS_HD float instant_score(float p, float p_next, float g, float lr) {
-  return criterion == Criterion::pins          ? score_pins(p, g, lr)
-         : criterion == Criterion::pins_signed ? score_pins_signed(p, g, lr)
-         : criterion == Criterion::pins_update ? score_platon(p_next, g)
-         : criterion == Criterion::platon      ? score_platon(p, g)
-         : criterion == Criterion::movement    ? score_movement(p, g)
-                                               : g;
+#define PINS_FORMULA(id, name, formula) \
+  if (criterion == Criterion::id) return formula;
+  PINS_CRITERIA(PINS_FORMULA)
+#undef PINS_FORMULA
+  return 0.0f;
 }
 
 // ---- window and averages ----------------------------------------------------------------------------------------
@@ -80,13 +80,13 @@ PINS_HD float smooth_unc(float exp_avg_unc, float ipt, float exp_avg_ipt, float 
 
 // ---- score and its order ----------------------------------------------------------------------------------------
 
-// product: a b (a = exp_avg_ipt, b = exp_avg_unc) | identity: a | deviation: a |b - a| (b = ipt) | magnitude: |a|
 template <Score score>
 PINS_HD float score_of(float a, float b) {
-  return score == Score::product     ? a * b
-         : score == Score::identity  ? a
-         : score == Score::deviation ? a * abs_of(b - a)
-                                     : abs_of(a);
+#define PINS_FORMULA(id, name, formula) \
+  if (score == Score::id) return formula;
+  PINS_SCORES(PINS_FORMULA)
+#undef PINS_FORMULA
+  return 0.0f;
 }
 
 // Order-preserving key: fp32 order, -0 == +0, every NaN highest.

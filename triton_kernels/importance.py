@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..criteria import INSTANT as CRITERIA
 from .count import BINS, add_units, commit, count_block, load_bracket, no_tally
 from .criterion import bf16_of, instant_score, next_ipt, order_key, random_bits, score_of, smooth_ipt, smooth_unc
 from .layout import (
@@ -36,8 +37,6 @@ from .table import (
     launch_chunks,
     pointer_table,
 )
-
-CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
 
 BLOCK_SIZE = 1024
 """Weights of the VECTOR path at a time: two 16-byte loads per thread and float32 stream. Twice that needs more than the

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..criteria import SCORES
 from .count import BINS, add_units, commit, count_block, load_bracket, load_score, no_tally
 from .criterion import order_key, random_bits, score_of
 from .layout import TAIL, address_of, chunk_of, float_from, place_of, run_of, vector_end
@@ -23,8 +24,6 @@ from .table import (
     launch_chunks,
     pointer_table,
 )
-
-SCORES = ("product", "identity", "deviation", "magnitude")
 
 BLOCK_SIZE = 1024
 """Weights of the VECTOR path at a time, as in importance.py."""

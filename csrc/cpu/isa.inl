@@ -11,19 +11,23 @@
 #include "sparse.inl"
 #include "norm.inl"
 
+#define PINS_ACCUMULATE(id, name, formula) accumulate<Criterion::id>,
+#define PINS_KEYS(id, name, formula) keys<Score::id>,
+#define PINS_COUNT(id, name, formula) count<Score::id>,
+#define PINS_PACK(id, name, formula) pack<Score::id>,
+#define PINS_ADAMW(id, name, formula) masked_update<AdamW, static_cast<int>(Criterion::id)>,
+#define PINS_SGD(id, name, formula) masked_update<Sgd, static_cast<int>(Criterion::id)>,
+
 constexpr Kernels table(const char* name) {
   return Kernels{
       name,
-      {accumulate<Criterion::pins>, accumulate<Criterion::pins_signed>, accumulate<Criterion::pins_update>,
-       accumulate<Criterion::platon>, accumulate<Criterion::movement>, accumulate<Criterion::precomputed>},
+      {PINS_CRITERIA(PINS_ACCUMULATE)},
       fold,
-      {keys<Score::product>, keys<Score::identity>, keys<Score::deviation>, keys<Score::magnitude>},
-      {count<Score::product>, count<Score::identity>, count<Score::deviation>, count<Score::magnitude>},
-      {pack<Score::product>, pack<Score::identity>, pack<Score::deviation>, pack<Score::magnitude>},
-      {masked_update<AdamW, 0>, masked_update<AdamW, 1>, masked_update<AdamW, 2>, masked_update<AdamW, 3>,
-       masked_update<AdamW, 4>, masked_update<AdamW, 5>, masked_update<AdamW, kNoCriterion>},
-      {masked_update<Sgd, 0>, masked_update<Sgd, 1>, masked_update<Sgd, 2>, masked_update<Sgd, 3>,
-       masked_update<Sgd, 4>, masked_update<Sgd, 5>, masked_update<Sgd, kNoCriterion>},
+      {PINS_SCORES(PINS_KEYS)},
+      {PINS_SCORES(PINS_COUNT)},
+      {PINS_SCORES(PINS_PACK)},
+      {PINS_CRITERIA(PINS_ADAMW) masked_update<AdamW, kNoCriterion>},
+      {PINS_CRITERIA(PINS_SGD) masked_update<Sgd, kNoCriterion>},
       apply_mask,
       sparse_loops(),
       sum_of_squares,

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../criteria.h"
 #include "sparse.h"
 
 namespace pins_ext::cpu {
@@ -95,9 +96,11 @@ struct ApplyMask {
   const uint8_t* mask;
 };
 
-constexpr int kCriterionCount = 6;
-constexpr int kScoreCount = 4;
-constexpr int kNoCriterion = 6;  // an update without importance
+#define PINS_ONE(id, name, formula) +1
+constexpr int kCriterionCount = PINS_CRITERIA(PINS_ONE);
+constexpr int kScoreCount = PINS_SCORES(PINS_ONE);
+#undef PINS_ONE
+constexpr int kNoCriterion = kCriterionCount;  // an update without importance
 
 struct Kernels {
   const char* name;

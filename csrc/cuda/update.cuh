@@ -54,12 +54,10 @@ template <int width>
 PINS_HD void accumulate(Criterion criterion, float (&ipt)[width], const float (&p)[width], const float (&p_next)[width],
                         const float (&g)[width], float lr, float accepted) {
   switch (criterion) {
-    case Criterion::pins: return accumulate<Criterion::pins>(ipt, p, p_next, g, lr, accepted);
-    case Criterion::pins_signed: return accumulate<Criterion::pins_signed>(ipt, p, p_next, g, lr, accepted);
-    case Criterion::pins_update: return accumulate<Criterion::pins_update>(ipt, p, p_next, g, lr, accepted);
-    case Criterion::platon: return accumulate<Criterion::platon>(ipt, p, p_next, g, lr, accepted);
-    case Criterion::movement: return accumulate<Criterion::movement>(ipt, p, p_next, g, lr, accepted);
-    case Criterion::precomputed: return accumulate<Criterion::precomputed>(ipt, p, p_next, g, lr, accepted);
+#define PINS_CASE(id, name, formula) \
+  case Criterion::id: return accumulate<Criterion::id>(ipt, p, p_next, g, lr, accepted);
+    PINS_CRITERIA(PINS_CASE)
+#undef PINS_CASE
   }
 }
 

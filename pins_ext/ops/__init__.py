@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
+from pins_ext.criteria import INSTANT as CRITERIA
+from pins_ext.criteria import SCORES
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
 from pins_ext.ops.masks import mask_bytes, new_mask, pack_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor
@@ -29,9 +31,6 @@ from pins_ext.ops.select import (
 )
 from pins_ext.ops.transfer import to_device
 from pins_ext.triton_kernels import register as register_triton
-
-CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
-SCORES = ("product", "identity", "deviation", "magnitude")
 
 __all__ = [
     "BINS",

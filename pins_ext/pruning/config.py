@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "magnitude")
+from pins_ext.criteria import CRITERIA, PRECOMPUTED, Criterion
+
 SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
+
+_ZERO_AT_ZERO = ", ".join(c.name for c in CRITERIA.values() if c.zero_at_zero)
 
 ScoreFunction = Callable[[Tensor, Tensor, float], Tensor]
 RatioFunction = Callable[[int], float]
@@ -38,7 +41,7 @@ class PruneConfig:
     sparsity: float = _option(0.8, "share of the prunable weights that is zero at the end, in [0, 1)")
     initial_sparsity: float = _option(0.0, "share that is zero when the schedule starts, in [0, sparsity]")
     criterion: str | ScoreFunction = _option(
-        "pins", "importance of a weight, from its value, its gradient and the learning rate", CRITERIA
+        "pins", "importance of a weight, from its value, its gradient and the learning rate", tuple(CRITERIA)
     )
     beta1: float = _option(0.85, "decay of the running average of importance, in [0, 1)")
     beta2: float = _option(
@@ -62,7 +65,7 @@ class PruneConfig:
     )
     regrow: str = _option(
         "shadow",
-        "under strict masks, criteria that are 0 at a zero weight (platon, movement, magnitude) score a pruned weight "
+        f"under strict masks, criteria that are 0 at a zero weight ({_ZERO_AT_ZERO}) score a pruned weight "
         "by its last unmasked value (shadow, one more state) or let it stay pruned (never)",
         ("shadow", "never"),
     )
@@ -126,15 +129,19 @@ class PruneConfig:
             raise ValueError(f"{name} must be {accepts}; got {getattr(self, name, got) if got is None else got!r}")
 
     @property
+    def rule(self) -> Criterion:
+        """What is known of the criterion; a user's function arrives at the operators as precomputed scores."""
+        return CRITERIA[self.criterion] if isinstance(self.criterion, str) else PRECOMPUTED
+
+    @property
     def smoothed(self) -> bool:
-        """Whether the score is built from running averages; movement and magnitude are not."""
-        return self.criterion not in ("movement", "magnitude")
+        """Whether the score is built from running averages."""
+        return self.rule.smoothed
 
     @property
     def needs_shadow(self) -> bool:
         """Whether a pruned weight's last unmasked value is kept, so that it can score above zero and return."""
-        vanishing = self.criterion in ("platon", "movement", "magnitude")
-        return self.mask_policy == "strict" and self.regrow == "shadow" and vanishing
+        return self.mask_policy == "strict" and self.regrow == "shadow" and self.rule.zero_at_zero
 
     @property
     def dtype(self) -> torch.dtype:

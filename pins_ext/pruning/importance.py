@@ -23,7 +23,7 @@ Counted = tuple[Tensor, Tensor]
 def state_names(config: PruneConfig) -> list[str]:
     """The states that a configuration keeps for every pruned tensor; all but the shadow are of `config.dtype`."""
     kept = {
-        "ipt": config.criterion != "magnitude",
+        "ipt": config.rule.instant,
         "exp_avg_ipt": config.smoothed,
         "exp_avg_unc": config.smoothed and 0 < config.beta2 < 1,
         "shadow": config.needs_shadow,
@@ -63,20 +63,20 @@ class Importance:
 
     @property
     def criterion(self) -> str:
-        """Name the kernels know: a user's function arrives as precomputed scores."""
-        return "precomputed" if callable(self.config.criterion) else self.config.criterion
+        """Name that the operators know."""
+        return self.config.rule.name
 
     @property
     def scored_before_step(self) -> bool:
         """Whether the score at a step is known before its gradient: the mask can then ride on the optimizer's pass."""
         if self.config.smoothed:
             return self.config.beta2 != 0
-        return self.config.criterion == "magnitude"
+        return not self.config.rule.instant
 
     @property
     def scores_after_step(self) -> bool:
         """Whether the criterion reads the updated weights."""
-        return self.config.criterion == "pins-update"
+        return self.config.rule.reads_update
 
     @property
     def in_pass(self) -> bool:
@@ -91,15 +91,15 @@ class Importance:
     @property
     def known(self) -> Tensor:
         """Bool [1], where the states are: whether the score tells weights apart; until then it is zero everywhere."""
-        if self.config.criterion == "magnitude":
+        if not self.config.rule.instant:
             return torch.ones_like(self.seen)
         return self.folded if self.config.smoothed else self.seen
 
     def score(self) -> Operands:
         """Kind and operands of the score that the selection reads: ops.SCORES, a, b."""
-        if self.config.criterion == "magnitude":
-            return "magnitude", self.shadow or self.parameters, []
-        if self.config.criterion == "movement":
+        if not self.config.rule.instant:
+            return self.config.rule.name, self.shadow or self.parameters, []
+        if not self.config.smoothed:
             return "identity", self.ipt, []
         if self.config.beta2 == 1:
             return "identity", self.exp_avg_ipt, []

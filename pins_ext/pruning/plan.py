@@ -89,6 +89,6 @@ def _conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
         conflicts.append(
             f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return"
         )
-    if config.criterion == "pins-signed":
-        conflicts.append("pins-signed collapsed to chance at 90 % sparsity in a trial: it is meant for ablations")
+    if config.rule.warning:
+        conflicts.append(f"{config.rule.name} {config.rule.warning}")
     return conflicts

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../../csrc/criteria.h"
+
 namespace {
 
 int64_t accesses = 0;
