@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +45,6 @@ _EXAMPLES = """examples:
   pins-ext ablate mine.yaml --only 'pins/*' --max-steps 30 --output-dir runs/try
   pins-ext ablate rte-80 --report-only"""
 
-_LOG_WIDTH = 160
-"""Columns of a log file, which has no terminal to ask."""
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 when a cell failed."""
@@ -56,8 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if "list" in given:
         return _list()
 
-    from rich.console import Console
-
+    from pins_ext.runs.terminal import console
     from pins_ext.studies.ablation.cells import chosen, rows_of, with_typed
     from pins_ext.studies.ablation.grid import read_grid
 
@@ -68,11 +63,11 @@ def main(argv: Sequence[str]) -> int:
     cells = chosen(rows, given.get("only", []))
     if "dry_run" in given:
         return _show(grid, cells, len(everything))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    screen = console()
     failed: list[Cell] = []
     if "report_only" not in given:
-        failed = _train(cells, root, "overwrite" in given, console)
-    _report(grid, root, rows, everything, console)
+        failed = _train(cells, root, "overwrite" in given, screen)
+    _report(grid, root, rows, everything, screen)
     return EXIT_FAILED if failed else EXIT_OK
 
 

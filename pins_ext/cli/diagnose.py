@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,9 +36,6 @@ _HELP = {
     "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",
     "overwrite": "write into an output folder that is not empty",
 }
-
-_LOG_WIDTH = 140
-"""Columns of a log file, which has no terminal to ask."""
 
 
 def _flag(default: Any, help: str, least: int) -> Any:
@@ -88,9 +84,9 @@ def main(argv: Sequence[str]) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not request.overwrite:
         raise UsageError(f"{folder} is not empty: choose another --output-dir, or --overwrite its diagnosis")
 
-    from rich.console import Console
+    from pins_ext.runs.terminal import console
 
-    _diagnose(request, options, folder, Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH))
+    _diagnose(request, options, folder, console())
     return EXIT_OK
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,10 +30,6 @@ _EXAMPLES = """examples:
   pins-ext train --task glue/rte --compare                    any task, against dense and magnitude"""
 
 
-_LOG_WIDTH = 120
-"""Columns of a log file, which has no terminal to ask."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = requests.parser("pins-ext train", _ABOUT, _EXAMPLES)
@@ -45,24 +40,23 @@ def main(argv: Sequence[str]) -> int:
     _refuse_several_processes()
     request = requests.parse(parser, argv)
 
-    from rich.console import Console
-
     from pins_ext.runs.compare import compare
     from pins_ext.runs.run import finished, run
     from pins_ext.runs.summary import print_summary
+    from pins_ext.runs.terminal import console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    screen = console()
     if request.resume is not None:
         request = _continued(request, parser, argv)
     record = finished(request)
     if record is not None:
-        console.print("this run is complete; there is nothing to resume")
+        screen.print("this run is complete; there is nothing to resume")
     elif request.compares:
-        compare(request, console)
+        compare(request, screen)
         return EXIT_OK
     else:
-        record, _ = run(request, console)
-    print_summary([record], [Path(request.run.output_dir)], console)
+        record, _ = run(request, screen)
+    print_summary([record], [Path(request.run.output_dir)], screen)
     return EXIT_OK
 
 

@@ -165,21 +165,29 @@ def rotate(root: Path, limit: int | None, protected: Path | None) -> None:
             remove(folder)
 
 
+@contextmanager
+def file_aside(file: Path) -> Iterator[Path]:
+    """Yield a path to write a file to; on success it is flushed to disk and takes the place of `file`."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
+    try:
+        yield aside
+        with open(aside, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_file(file: Path, content: str) -> None:
     """Write a text file aside, flush it and rename it into place.
 
     Raises:
         SaveError: it could not be written; an earlier file is untouched.
     """
-    aside = _beside(file, "aside")
     try:
-        with open(aside, "w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
+        with file_aside(file) as aside:
+            aside.write_text(content, encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise SaveError(_why(file, error)) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pins_ext.files.atomic import file_aside
 
 
 def write(path: str | Path, kind: str, data: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -24,14 +25,8 @@ def write(path: str | Path, kind: str, data: Any, tensors: Mapping[str, Tensor])
     path = Path(path)
     contents = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     text = json.dumps(data)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with file_aside(path) as aside:
         save_file(contents, aside, {"format": kind, "data": text, "sha256": _digest(text, contents)})
-        with open(aside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read(path: str | Path, kind: str) -> tuple[Any, dict[str, Tensor]]:

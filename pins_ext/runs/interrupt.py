@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pins_ext.runs.errors import StoppedError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from pins_ext.runs.signals import handled
 
 
 class StopOnSignal(TrainerCallback):
@@ -26,15 +23,9 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
         self.training = self.finished = False
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals over, and give them back afterwards."""
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Take the signals over inside."""
+        return handled(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.training or self.finished or self.received is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from pins_ext.files.atomic import write_file
 from pins_ext.runs.errors import CommandError
 from pins_ext.runs.html import NOTHING, percent
 from pins_ext.runs.record import RunRecord
+from pins_ext.runs.tables import csv_text, markdown
 from pins_ext.studies.ablation.cells import Cell, Row, text
 from pins_ext.studies.ablation.chart import draw
 from pins_ext.studies.ablation.grid import Flags, Grid
@@ -48,15 +47,15 @@ def write(root: Path, grid: Grid, rows: Sequence[Row], cells: Sequence[Cell], wh
     except (CommandError, OSError) as error:
         pairs, problem = [], f"The masks could not be compared: {error}."
     draw(lines, grid.name, root / PICTURE)
-    write_file(root / TABLE, _csv(aggregated(lines, grid.reference)))
-    write_file(root / CELLS, _csv(flat(cells, records)))
-    write_file(root / OVERLAP, _csv(_overlap_rows(pairs)))
+    write_file(root / TABLE, csv_text(aggregated(lines, grid.reference)))
+    write_file(root / CELLS, csv_text(flat(cells, records)))
+    write_file(root / OVERLAP, csv_text(_overlap_rows(pairs)))
     sections = [
         f"# {grid.name}\n\n{grid.about}".rstrip(),
         f"![mean and standard deviation over seeds]({PICTURE})",
-        f"## Results\n\n{_markdown(results(lines, grid.reference))}\n\n{_reading(lines, grid)}",
+        f"## Results\n\n{markdown(results(lines, grid.reference))}\n\n{_reading(lines, grid)}",
         _every_metric(lines),
-        f"## Cost\n\n{_markdown(_costs(lines, grid.reference))}\n\n{_COST_NOTE}",
+        f"## Cost\n\n{markdown(_costs(lines, grid.reference))}\n\n{_COST_NOTE}",
         problem or _overlap_section(pairs),
         _absent(why_not),
         _how(grid, list(records.values())),
@@ -126,7 +125,7 @@ def _every_metric(lines: Sequence[Line]) -> str:
         [*_settings(line, axes), line.row.method, *(_spread(line.spread(name), ".4f") for name in names)]
         for line in lines
     ]
-    return f"## Every metric\n\n{_markdown(table)}"
+    return f"## Every metric\n\n{markdown(table)}"
 
 
 def _overlap_section(pairs: Sequence[Pair]) -> str:
@@ -141,7 +140,7 @@ def _overlap_section(pairs: Sequence[Pair]) -> str:
         cells = [_spread(Spread.of([share[name] for share in shares]), ".4f") for name in names]
         values = [text(value) for value in pair.combination.values()]
         table.append([*values, f"{pair.first}, {pair.second}", *cells])
-    return f"## Overlap of the final masks\n\n{_markdown(table)}\n\n{_OVERLAP_NOTE}"
+    return f"## Overlap of the final masks\n\n{markdown(table)}\n\n{_OVERLAP_NOTE}"
 
 
 def _overlap_rows(pairs: Sequence[Pair]) -> Iterable[dict[str, Any]]:
@@ -193,9 +192,7 @@ _OVERLAP_NOTE = (
 def _absent(why_not: Mapping[str, str]) -> str:
     if not why_not:
         return ""
-    return "## Cells without a result\n\n" + _markdown(
-        [["cell", "why"], *([name, why] for name, why in why_not.items())]
-    )
+    return f"## Cells without a result\n\n{markdown([('cell', 'why'), *why_not.items()])}"
 
 
 def _how(grid: Grid, records: Sequence[RunRecord]) -> str:
@@ -213,7 +210,7 @@ def _how(grid: Grid, records: Sequence[RunRecord]) -> str:
         "note": _several(note for record in records for note in record.notes),
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
-    return f"## How\n\n{listed}\n\n{_markdown(methods)}"
+    return f"## How\n\n{listed}\n\n{markdown(methods)}"
 
 
 def _several(values: Iterable[str]) -> str:
@@ -245,20 +242,3 @@ def _counts(counts: Iterable[int]) -> str:
     if not found:
         return NOTHING
     return f"{found[0]:,}" if found[0] == found[-1] else f"{found[0]:,} to {found[-1]:,}"
-
-
-def _markdown(table: Table) -> str:
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows whose columns may differ; a missing value is empty."""
-    listed = list(rows)
-    columns = list(dict.fromkeys(name for row in listed for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(listed)
-    return buffer.getvalue()

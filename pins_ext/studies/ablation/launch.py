@@ -23,9 +23,8 @@ from rich.markup import escape
 from rich.status import Status
 
 from pins_ext.runs.errors import EXIT_OK, StoppedError
+from pins_ext.runs.signals import handled
 from pins_ext.studies.ablation.cells import Cell
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _ERROR = "pins-ext train: "
 """How the command's error begins, the last line of a cell that failed."""
@@ -151,12 +150,8 @@ def _forwarding(process: subprocess.Popen[str]) -> Iterator[list[int]]:
         received.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _SIGNALS}
-    try:
+    with handled(forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _clock(seconds: float) -> str:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +9,12 @@ from typing import Any
 
 from pins_ext import __version__
 from pins_ext.files.atomic import write_file
+from pins_ext.files.plain import to_json
 from pins_ext.runs.prepare import Prepared
+from pins_ext.runs.tables import csv_text, markdown
 from pins_ext.studies.diagnosis.changes import FRACTIONS, Change, Diagnosis
 from pins_ext.studies.diagnosis.chart import draw
-from pins_ext.studies.diagnosis.summary import NOT_SHOWN, agreements, plain, reading, tables
+from pins_ext.studies.diagnosis.summary import NOT_SHOWN, agreements, reading, tables
 
 NAME = "diagnosis"
 
@@ -46,10 +44,10 @@ def document(prepared: Prepared, found: Diagnosis, examples: int, seconds: float
         "pins_ext": __version__,
         "notes": notes + ([NOT_SHOWN] if found.exchanges else []),
         "reading": reading(found.changes, found.exchanges),
-        "agreements": [plain(each) for each in agreements(found.changes)],
-        "observations": [asdict(each) for each in found.observations],
+        "agreements": agreements(found.changes),
+        "observations": found.observations,
         "changes": found.changes,
-        "exchanges": [asdict(each) for each in found.exchanges],
+        "exchanges": found.exchanges,
         "tables": tables(found.changes, found.exchanges),
     }
 
@@ -62,10 +60,9 @@ def write(content: dict[str, Any], folder: Path) -> list[Path]:
     """
     files = [folder / f"{NAME}{suffix}" for suffix in (".md", ".json", ".csv", ".svg")]
     changes: list[Change] = content["changes"]
-    data = {**content, "changes": [asdict(change) for change in changes]}
-    del data["tables"]
     write_file(files[0], _markdown(content))
-    write_file(files[1], json.dumps(_finite(data), indent=1, allow_nan=False))
+    numbers = {name: part for name, part in content.items() if name != "tables"}
+    write_file(files[1], to_json({**numbers, "changes": [asdict(change) for change in changes]}))
     write_file(files[2], _csv(changes))
     write_file(files[3], draw(changes, content["label"]))
     return files
@@ -76,28 +73,18 @@ def _markdown(content: dict[str, Any]) -> str:
     parts = [f"# First order against the loss: {title}", "![predicted against measured](diagnosis.svg)"]
     parts += content["reading"]
     for heading, head, rows in content["tables"]:
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-        parts += [f"## {heading}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts += [f"## {heading}", markdown([head, *rows], numbers=True)]
     parts += ["## How it was measured", *content["notes"]]
     parts.append(f"`pins-ext diagnose {' '.join(content['flags'])}`")
     return "\n\n".join(parts) + "\n"
 
 
 def _csv(changes: Sequence[Change]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     names = ("step", "kind", "extent", "weights", "predicted", "measured", "noise", "predicted_sgd")
-    writer.writerow([*names, *(f"measured_at_{part:g}" for part in FRACTIONS)])
-    for change in changes:
-        parts = [(change.fractions or {}).get(part) for part in FRACTIONS]
-        writer.writerow([*(getattr(change, name) for name in names), *parts])
-    return buffer.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return csv_text(
+        {
+            **{name: getattr(change, name) for name in names},
+            **{f"measured_at_{part:g}": (change.fractions or {}).get(part) for part in FRACTIONS},
+        }
+        for change in changes
+    )

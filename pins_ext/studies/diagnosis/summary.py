@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -261,11 +260,6 @@ def print_summary(content: dict[str, Any], console: Console) -> None:
     for sentence in content["reading"]:
         console.print(sentence, soft_wrap=True)
     console.print()
-
-
-def plain(agreement: Agreement) -> dict[str, Any]:
-    """As JSON takes it."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(agreement).items()}
 
 
 def _part(part: float) -> str:
