@@ -11,6 +11,9 @@ from typing import Any, Literal
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.sources.rows import RawLabel, Rows
 
+IGNORED = -100
+"""The label of a position that has none, as transformers' losses take it."""
+
 _INTEGER = re.compile(r"[+-]?\d+")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 SPLITS = ("train", "validation", "test")
 
@@ -153,6 +154,17 @@ class Task(ABC):
         return []
 
     # ---- what is the same for all ------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_splits(cls, splits: Sequence[Dataset], **values: Any) -> Self:
+        """Returns a task of this family.
+
+        Args:
+            splits: train, validation and, if there is one, test.
+            values: the other attributes.
+        """
+        train, validation, *test = splits
+        return cls(train=train, validation=validation, test=test[0] if test else None, **values)
 
     @property
     def main_metric(self) -> str:

@@ -20,7 +20,8 @@ from transformers import EvalPrediction, HfArgumentParser, PreTrainedTokenizerFa
 from pins_ext.tasks import Task, TaskArguments, TaskError, load_task, task_name
 from pins_ext.tasks.metrics import evaluate
 from pins_ext.tasks.sources import sequence_data
-from pins_ext.tasks.sources.rows import Rows, draw_evenly
+from pins_ext.tasks.sources.rows import Rows
+from pins_ext.tasks.splits import draw_evenly
 
 Files = Callable[..., TaskArguments]
 

@@ -14,7 +14,8 @@ from small_models import word_pieces
 from transformers import EvalPrediction
 
 from pins_ext.tasks import TaskArguments, TaskError, load_task
-from pins_ext.tasks.families.tokens import IGNORED, TokenTask, first_tokens
+from pins_ext.tasks.families.tokens import TokenTask, first_tokens
+from pins_ext.tasks.labels import IGNORED
 from pins_ext.tasks.metrics import evaluate_entities
 from pins_ext.tasks.sources.conll import ENTITY_SETS, read_conll
 from pins_ext.tasks.sources.hub import PARQUET

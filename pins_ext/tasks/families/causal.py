@@ -7,13 +7,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pins_ext.tasks.arguments import TaskError
+from pins_ext.tasks.labels import IGNORED
 from pins_ext.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that is not predicted, as transformers' losses take it."""
 
 _TOLERANCE = 1e-3
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from pins_ext.tasks.arguments import TaskError
-from pins_ext.tasks.families.causal import IGNORED, CausalTask
+from pins_ext.tasks.families.causal import CausalTask
+from pins_ext.tasks.labels import IGNORED
 from pins_ext.tasks.metrics import evaluate_texts
 from pins_ext.tasks.task import encoded
 

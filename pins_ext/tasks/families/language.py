@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pins_ext.tasks.arguments import TaskError
-from pins_ext.tasks.families.causal import IGNORED, CausalTask
+from pins_ext.tasks.families.causal import CausalTask
+from pins_ext.tasks.labels import IGNORED
 from pins_ext.tasks.metrics import perplexity
 from pins_ext.tasks.splits import sample
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pins_ext.tasks.labels import Labels
+from pins_ext.tasks.labels import IGNORED, Labels
 from pins_ext.tasks.metrics import evaluate_entities
 from pins_ext.tasks.task import Task, encoded
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-
-IGNORED = -100
-"""The label of a position that has none, as transformers' losses take it."""
 
 NO_ENTITY = "O"
 

@@ -12,7 +12,7 @@ from pins_ext.tasks.families.tokens import NO_ENTITY, TokenTask
 from pins_ext.tasks.labels import Labels
 from pins_ext.tasks.sources.files import opened
 from pins_ext.tasks.sources.hub import PARQUET, HubSet, read_hub
-from pins_ext.tasks.splits import count_shared, find_files, hold_out, sample
+from pins_ext.tasks.splits import count_shared, find_files, hold_out, sampled, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +91,7 @@ def load_entities(arguments: TaskArguments, name: str) -> TokenTask:
         arguments,
         splits,
         _tag_set(known.kinds),
-        source=f"{name}, " + ("from the hub" if local is None else f"files in {local}"),
+        source=source_of(name, arguments),
         licence=known.licence,
     )
 
@@ -110,16 +110,15 @@ def load_conll_files(arguments: TaskArguments, name: str) -> TokenTask:
         raise TaskError(f"{train.origin}: every tag is {NO_ENTITY}; there is no entity to learn")
     notes: tuple[str, ...] = ()
     if validation is None:
-        share, seed = arguments.eval_fraction, arguments.split_seed
-        rest, held = hold_out(len(train.words), share, seed, train.origin)
+        rest, held, note = hold_out(len(train.words), arguments, train.origin)
         train, validation = train.take(rest), train.take(held)
-        notes = (f"validation is {share:g} of the training file, drawn with seed {seed}",)
+        notes = (note,)
     return _assemble(
         name,
         arguments,
         [train, validation] if test is None else [train, validation, test],
         _tag_set(kinds),
-        source=", ".join(path for path in paths if path is not None),
+        source=source_of(name, arguments),
         licence="that of your files",
         notes=notes,
     )
@@ -187,7 +186,6 @@ def _assemble(
     licence: str,
     notes: tuple[str, ...] = (),
 ) -> TokenTask:
-    limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_eval_samples)
     texts = [[" ".join(words) for words in split.words] for split in splits]
     shared = [count_shared(texts[0], other) for other in texts[1:]]
     repeated = tuple(
@@ -195,14 +193,9 @@ def _assemble(
         for count, split in zip(shared, splits[1:], strict=True)
         if count
     )
-    parts = [
-        sample(_dataset(split, tags), limit, arguments.split_seed) for split, limit in zip(splits, limits, strict=False)
-    ]
-    return TokenTask(
+    return TokenTask.of_splits(
+        sampled([_dataset(split, tags) for split in splits], arguments),
         name=name,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2] if len(parts) > 2 else None,
         tags=tags,
         source=source,
         licence=licence,

@@ -12,7 +12,7 @@ from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.families.data_to_text import DataToTextTask
 from pins_ext.tasks.sources.files import read_table
 from pins_ext.tasks.sources.hub import PARQUET, HubSet, read_hub
-from pins_ext.tasks.splits import count_shared, find_files, sample
+from pins_ext.tasks.splits import count_shared, find_files, sampled, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,25 +37,19 @@ def load_e2e(arguments: TaskArguments, name: str) -> DataToTextTask:
     if arguments.data_dir is None:
         data = read_hub(name, E2E, ("train", "validation", "test"), "trainset.csv and devset.csv")
         splits = [_dataset(split[_HUB_COLUMNS[0]], split[_HUB_COLUMNS[1]]) for split in data.values()]
-        source = f"{name}, from the hub"
     else:
         paths = find_files(arguments.data_dir, name, _STEMS, _SUFFIXES)
         splits = [read_pairs(path) for path in paths if path is not None]
-        source = f"{name}, files in {arguments.data_dir}"
     shared = [count_shared(splits[0]["mr"], set(split["mr"])) for split in splits[1:]]
     notes = tuple(
         f"{count} meaning representations of {which} also occur in training"
         for count, which in zip(shared, ("validation", "test"), strict=False)
         if count
     )
-    limit, seed = arguments.max_eval_samples, arguments.split_seed
-    train, *others = [sample(splits[0], arguments.max_train_samples, seed), *(draw(s, limit, seed) for s in splits[1:])]
-    return DataToTextTask(
+    return DataToTextTask.of_splits(
+        sampled(splits, arguments, draw),
         name=name,
-        train=train,
-        validation=others[0],
-        test=others[1] if len(others) > 1 else None,
-        source=source,
+        source=source_of(name, arguments),
         licence="CC BY-SA 4.0",
         max_length=arguments.max_length or _DEFAULT_LENGTH,
         notes=notes,

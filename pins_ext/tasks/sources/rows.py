@@ -1,11 +1,9 @@
-"""Examples as read, before labels become numbers: what every reader returns, and how a share of them is drawn."""
+"""Examples as read, before labels become numbers: what every reader returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from pins_ext.tasks.arguments import TaskError
 
@@ -52,15 +50,3 @@ class Rows:
     def examples(self) -> set[tuple[str, str]]:
         """Returns the distinct inputs, for telling whether two splits share some."""
         return set(zip(self.text, self.pair or [""] * len(self), strict=True))
-
-
-def draw_evenly(labels: Sequence[RawLabel], size: int, seed: int) -> list[int]:
-    """Returns `size` indices in ascending order that keep the shares of the labels; the same for the same seed.
-
-    Args:
-        labels: one per example, of one type. size: 1 <= size <= len(labels).
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    by_label = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
-    positions = (np.arange(size) + 0.5) * (len(labels) / size)
-    return sorted(int(i) for i in by_label[positions.astype(np.int64)])

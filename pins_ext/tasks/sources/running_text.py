@@ -9,7 +9,7 @@ from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.families.language import LanguageTask
 from pins_ext.tasks.sources.files import opened
 from pins_ext.tasks.sources.hub import HubSet, read_hub
-from pins_ext.tasks.splits import find_files
+from pins_ext.tasks.splits import find_files, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,12 +32,11 @@ def load_wikitext(arguments: TaskArguments, name: str) -> LanguageTask:
     """
     if arguments.data_dir is None:
         data = read_hub(name, WIKITEXT2, ("train", "validation", "test"), "train.txt and valid.txt")
-        splits, source = [split.select_columns("text") for split in data.values()], f"{name}, from the hub"
+        splits = [split.select_columns("text") for split in data.values()]
     else:
         paths = find_files(arguments.data_dir, name, _STEMS, _SUFFIXES)
         splits = [_dataset(read_lines(path)) for path in paths if path is not None]
-        source = f"{name}, files in {arguments.data_dir}"
-    return _assemble(name, arguments, splits, source, "CC BY-SA (Wikipedia)")
+    return _assemble(name, arguments, splits, "CC BY-SA (Wikipedia)")
 
 
 def load_text_files(arguments: TaskArguments, name: str) -> LanguageTask:
@@ -58,8 +57,7 @@ def load_text_files(arguments: TaskArguments, name: str) -> LanguageTask:
         # Neighbouring lines are about the same: lines drawn here and there would be known from those around them.
         notes = (f"validation is the last {arguments.eval_fraction:g} of the training file's lines",)
     splits = [_dataset(lines) for lines in (train, validation, test) if lines is not None]
-    source = ", ".join(path for path in paths if path is not None)
-    return _assemble(name, arguments, splits, source, "that of your files", notes)
+    return _assemble(name, arguments, splits, "that of your files", notes)
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -79,16 +77,13 @@ def _assemble(
     name: str,
     arguments: TaskArguments,
     splits: list[Dataset],
-    source: str,
     licence: str,
     notes: tuple[str, ...] = (),
 ) -> LanguageTask:
-    return LanguageTask(
+    return LanguageTask.of_splits(
+        splits,
         name=name,
-        train=splits[0],
-        validation=splits[1],
-        test=splits[2] if len(splits) > 2 else None,
-        source=source,
+        source=source_of(name, arguments),
         licence=licence,
         max_length=arguments.max_length or _DEFAULT_LENGTH,
         notes=notes,

@@ -11,7 +11,8 @@ from pins_ext.tasks.recipes import RECIPES, recipe_for
 from pins_ext.tasks.sources.areas import area_names, read_areas
 from pins_ext.tasks.sources.files import read_rows, read_table
 from pins_ext.tasks.sources.glue import GLUE, LICENCE, glue_labels, read_glue_folder, read_glue_hub
-from pins_ext.tasks.sources.rows import Rows, draw_evenly
+from pins_ext.tasks.sources.rows import Rows
+from pins_ext.tasks.splits import draw_evenly, hold_out, limits, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +55,7 @@ def load_glue(arguments: TaskArguments, name: str) -> SequenceTask:
         splits,
         glue_labels(part),
         metrics=GLUE[part].metrics,
-        source=f"GLUE {part}, " + ("from the hub" if local is None else f"files in {local}"),
+        source=source_of(f"GLUE {part}", arguments),
         licence=LICENCE,
         notes=("test is the mismatched validation set",) if part == "mnli" and len(splits) > 2 else (),
     )
@@ -75,28 +76,18 @@ def load_table(arguments: TaskArguments, name: str) -> SequenceTask:
     labels = infer_labels(train, arguments.label_type)
     notes: tuple[str, ...] = ()
     if validation is None:
-        train, validation = _hold_out(train, labels, arguments)
-        share, seed = arguments.eval_fraction, arguments.split_seed
-        notes = (f"validation is {share:g} of the training file, drawn with seed {seed}",)
+        rest, held, note = hold_out(len(train), arguments, train.origin, labels.encode(train))
+        train, validation, notes = train.take(rest), train.take(held), (note,)
     return _assemble(
         name,
         arguments,
         [train, validation] if test is None else [train, validation, test],
         labels,
         metrics=("pearson_spearman", "pearson", "spearman") if labels.is_regression else ("accuracy", "macro_f1"),
-        source=", ".join(path for path in files if path is not None),
+        source=source_of(name, arguments),
         licence="that of your files",
         notes=notes,
     )
-
-
-def _hold_out(rows: Rows, labels: Labels, arguments: TaskArguments) -> tuple[Rows, Rows]:
-    if len(rows) < 2:
-        raise TaskError(f"{rows.origin}: one example cannot be both trained and validated on; use --validation-file")
-    size = min(max(1, round(len(rows) * arguments.eval_fraction)), len(rows) - 1)
-    held = draw_evenly(labels.encode(rows), size, arguments.split_seed)
-    rest = sorted(set(range(len(rows))) - set(held))
-    return rows.take(rest), rows.take(held)
 
 
 def _assemble(
@@ -110,9 +101,8 @@ def _assemble(
     notes: tuple[str, ...],
 ) -> SequenceTask:
     """Numbers the labels, draws at most the samples asked for, and notes what a reader should know of the data."""
-    limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_eval_samples)
     drawn, parts = [], []
-    for rows, limit in zip(splits, limits, strict=False):
+    for rows, limit in zip(splits, limits(arguments), strict=False):
         values = labels.encode(rows)
         if limit is not None and limit < len(rows):
             indices = draw_evenly(values, limit, arguments.split_seed)
@@ -125,11 +115,9 @@ def _assemble(
         raise TaskError(f"{drawn[0].origin}: only one class among {len(drawn[0])} training examples")
     recipe = RECIPES.get(recipe_for(name) or "")
     length = (recipe.length if recipe is not None else None) or _DEFAULT_LENGTH
-    return SequenceTask(
+    return SequenceTask.of_splits(
+        parts,
         name=name,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2] if len(parts) > 2 else None,
         labels=labels,
         metrics=metrics,
         source=source,

@@ -14,7 +14,7 @@ from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.families.questions import QuestionTask
 from pins_ext.tasks.sources.files import opened
 from pins_ext.tasks.sources.hub import HubSet, read_hub
-from pins_ext.tasks.splits import find_files, listing, sample
+from pins_ext.tasks.splits import find_files, listing, sampled, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,12 +56,11 @@ def load_questions(arguments: TaskArguments, name: str) -> QuestionTask:
     """
     notes: tuple[str, ...] = ()
     if arguments.data_dir is None:
-        splits, source = _from_hub(name), f"{name}, from the hub"
+        splits = _from_hub(name)
     else:
         paths = _files_in(Path(arguments.data_dir), name)
         splits, notes = _read_splits(arguments, paths)
-        source = f"{name}, files in {arguments.data_dir}"
-    return _assemble(name, arguments, splits, source, "CC BY-SA 4.0", notes)
+    return _assemble(name, arguments, splits, "CC BY-SA 4.0", notes)
 
 
 def load_question_files(arguments: TaskArguments, name: str) -> QuestionTask:
@@ -73,8 +72,7 @@ def load_question_files(arguments: TaskArguments, name: str) -> QuestionTask:
     given = [arguments.train_file, arguments.validation_file, arguments.test_file]
     paths = [None if path is None else Path(path) for path in given]
     splits, notes = _read_splits(arguments, paths)
-    source = ", ".join(path for path in given if path is not None)
-    return _assemble(name, arguments, splits, source, "that of your files", notes)
+    return _assemble(name, arguments, splits, "that of your files", notes)
 
 
 def is_squad(path: str | Path) -> bool:
@@ -185,7 +183,6 @@ def _assemble(
     name: str,
     arguments: TaskArguments,
     splits: list[list[Question]],
-    source: str,
     licence: str,
     notes: tuple[str, ...],
 ) -> QuestionTask:
@@ -200,14 +197,10 @@ def _assemble(
     )
     if strayed:
         notes = (*notes, f"{strayed} answers are not where the data says they begin")
-    limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_eval_samples)
-    parts = [sample(_dataset(split), limit, arguments.split_seed) for split, limit in zip(splits, limits, strict=False)]
-    return QuestionTask(
+    return QuestionTask.of_splits(
+        sampled([_dataset(split) for split in splits], arguments),
         name=name,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2] if len(parts) > 2 else None,
-        source=source,
+        source=source_of(name, arguments),
         licence=licence,
         max_length=arguments.max_length or _DEFAULT_LENGTH,
         notes=notes,
