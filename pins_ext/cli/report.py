@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pins_ext.files.atomic import SaveError, write_file
+from pins_ext.runs.charts import scores_alone
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.folder import results_in
 from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.options import Parser
-from pins_ext.runs.record import RecordError, read_record
+from pins_ext.runs.record import RecordError, RunRecord, read_record
 
 _ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
 
@@ -19,9 +20,13 @@ examples:
   pins-ext report runs/demo                            the three runs of a comparison again
   pins-ext report runs/rte-80 -o cells.html            every cell of an ablation
   pins-ext report runs/dense runs/pins -o compare.html
+  pins-ext report runs/demo -o scores.svg              the picture of the scores alone
 """
 
-_OUTPUT = "where to; by default report.html in the folder, or, for several folders, compare-N-runs.html in the first"
+_OUTPUT = (
+    "where to; a name that ends in .svg gets the scores alone; by default report.html in the folder, or, for several "
+    "folders, compare-N-runs.html in the first"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,8 +49,22 @@ def main(argv: Sequence[str]) -> int:
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent} to write {output.name} into: make it, or choose another")
     try:
-        write_file(output, render(records, given.get("title")))
+        write_file(output, _content(records, output, given.get("title")))
     except SaveError as error:
         raise UsageError(str(error)) from error
     print(output)
     return EXIT_OK
+
+
+def _content(records: Sequence[RunRecord], output: Path, title: str | None) -> str:
+    """A page, or the picture of the scores, as the name of the file asks.
+
+    Raises:
+        UsageError: a picture of fewer than two scores.
+    """
+    if output.suffix != ".svg":
+        return render(records, title)
+    picture = scores_alone(records)
+    if picture is None:
+        raise UsageError("a picture compares two runs or more by the same metric")
+    return picture

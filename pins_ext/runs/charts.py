@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pins_ext.runs.findings import interval, score
 from pins_ext.runs.record import Entry, RunRecord
 
 if TYPE_CHECKING:
@@ -45,36 +46,129 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-_WIDTH, _HEIGHT = 6.0, 2.9
+_WIDTH, _HEIGHT = 4.8, 2.6  # readable where a phone shows it at two thirds of an inch per inch
 _MOST_ANNOTATED = 24
+_LONGEST_LABEL = 28
+
+
+# A page's style says what these are in the light and in the dark.
+_THEMED = {
+    _INK: "--ink",
+    "#4b5563": "--soft",
+    _FAINT: "--faint",
+    _GRID: "--grid",
+    "#ffffff": "--card",
+    **{color: f"--run-{i}" for i, color in enumerate(COLORS)},
+}
+_ON_DARK_CELL, _ON_LIGHT_CELL = "#fefefe", "#10233f"  # a map keeps its colours, and so does what is written on it
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A titled SVG with a sentence that says how to read it."""
+    """A titled SVG.
+
+    Attributes:
+        title: its heading.
+        caption: a sentence that says how to read it.
+        svg: the drawing, in the page's own colours.
+        told: what it shows, for those who don't see it.
+    """
 
     title: str
     caption: str
     svg: str
+    told: str
 
 
 def pictures(records: Sequence[RunRecord]) -> list[Picture]:
-    """Every picture these runs have data for: sparsity, loss, evaluations, threshold, churn, sparsity per tensor."""
+    """Every picture these runs have data for: scores, then sparsity, loss, evaluations, threshold, churn, tensors."""
+    records = [replace(record, label=_short(record.label)) for record in records]
+    metric = records[0].final.metric.removeprefix("eval_").replace("_", " ")
+    loss = "Of the task alone (CE), mean over each logging interval."
+    if any(_with_distance(record) for record in records):
+        loss += " Dashed: the distance from the teacher is in it."
     drawn = [
         _lines(
             records, "Sparsity", "Share of the prunable weights each mask zeroed. Dotted: schedule.", _draw_sparsity
         ),
-        _lines(records, "Training loss", "Mean over each logging interval.", _draw_loss),
+        _lines(records, "Training loss", loss, _draw_loss),
         _lines(
             records,
             "Evaluation",
-            "During training. Hollow: the model was not at its target sparsity.",
+            f"{metric.capitalize()} during training. Hollow: the model was not at its target sparsity.",
             _draw_evaluation,
         ),
-        _lines(records, "Threshold", "The score under which a weight was pruned. Logarithmic.", _draw_threshold),
+        _thresholds(records),
         _lines(records, "Mask churn", "Share of the prunable weights whose bit a new mask flipped.", _draw_churn),
     ]
-    return [picture for picture in drawn if picture] + [p for p in map(_tensors, records) if p]
+    found = [_scores(records), *drawn, *map(_tensors, records)]
+    return [picture for picture in found if picture]
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for a chart beside it."""
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def scores_alone(records: Sequence[RunRecord]) -> str | None:
+    """The scores as an SVG file of its own, on white; None where fewer than two runs have one."""
+    paint = _painter_of_scores(records)
+    return _svg(paint, (6.4, 0.7 + 0.42 * _bars(records)), "scores", themed=False) if paint else None
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(records: Sequence[RunRecord]) -> Picture | None:
+    """Main metric of each run as a bar, with its interval where it is an accuracy, beside that of no model."""
+    paint = _painter_of_scores(records)
+    if paint is None:
+        return None
+    svg = _svg(paint, (_WIDTH, 0.7 + 0.36 * _bars(records)), "scores")
+    name = records[0].final.metric.removeprefix("eval_").replace("_", " ")
+    caption = f"{name.capitalize()} at the end."
+    if any(map(interval, records)):
+        caption += " Whiskers: 95 % interval by the number of validation examples (Wilson)."
+    told = ", ".join(f"{record.label} {value:.4f}" for record in records if (value := score(record)) is not None)
+    return Picture("Scores", caption, svg, f"{name}: {told}") if svg else None
+
+
+def _bars(records: Sequence[RunRecord]) -> int:
+    return sum(score(record) is not None for record in records) + 1
+
+
+def _painter_of_scores(records: Sequence[RunRecord]) -> Callable[[Figure], bool] | None:
+    scored = [(i, record, score(record)) for i, record in enumerate(records) if score(record) is not None]
+    metrics = {record.final.metric for _, record, _ in scored}
+    if len(scored) < 2 or len(metrics) > 1:
+        return None
+    data = records[0].data
+    baseline = data.baseline.get(metrics.pop())
+
+    def paint(figure: Figure) -> bool:
+        axes = figure.subplots()
+        for row, (i, record, value) in enumerate(scored):
+            assert value is not None
+            axes.barh(row, value, color=COLORS[i % len(COLORS)], height=0.62)
+            low, high = interval(record) or (value, value)
+            if high > low:
+                axes.plot([low, high], [row, row], color=_INK, linewidth=1.4, marker="|", markersize=7)
+            axes.annotate(f"{value:.3f}", (high, row), (5, 0), textcoords="offset points", va="center")
+        names = [record.label for _, record, _ in scored]
+        if baseline is not None:
+            axes.barh(len(scored), baseline, color=_FAINT, height=0.62)
+            axes.annotate(f"{baseline:.3f}", (baseline, len(scored)), (5, 0), textcoords="offset points", va="center")
+            names.append(data.baseline_name)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        return True
+
+    return paint
+
+
+# ---- lines over steps ------------------------------------------------------------------------------------------------
 
 
 def _lines(
@@ -84,18 +178,66 @@ def _lines(
     draw: Callable[[Axes, RunRecord, str], bool],
 ) -> Picture | None:
     """One chart over steps with a line per run; None when no run has anything to draw."""
+    drew: list[str] = []
 
     def paint(figure: Figure) -> bool:
         axes = figure.subplots()
-        drew = [draw(axes, record, COLORS[i % len(COLORS)]) for i, record in enumerate(records)]
-        axes.set_xlabel("step")
-        axes.margins(x=0.01)
-        if sum(drew) > 1:
+        for i, record in enumerate(records):
+            if draw(axes, record, COLORS[i % len(COLORS)]):
+                drew.append(record.label)
+        _over_steps(axes)
+        if len(drew) > 1:
             axes.legend(loc="best")
-        return any(drew)
+        return bool(drew)
 
     svg = _svg(paint, (_WIDTH, _HEIGHT), title)
-    return Picture(title, caption, svg) if svg else None
+    return Picture(title, caption, svg, f"{title} over steps of {', '.join(drew)}") if svg else None
+
+
+def _thresholds(records: Sequence[RunRecord]) -> Picture | None:
+    """The threshold of each run on an axis of its own: scores of different criteria have nothing in common."""
+    drawn = [(i, record) for i, record in enumerate(records) if _positive_thresholds(record)]
+
+    def paint(figure: Figure) -> bool:
+        rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (i, record) in zip(rows, drawn, strict=True):
+            points = _positive_thresholds(record)
+            axes.plot([s for s, _ in points], [v for _, v in points], color=COLORS[i % len(COLORS)])
+            _logarithmic(axes)
+            axes.set_title(record.label, loc="left", fontsize=8.5)
+            _over_steps(axes)
+        for axes in rows[:-1]:
+            axes.set_xlabel("")
+        return True
+
+    if not drawn:
+        return None
+    height = _HEIGHT if len(drawn) == 1 else 0.5 + 1.2 * len(drawn)
+    svg = _svg(paint, (_WIDTH, height), "Threshold")
+    told = f"Threshold over steps of {', '.join(record.label for _, record in drawn)}"
+    caption = "The score under which a weight was pruned, each run on its own logarithmic axis."
+    return Picture("Threshold", caption, svg, told) if svg else None
+
+
+def _over_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis of few plain numbers: matplotlib would write them as formulas."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:.3g}")
+
+
+def _positive_thresholds(record: RunRecord) -> list[tuple[float, float]]:
+    steps, values = _series(record.masks, "threshold")
+    return [(step, value) for step, value in zip(steps, values, strict=True) if 0 < value < float("inf")]
 
 
 def _series(entries: Sequence[Entry], name: str) -> tuple[list[float], list[float]]:
@@ -115,9 +257,19 @@ def _draw_sparsity(axes: Axes, record: RunRecord, color: str) -> bool:
     return True
 
 
+def _with_distance(record: RunRecord) -> bool:
+    """Whether the only loss that was logged is the joint one, the distance from a teacher in it."""
+    regularized = record.config.self_regularization.get("teacher", "none") != "none"
+    return regularized and not any(entry.get("task_loss") is not None for entry in record.history)
+
+
 def _draw_loss(axes: Axes, record: RunRecord, color: str) -> bool:
-    steps, loss = _series(record.history, "loss")
-    axes.plot(steps, loss, color=color, label=record.label, marker="o" if len(steps) == 1 else "", markersize=4)
+    steps, loss = _series(record.history, "task_loss")
+    if not steps:
+        steps, loss = _series(record.history, "loss")
+    style = "--" if _with_distance(record) else "-"
+    marker = "o" if len(steps) == 1 else ""
+    axes.plot(steps, loss, style, color=color, label=record.label, marker=marker, markersize=4)
     axes.set_ylim(bottom=0)
     return bool(steps)
 
@@ -129,19 +281,9 @@ def _draw_evaluation(axes: Axes, record: RunRecord, color: str) -> bool:
         return False
     axes.plot(steps, scores, color=color, linewidth=1.2, label=record.label)
     at_target = [entry.get("at_target", True) for entry in record.evaluations if entry.get(metric) is not None]
-    for step, score, there in zip(steps, scores, at_target, strict=True):
-        axes.plot(step, score, "o", color=color, markerfacecolor=color if there else "white", markersize=4.5)
+    for step, value, there in zip(steps, scores, at_target, strict=True):
+        axes.plot(step, value, "o", color=color, markerfacecolor=color if there else "white", markersize=4.5)
     axes.set_ylabel(metric.removeprefix("eval_"))
-    return True
-
-
-def _draw_threshold(axes: Axes, record: RunRecord, color: str) -> bool:
-    steps, threshold = _series(record.masks, "threshold")
-    positive = [(step, value) for step, value in zip(steps, threshold, strict=True) if 0 < value < float("inf")]
-    if not positive:
-        return False
-    axes.plot([s for s, _ in positive], [v for _, v in positive], color=color, label=record.label)
-    axes.set_yscale("log")
     return True
 
 
@@ -171,7 +313,9 @@ def _tensors(record: RunRecord) -> Picture | None:
         size = (_WIDTH, 0.8 + 0.2 * len(shares))
         svg = _svg(lambda figure: _draw_bars(figure, shares), size, record.label)
     title = f"Sparsity per tensor, {record.label}"
-    return Picture(title, "Darker: more of the tensor was pruned.", svg) if svg else None
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    told = f"{title}: from {100 * shares[least]:.0f} % in {least} to {100 * shares[most]:.0f} % in {most}"
+    return Picture(title, "Darker: more of the tensor was pruned.", svg, told) if svg else None
 
 
 def _kind(name: str) -> str:
@@ -191,7 +335,7 @@ def _draw_map(figure: Figure, cells: dict[tuple[str, int], float], kinds: list[s
     if len(layers) <= _MOST_ANNOTATED:
         for (kind, layer), share in cells.items():
             at = (layers.index(layer) + 0.5, kinds.index(kind) + 0.5)
-            ink = "white" if share > 0.55 else _INK
+            ink = _ON_DARK_CELL if share > 0.55 else _ON_LIGHT_CELL
             axes.annotate(f"{100 * share:.0f}", at, ha="center", va="center", color=ink, fontsize=8)
     return True
 
@@ -211,15 +355,19 @@ def _percent(value: float, _: object = None) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str) -> str | None:
-    """Draw on a figure of this size in inches; the SVG takes the page's font and width. None if paint drew nothing."""
+def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str, themed: bool = True) -> str | None:
+    """Draw on a figure of this size in inches; None if paint drew nothing.
+
+    Args:
+        themed: take font, width and colours of the page; otherwise a file of its own, on white.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0)
+        figure.patch.set_alpha(0 if themed else 1)
         if not paint(figure):
             return None
         buffer = io.StringIO()
@@ -227,7 +375,7 @@ def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str) 
             buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
     svg = buffer.getvalue()
-    return _page_fit(svg[svg.index("<svg") :])
+    return _page_fit(svg[svg.index("<svg") :]) if themed else svg
 
 
 def _page_fit(svg: str) -> str:
@@ -237,7 +385,13 @@ def _page_fit(svg: str) -> str:
     """
     svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
     svg = re.sub(r"<svg\b[^<>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
-    return re.sub(r"<text\b[^<>]*>", lambda tag: _inherited_font(tag[0]), svg)
+    svg = re.sub(r"<text\b[^<>]*>", lambda tag: _inherited_font(tag[0]), svg)
+    return re.sub(r"<[a-z]+\b[^<>]*>", lambda tag: _themed(tag[0]), svg)
+
+
+def _themed(tag: str) -> str:
+    """A tag whose colours are the page's."""
+    return re.sub(r"#[0-9a-f]{6}\b", lambda c: f"var({_THEMED[c[0]]})" if c[0] in _THEMED else c[0], tag)
 
 
 def _inherited_font(tag: str) -> str:

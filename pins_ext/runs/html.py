@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from html import escape
 from typing import Any
 
-from pins_ext.runs.charts import pictures
-from pins_ext.runs.record import RunRecord
+from pins_ext.runs.charts import Picture, pictures
+from pins_ext.runs.findings import comparison, size, standard_error
+from pins_ext.runs.page import page
+from pins_ext.runs.record import RunRecord, Timings
 
 REPORT = "report.html"
 NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def render(records: Sequence[RunRecord], title: str | None = None) -> str:
@@ -26,40 +27,41 @@ def render(records: Sequence[RunRecord], title: str | None = None) -> str:
     """
     records = _distinct(records)
     heading = title or _heading(records)
-    figures = "".join(
-        f"<figure><figcaption><b>{escape(p.title)}</b><span>{escape(p.caption)}</span></figcaption>{p.svg}</figure>"
-        for p in pictures(records)
-    )
-    notes = [*filter(None, [standard_error(records)]), *(note for r in records for note in r.notes)]
+    notes = [*filter(None, [standard_error(records)]), *(note for record in records for note in record.notes)]
+    scores, *others = _figures(records)
     body = [
-        f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(records))}</p></header>",
+        f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(records))}</p>{_finding(records)}</header>",
         _tiles(records[0]) if len(records) == 1 else "",
-        f"<section><h2>Results</h2>{_results(records)}{_list(dict.fromkeys(notes))}</section>",
-        f'<section><h2>Training</h2><div class="grid">{figures}</div></section>',
+        f"<section><h2>Results</h2>{scores}{_results(records)}{_list(dict.fromkeys(notes))}</section>",
+        f"<section><h2>Cost</h2>{_costs(records)}{_sizes(records)}</section>",
+        _loading(records),
+        f'<section><h2>Training</h2><div class="grid">{"".join(others)}</div></section>',
         "".join(_details(record) for record in records),
     ]
-    return _PAGE.format(title=escape(heading), style=_STYLE, body="\n".join(body))
+    return page(heading, "\n".join(body))
+
+
+def _figures(records: Sequence[RunRecord]) -> list[str]:
+    """The pictures as markup: that of the scores first, empty where there is none."""
+    drawn = {p.title: p for p in pictures(records)}
+    scores = drawn.pop("Scores", None)
+    return [_figure(scores) if scores else "", *map(_figure, drawn.values())]
+
+
+def _figure(picture: Picture) -> str:
+    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{escape(picture.told)}"', 1)
+    caption = f"<figcaption><b>{escape(picture.title)}</b><span>{escape(picture.caption)}</span></figcaption>"
+    return f"<figure>{caption}{svg}</figure>"
+
+
+def _finding(records: Sequence[RunRecord]) -> str:
+    said = comparison(records)
+    return f'<p class="finding">{escape(said)}</p>' if said else ""
 
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as people read it: "80.0 %", or a dash for None."""
     return NOTHING if share is None else f"{100 * share:.{digits}f} %"
-
-
-def standard_error(records: Sequence[RunRecord]) -> str:
-    """How far an accuracy may be off, being measured on so many examples; nothing for other metrics."""
-    errors, sizes = [], set()
-    for record in records:
-        score, n = record.final.score, record.data.examples.get("validation")
-        if record.final.metric != "eval_accuracy" or score is None or not 0 <= score <= 1 or not n:
-            return ""
-        errors.append(f"{100 * math.sqrt(score * (1 - score) / n):.1f}")
-        sizes.add(n)
-    if len(sizes) != 1:
-        return ""
-    low, high = min(errors, key=float), max(errors, key=float)
-    size = low if low == high else f"{low} to {high}"
-    return f"{sizes.pop():,} validation examples: an accuracy has a standard error of {size} points (binomial)"
 
 
 def _distinct(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -111,24 +113,90 @@ def _results(records: Sequence[RunRecord]) -> str:
     mains = [record.final.metric for record in records]
     found = dict.fromkeys(name for record in records for name in record.final.metrics if _shown(name))
     names = sorted(found, key=lambda name: name not in mains)
-    head = ["run", *(name.removeprefix("eval_") for name in names), "sparsity", "zeros", "ms per step", "pruning"]
+    head = ["run", *(name.removeprefix("eval_").replace("_", " ") for name in names), "sparsity", "zeros"]
     rows = []
     for record in records:
-        final, timings = record.final, record.timings
+        final = record.final
         rows.append(
             [
                 record.label,
                 *(_number(final.metrics.get(name)) for name in names),
                 "dense" if final.sparsity is None else percent(final.sparsity, 2),
                 f"{final.zeros:,}" if final.weights else NOTHING,
-                NOTHING if timings.step_ms is None else f"{timings.step_ms:.0f}",
-                percent(timings.pruning_share),
             ]
         )
     for data in {record.data.task: record.data for record in records if record.data.baseline}.values():
         row = [data.baseline_name, *(_number(data.baseline.get(name)) for name in names)]
         rows.append([*row, *[NOTHING] * (len(head) - len(row))])
-    return _table(head, rows)
+    return _table("results", head, rows)
+
+
+def _costs(records: Sequence[RunRecord]) -> str:
+    """What a step took, and what the teacher of self-regularization added."""
+    dense = next((record.timings.step_ms for record in records if not record.final.weights), None)
+    head = ["run", "ms per step", "against dense", "of it pruning", "teacher", "teacher's memory", "peak memory"]
+    rows = []
+    for record in records:
+        timings, teacher = record.timings, record.config.self_regularization
+        step, peak = timings.step_ms, timings.peak_memory_mb
+        held = teacher.get("memory")
+        memory = sum(n for n in held.values() if isinstance(n, (int, float))) if isinstance(held, Mapping) else 0
+        rows.append(
+            [
+                record.label,
+                f"{step:.0f}" if step else NOTHING,
+                f"{step / dense:.2f} {TIMES}" if step and dense else NOTHING,
+                percent(timings.pruning_share),
+                _teacher(teacher, timings),
+                _megabytes(memory),
+                _megabytes(peak * 2**20 if peak else 0),
+            ]
+        )
+    return _table("cost", head, rows)
+
+
+def _teacher(settings: Mapping[str, Any], timings: Timings) -> str:
+    if not settings or settings.get("teacher") == "none":
+        return NOTHING
+    forward = f", {timings.teacher_ms:.0f} ms per step" if timings.teacher_ms else ", one more forward pass"
+    return f"{settings.get('teacher')}{forward}"
+
+
+def _sizes(records: Sequence[RunRecord]) -> str:
+    """Bytes on disk, dense and packed."""
+    rows = []
+    for record in records:
+        found = size(record)
+        if found is not None:
+            whole = "the model" if record.model.weights else "the pruned tensors"
+            smaller = f"{found.dense / found.packed:.1f} {TIMES}" if found.packed else NOTHING
+            rows.append([record.label, whole, _megabytes(found.dense), _megabytes(found.packed), smaller])
+    head = ["run", "on disk", "model.safetensors", "with save_sparse", "smaller"]
+    return _table("size on disk", head, rows) if rows else ""
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count else NOTHING
+
+
+def _loading(records: Sequence[RunRecord]) -> str:
+    """The lines that load a result and make it small."""
+    kind = next((record.model.auto_class for record in records if record.final.weights), "")
+    if not kind.isidentifier():
+        return ""
+    lines = [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        'folder = "."  # the folder that holds metrics.json and model.safetensors',
+        f"model = {kind}.from_pretrained(folder)  # its zeros are exact; pins_ext is not needed",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "",
+        "import pins_ext",
+        "",
+        'pins_ext.save_sparse(model, "packed", tokenizer=tokenizer)  # a bit for each zero',
+        'model = pins_ext.load_sparse("packed")',
+    ]
+    return f'<section><h2>Load it</h2><pre tabindex="0"><code>{escape(chr(10).join(lines))}</code></pre></section>'
 
 
 def _shown(metric: str) -> bool:
@@ -143,13 +211,13 @@ def _details(record: RunRecord) -> str:
             [name.replace("_", "-"), _plain(value)] for name, value in values.items() if value not in (None, "", [], {})
         ]
         if rows:
-            parts.append(f"<h3>{escape(part.replace('_', '-'))}</h3>{_table(['setting', 'value'], rows)}")
+            parts.append(f"<h3>{escape(part.replace('_', '-'))}</h3>{_table(part, ['setting', 'value'], rows)}")
     if tensors := record.final.tensors:
         rows = [
             [name, f"{tensor.weights:,}", f"{tensor.zeros:,}", percent(tensor.sparsity, 2)]
             for name, tensor in tensors.items()
         ]
-        parts.append(f"<h3>tensors</h3>{_table(['name', 'weights', 'zeros', 'sparsity'], rows)}")
+        parts.append(f"<h3>tensors</h3>{_table('tensors', ['name', 'weights', 'zeros', 'sparsity'], rows)}")
     versions = " · ".join(f"{name} {version}" for name, version in record.versions.items())
     summary = f"Everything about {escape(record.label)}"
     return f"<details><summary>{summary}</summary>{''.join(parts)}<p>{escape(versions)}</p></details>"
@@ -165,70 +233,19 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself where it is too wide; its name is for those who hear it."""
+    cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(f"<tr>{_row(row)}</tr>" for row in rows)
+    frame = f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0">'
+    return f"{frame}<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *others = (escape(str(cell)) for cell in cells)
+    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
 
 
 def _list(items: Iterable[str]) -> str:
     entries = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f"<ul>{entries}</ul>" if entries else ""
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = re.sub(
-    r"\s*\n\s*",
-    " ",
-    """
-    :root { color-scheme: light; }
-    body { margin: 0; background: #f6f7f9; color: #1f2937;
-      font: 15px/1.55 Inter, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-    main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
-    h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 4px; font-weight: 650; }
-    h2 { font-size: 17px; margin: 36px 0 12px; font-weight: 600; }
-    h3 { font-size: 13px; margin: 20px 0 6px; color: #4b5563; font-weight: 600; text-transform: capitalize; }
-    header p { margin: 0; color: #6b7280; }
-    .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin-top: 26px; }
-    .tiles div, figure, .scroll, details { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; }
-    .tiles div { padding: 16px 18px; }
-    .tiles b { display: block; font-size: 26px; line-height: 1.2; font-weight: 650; letter-spacing: -0.01em;
-      font-variant-numeric: tabular-nums; }
-    .tiles span { display: block; color: #374151; }
-    .tiles small { color: #6b7280; }
-    .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; align-items: start; }
-    figure { margin: 0; padding: 14px 16px 8px; }
-    figcaption b { font-weight: 600; display: block; }
-    figcaption span { color: #6b7280; font-size: 13px; }
-    figure svg { display: block; width: 100%; height: auto; margin-top: 6px; }
-    .scroll { overflow-x: auto; }
-    table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-    th, td { text-align: right; padding: 8px 16px; white-space: nowrap; }
-    th:first-child, td:first-child { text-align: left; }
-    th { color: #6b7280; font-weight: 500; font-size: 13px; border-bottom: 1px solid #e5e7eb; }
-    tbody tr + tr td { border-top: 1px solid #f1f3f5; }
-    ul { color: #4b5563; padding-left: 20px; margin: 12px 0 0; }
-    details { margin-top: 14px; padding: 12px 18px; }
-    details table { font-size: 13px; }
-    details td { white-space: normal; overflow-wrap: anywhere; padding: 5px 14px; }
-    details p { color: #6b7280; font-size: 13px; }
-    summary { cursor: pointer; font-weight: 600; }
-    @media (max-width: 520px) { .grid { grid-template-columns: 1fr; } }
-    @media print { body { background: #fff; } details { break-inside: avoid; } }
-    """,
-).strip()

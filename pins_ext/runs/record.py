@@ -31,12 +31,14 @@ class ModelFacts:
         kind: its class.
         auto_class: the class of transformers that loads it.
         dtype: of its parameters.
+        weights: of all its parameters; 0 where it is not known.
     """
 
     name: str = "a model"
     kind: str = field(default="", metadata={"key": "class"})
     auto_class: str = "AutoModelForSequenceClassification"
     dtype: str = "float32"
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Timings:
         optimizer_ms: mean of the optimizer in it.
         pruning_ms: mean of pruning in it; None for a dense run.
         pruning_share: the same as a share of the step.
+        teacher_ms: mean of the teacher's forward passes in it; None where it was not timed.
     """
 
     train_seconds: float = 0.0
@@ -151,6 +154,7 @@ class Timings:
     optimizer_ms: float | None = None
     pruning_ms: float | None = None
     pruning_share: float | None = None
+    teacher_ms: float | None = None
 
 
 @dataclass(frozen=True)

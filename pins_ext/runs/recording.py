@@ -52,7 +52,13 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
     record = RunRecord(
         label=request.label,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=ModelFacts(prepared.model_name, type(trainer.model).__name__, task.auto_class, request.run.dtype),
+        model=ModelFacts(
+            prepared.model_name,
+            type(trainer.model).__name__,
+            task.auto_class,
+            request.run.dtype,
+            sum(p.numel() for p in cast(nn.Module, trainer.model).parameters()),
+        ),
         data=DataFacts(
             task=task.name,
             source=task.source,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pins_ext.runs.html import REPORT, percent, standard_error
+from pins_ext.runs.findings import standard_error, verdict
+from pins_ext.runs.html import REPORT, percent
 from pins_ext.runs.record import RunRecord
 
 _NOTHING = "-"
@@ -54,34 +54,6 @@ def print_summary(records: Sequence[RunRecord], folders: Sequence[Path], console
         console.print(f"{record.label:<14} {folder}", soft_wrap=True)
     if len(records) == 1:
         console.print(f"{'report':<14} {folders[0] / REPORT}", soft_wrap=True)
-
-
-def verdict(records: Sequence[RunRecord], metric: str) -> str:
-    """Whether the method beat magnitude pruning, and what it lost against dense, in one sentence.
-
-    Args:
-        records: of the dense run, the method's and that of magnitude pruning.
-        metric: the main one.
-    """
-    dense, method, magnitude = records
-    scores = [record.final.metrics.get(metric) for record in (method, magnitude, dense)]
-    score, other, full = (math.nan if each is None else each for each in scores)
-    if math.isnan(score + other + full):
-        return f"{method.label} can't be compared: a score is not a number."
-    points, greater = method.final.points, method.final.greater_is_better
-    gap, lost = points * (score - other), points * (full - score)
-    word = "beats" if (gap > 0 if greater else gap < 0) else "does not beat"
-    direction = "" if greater else "; lower is better"
-    compared = f"{word} {magnitude.label} ({gap:+.1f} points{direction})"
-    if _nothing(gap):
-        compared = f"equals {magnitude.label}"
-    against = f"is {abs(lost):.1f} points {'below' if lost >= 0 else 'above'} dense"
-    return f"{method.label} {compared} and {'equals dense' if _nothing(lost) else against}."
-
-
-def _nothing(points: float) -> bool:
-    """Whether a difference is none to the digit that is shown."""
-    return float(f"{points:.1f}") == 0
 
 
 def budget(records: Sequence[RunRecord]) -> str:

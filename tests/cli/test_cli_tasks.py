@@ -10,7 +10,7 @@ import pytest
 from small_models import decoder_folder, encoder_folder
 
 from pins_ext.cli.main import main
-from pins_ext.runs.summary import verdict
+from pins_ext.runs.findings import verdict
 
 CONTEXT = "ann met bob in york"
 

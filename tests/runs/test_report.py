@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+import pins_ext
+from pins_ext.cli.main import main
 from pins_ext.files.plain import to_json, typed
-from pins_ext.runs import charts
+from pins_ext.runs import charts, findings
 from pins_ext.runs import html as report
-from pins_ext.runs.record import FORMAT, RECORD, RecordError, RunRecord, as_read, read_record
+from pins_ext.runs.record import FORMAT, RECORD, RecordError, RunRecord, Settings, as_read, read_record
 
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
@@ -94,9 +99,9 @@ def test_runs_are_drawn_side_by_side() -> None:
     html = report.render([record(), record("magnitude 80 %"), dense()], title="Demo")
     assert html.count("<b>Training loss</b>") == 1
     assert html.count("<b>Sparsity per tensor") == 2
-    results = html[html.index("<h2>Results") : html.index("<h2>Training")]
+    results = html[html.index('aria-label="results"') : html.index("<h2>Cost")]
     for label in ("PINS 80 %", "magnitude 80 %", "dense", "majority class"):
-        assert f"<td>{label}</td>" in results
+        assert f'<th scope="row">{label}</th>' in results
 
 
 def test_an_accuracy_has_a_standard_error() -> None:
@@ -106,8 +111,129 @@ def test_an_accuracy_has_a_standard_error() -> None:
     shown = report.render([record(data=told), record(data=told, final=other)])
     assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in shown
     other = data()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
-    assert report.standard_error([record(data=told, final=other)]) == ""
-    assert report.standard_error([record()]) == ""
+    assert findings.standard_error([record(data=told, final=other)]) == ""
+    assert findings.standard_error([record()]) == ""
+
+
+def three() -> list[RunRecord]:
+    """A comparison: dense, by PINS with a teacher, by magnitude with far larger thresholds."""
+    told = data()["data"] | {"examples": {"train": 9, "validation": 677}}
+    teacher = {"teacher": "latest", "memory": {"teacher": 4e6}}
+    config = {"pruning": {"criterion": "pins"}, "self_regularization": teacher}
+    final = data()["final"] | {"metrics": {"eval_accuracy": 0.615}}
+    masks = [mask | {"threshold": 1e6 * mask["threshold"]} for mask in data()["masks"]]
+    magnitude = record("magnitude", data=told, config={"pruning": {"criterion": "magnitude"}}, masks=masks, final=final)
+    return [
+        replace(dense(), data=magnitude.data, config=Settings()),
+        record(data=told, config=config),
+        magnitude,
+    ]
+
+
+def test_a_comparison_begins_with_its_finding() -> None:
+    html = report.render(three())
+    assert "PINS 80 % beats magnitude (+9.5 points) and is 3.0 points below dense." in html
+    for others in (three()[:2], [*three(), three()[1]], [dense(), dense(), dense()]):
+        assert findings.comparison(others) == ""
+
+
+def test_an_accuracy_has_an_interval() -> None:
+    low, high = findings.interval(three()[1]) or (0, 0)
+    # Wilson's interval holds the rates whose expected deviation is 1.96 standard errors at most.
+    for bound in (low, high):
+        assert abs(0.71 - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 677))
+    assert low < 0.71 < high
+    assert findings.interval(record()) is None
+    scores = charts.pictures(three())[0]
+    assert scores.title == "Scores"
+    assert "Wilson" in scores.caption
+    assert "dense 0.7400, PINS 80 % 0.7100, magnitude 0.6150" in scores.told
+
+
+def test_each_threshold_has_an_axis_of_its_own() -> None:
+    svg = next(p.svg for p in charts.pictures(three()) if p.title == "Threshold")
+    assert len(set(re.findall(r'id="axes_\d+"', svg))) == 2
+    assert "mathdefault" not in svg
+
+
+def test_a_loss_with_the_distance_in_it_is_not_drawn_as_one_without() -> None:
+    def loss(records: list[RunRecord]) -> charts.Picture:
+        return next(p for p in charts.pictures(records) if p.title == "Training loss")
+
+    assert "Dashed" in loss(three()).caption
+    assert loss(three()).svg.count("stroke-dasharray") > loss(three()[:1]).svg.count("stroke-dasharray")
+    alone = three()
+    halves = tuple({**entry, "task_loss": (entry["loss"] or 0) / 2} for entry in alone[1].history)
+    alone[1] = replace(alone[1], history=halves)
+    assert "Dashed" not in loss(alone).caption
+    assert loss(alone).svg != loss(three()).svg
+
+
+def test_the_cost_of_a_teacher_is_shown() -> None:
+    html = report.render(three())
+    cost = html[html.index('aria-label="cost"') : html.index("<h2>Training")]
+    assert f"<td>1.11 {report.TIMES}</td>" in cost
+    assert "<td>latest, one more forward pass</td><td>4.0 MB</td>" in cost
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 50, bias=False), torch.nn.Linear(50, 7))
+    with torch.no_grad():
+        model[0].weight[torch.rand(50, 30) < 0.8] = 0
+    zeros = int((model[0].weight == 0).sum())
+    tensors = {"0.weight": {"weights": 1500, "zeros": zeros, "shape": [50, 30]}}
+    final = data()["final"] | {"tensors": tensors, "weights": 1500, "zeros": zeros}
+    weights = sum(p.numel() for p in model.parameters())
+    found = findings.size(record(final=final, model={"name": "m", "dtype": "float32", "weights": weights}))
+    written = pins_ext.save_sparse(model, tmp_path / "sparse")
+    assert found is not None
+    assert found.dense == written["dense"]
+    # The file pads some arrays to whole words.
+    assert found.packed <= written["stored"] <= found.packed + 64
+
+
+def test_the_lines_that_load_a_result_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"name": "m", "auto_class": "AutoModelForSequenceClassification"}
+    page = report.render([record(model=model)])
+    code = unescape(re.search(r"<code>(.*?)</code>", page, re.S)[1])  # type: ignore[index]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace('folder = "."', f"folder = {str(tiny / 'model')!r}"), names)
+    assert type(names["model"]).__name__.endswith("ForSequenceClassification")
+    assert "<pre" not in report.render([record(model=model | {"auto_class": "x; import os"})])
+
+
+def test_pictures_and_tables_have_names_and_the_colours_of_the_page() -> None:
+    html = report.render(three())
+    assert html.count("<svg") == len(re.findall(r'<svg role="img" aria-label="[^"]{10,}"', html)) > 4
+    assert html.count("<table>") == len(re.findall(r'role="region" aria-label="[^"]+" tabindex="0"><table>', html)) > 3
+    body = html[html.index("<body>") :]
+    for colour in charts.COLORS[:3]:
+        assert colour not in body
+    assert "var(--run-0)" in body
+    used = set(re.findall(r"var\((--[\w-]+)\)", html))
+    assert used <= set(re.findall(r"(--[\w-]+): #", html))
+
+
+def test_the_scores_are_a_picture_of_their_own() -> None:
+    svg = charts.scores_alone(three())
+    assert svg is not None
+    assert "var(" not in svg
+    assert ElementTree.fromstring(svg).get("width")
+    assert charts.scores_alone(three()[:1]) is None
+
+
+def test_the_command_writes_the_scores_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for made in three():
+        (tmp_path / made.label).mkdir()
+        (tmp_path / made.label / RECORD).write_text(to_json(made))
+    folders = [str(tmp_path / made.label) for made in three()]
+    assert main(["report", *folders, "-o", str(tmp_path / "scores.svg")]) == 0
+    assert (tmp_path / "scores.svg").read_text() == charts.scores_alone(three())
+    capsys.readouterr()
+    assert main(["report", folders[0], "-o", str(tmp_path / "one.svg")]) == 2
+    assert "two runs or more" in capsys.readouterr().err
+    assert not (tmp_path / "one.svg").exists()
 
 
 def test_equal_labels_are_numbered() -> None:
@@ -180,8 +306,8 @@ def test_markup_in_a_record_is_text() -> None:
 @pytest.mark.parametrize("label", ["$\\undefined$", "costs $5 or $6", 'font: 1px x; 2" y', 'a style="font: 9px b"'])
 def test_a_label_is_drawn_as_it_is_written(label: str) -> None:
     drawn = charts.pictures([record(label), record("other")])
-    assert len(drawn) == 7
-    for picture in drawn[:5]:
+    assert len(drawn) == 8
+    for picture in drawn[:6]:
         texts = [
             "".join(element.itertext())
             for element in ElementTree.fromstring(picture.svg).iter()
@@ -235,7 +361,7 @@ def test_a_record_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert read_record(tmp_path) == made
     written = json.loads((tmp_path / RECORD).read_text())
     assert list(written)[:5] == ["format", "version", "label", "created", "model"]
-    assert list(written["model"]) == ["name", "class", "auto_class", "dtype"]
+    assert list(written["model"]) == ["name", "class", "auto_class", "dtype", "weights"]
     # What was not measured is left out.
     assert "optimizer_ms" not in written["timings"]
     assert "threshold" not in written["final"]
