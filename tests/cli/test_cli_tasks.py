@@ -11,6 +11,7 @@ from small_models import decoder_folder, encoder_folder
 
 from pins_ext.cli.main import main
 from pins_ext.runs.findings import verdict
+from pins_ext.runs.record import Final, RunRecord
 
 CONTEXT = "ann met bob in york"
 
@@ -129,8 +130,8 @@ def test_what_cannot_be_is_said_in_one_line(
 
 
 def test_the_verdict_knows_the_direction() -> None:
-    def record(label: str, value: float, **final: Any) -> dict[str, Any]:
-        return {"label": label, "final": {"metrics": {"m": value}, **final}}
+    def record(label: str, value: float, **final: Any) -> RunRecord:
+        return RunRecord(label=label, final=Final("m", metrics={"m": value}, **final))
 
     shares = [record(label, value) for label, value in (("dense", 0.9), ("PINS", 0.85), ("magnitude", 0.8))]
     assert verdict(shares, "m") == "PINS beats magnitude (+5.0 points) and is 5.0 points below dense."
