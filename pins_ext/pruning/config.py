@@ -41,7 +41,10 @@ class PruneConfig:
     sparsity: float = _option(0.8, "share of the prunable weights that is zero at the end, in [0, 1)")
     initial_sparsity: float = _option(0.0, "share that is zero when the schedule starts, in [0, sparsity]")
     criterion: str | ScoreFunction = _option(
-        "pins", "importance of a weight, from its value, its gradient and the learning rate", tuple(CRITERIA)
+        "pins",
+        "importance of a weight, from its value, its gradient and the learning rate; platon is |p g| as its paper "
+        "writes it, pins-update what its released code computes",
+        tuple(CRITERIA),
     )
     beta1: float = _option(0.85, "decay of the running average of importance, in [0, 1)")
     beta2: float = _option(

@@ -37,6 +37,7 @@ OPTIMIZERS: dict[str, Callable[[Shape, int], int]] = {
     "adamw_torch_fused": _per_weight(2),
     "adafactor": _adafactor,
     "adagrad": _per_weight(1),
+    "adamax": _per_weight(2),
     "rmsprop": _per_weight(1),
     "sgd": _per_weight(0),
 }

@@ -69,8 +69,10 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         regularizer, notes = _regularizer(request, task, model)
         notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
         notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
+        notes += request.recipe_choices
         pins = PinsCallback(request.pruning, regularizer)
-        fused = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
         trainer = PinsTrainer(
             pins=pins,
@@ -83,7 +85,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             data_collator=task.collator,
             compute_metrics=partial(task.compute_metrics, split="validation", model=model),
             preprocess_logits_for_metrics=task.reduce_logits,
-            optimizer_cls_and_kwargs=(PinsAdamW, fused) if request.run.optimizer == "adamw" else None,
+            optimizer_cls_and_kwargs=(classes[name], settings) if (name := request.run.optimizer) in classes else None,
         )
         # From a forward with **kwargs the Trainer concludes that the loss is divided already, and does not divide the
         # losses it accumulates; only causal language models do divide.

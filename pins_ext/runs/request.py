@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OWN_OPTIMIZERS = ("adamw", "adamax")
+"""Values of --optimizer that the Trainer's --optim does not have."""
+
 NEWEST = "newest"
 """`--resume` without a checkpoint: the newest whole one."""
 
@@ -46,7 +49,9 @@ class RunOptions:
         "folder of the result; it appears when complete, an earlier one moves to DIR.1 [runs/TASK, or runs/demo]",
         "DIR",
     )
-    optimizer: str = _flag("adamw", "adamw, fused with pruning, or one of the Trainer's --optim, with hooks", "NAME")
+    optimizer: str = _flag(
+        "adamw", "adamw, fused with pruning; adamax, or one of the Trainer's --optim, with hooks", "NAME"
+    )
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
     label: str | None = _flag(None, "the run's name in tables and reports")
     compare: bool | None = _flag(
@@ -142,6 +147,7 @@ class Request:
         training: TrainingArguments by name, the Trainer's own defaults left out.
         overwrite, resume: what to do with what is there; resume is NEWEST or a checkpoint's folder.
         given: names of the flags that were given, in a file or typed. tokens: those flags as they would be typed.
+        recipe: the name of the recipe in use, if there is one.
     """
 
     run: RunOptions
@@ -153,6 +159,7 @@ class Request:
     resume: str | None = None
     given: frozenset[str] = frozenset()
     tokens: tuple[str, ...] = ()
+    recipe: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides a run's weights, as plain data."""
@@ -199,6 +206,18 @@ class Request:
         )
 
     @property
+    def recipe_choices(self) -> list[str]:
+        """Which choices of the published training the run keeps, and which not, in a sentence each."""
+        if self.recipe is None or self.pruning is None:
+            return []
+        ours = {**vars(self.pruning), **vars(self.run), **vars(self.regularizer)}
+        values = {"weight_decay": 0.0, **ours, **self.training}
+        kept, lost = RECIPES[self.recipe].kept(values)
+        told = {"kept of": kept, "not kept of": lost}
+        source = RECIPES[self.recipe].source
+        return [f"{which} {source}, as released: {'; '.join(choices)}" for which, choices in told.items() if choices]
+
+    @property
     def compares(self) -> bool:
         """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for."""
         return _compares(self.run, self.given) and self.pruning is not None
@@ -214,7 +233,7 @@ class Request:
 
         if self.training.get("deepspeed"):
             raise UsageError("DeepSpeed steps inside backward, where pruning can't follow: train without --deepspeed")
-        optim = {} if self.run.optimizer == "adamw" else {"optim": self.run.optimizer}
+        optim = {} if self.run.optimizer in OWN_OPTIMIZERS else {"optim": self.run.optimizer}
         # Without a GPU torch warns of every loader that pins its memory.
         fixed = {"output_dir": str(output_dir), "disable_tqdm": True}
         pin = {"dataloader_pin_memory": torch.cuda.is_available()}
@@ -290,10 +309,14 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     if not run.output_dir:
         place = Path("runs", "demo" if _compares(run, given) else _task_name(task).removeprefix("glue/"))
         run = dataclasses.replace(run, output_dir=str(place))
-    recommended = _recommended(run, task, own_length=bool({"max_steps", "num_train_epochs"} & set(typed)))
+    recipe = _recipe_name(run, task)
+    own_length = bool({"max_steps", "num_train_epochs"} & set(typed))
+    recommended = RECIPES[recipe].flags(own_length) if recipe is not None else {}
+    # A run without pruning takes the recipe's training, and a flag that is typed wins.
+    run = dataclasses.replace(run, optimizer=given.get("optimizer", recommended.get("optimizer", run.optimizer)))
     training = TRAINING_DEFAULTS | recommended | typed
     pruning = _build(PruneConfig, training | given)
-    parts = (TaskArguments, PruneConfig, RegularizerOptions)
+    parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
     request = Request(
         run=run,
@@ -305,6 +328,7 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
         resume=getattr(control, "resume", None),
         given=frozenset(given) | frozenset(typed),
         tokens=tuple(tokens),
+        recipe=recipe,
     )
     if request.needs_evaluations and request.training.get("eval_strategy") == "no":
         raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
@@ -325,11 +349,8 @@ def _task_name(task: TaskArguments) -> str:
         raise UsageError(str(error)) from error
 
 
-def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict[str, Any]:
-    """Settings of a recipe: the one that is named, the task's own on request, and for the embedded task always.
-
-    Args:
-        own_length: the user says how long to train, so the recipe's numbers of steps don't apply.
+def _recipe_name(run: RunOptions, task: TaskArguments) -> str | None:
+    """The recipe in use: the one that is named, the task's own on request, and for the embedded task always.
 
     Raises:
         UsageError: the task's own recipe was asked for and there is none.
@@ -337,10 +358,10 @@ def _recommended(run: RunOptions, task: TaskArguments, own_length: bool) -> dict
     task_name = _task_name(task)
     name = run.recipe if isinstance(run.recipe, str) else recipe_for(task_name)
     if task_name != EMBEDDED and not run.recipe:
-        return {}
+        return None
     if name is None:
         raise UsageError(f"--recipe: there is none for this task; by name there are {', '.join(RECIPES)}")
-    return RECIPES[name].flags(own_length)
+    return name
 
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:

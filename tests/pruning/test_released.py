@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import Network, train
@@ -71,3 +73,53 @@ def test_weights_and_thresholds_equal_the_released_algorithm(delta_t: int, beta2
         assert torch.equal(p, q), name
     pruned = [p for n, p in model.named_parameters() if "layers" in n and "norm" not in n]
     assert sum(int((p == 0).sum()) for p in pruned) > 0.79 * sum(p.numel() for p in pruned)
+
+
+class ReleasedPlaton(EagerPins):
+    """PLATON as its released code computes it: |p g| with the weight after the optimizer's step, steps from 1."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.t = 1
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for name, p in self.parameters.items():
+            ipt, ea, eu = self.ipt[name], self.exp_avg_ipt[name], self.exp_avg_unc[name]
+            c = (p * (p.grad if p.grad is not None else torch.zeros_like(p))).abs()
+            local_step = self.t % self.delta_t
+            if local_step == 0:
+                ea.mul_(self.beta1).add_((1 - self.beta1) * ipt)
+                eu.mul_(self.beta2).add_((1 - self.beta2) * (ipt - ea).abs())
+                ipt.copy_(c)
+            else:
+                ipt.mul_(local_step).add_(c).div_(torch.tensor(float(local_step + 1)))
+        super().after_step()
+
+
+@pytest.mark.parametrize("delta_t", [1, 10])
+def test_pins_update_is_platon_as_released(delta_t: int) -> None:
+    """Bit for bit, once the count of steps begins at 1: its first window then holds one zero more."""
+
+    def optimized(model: Network) -> torch.optim.Optimizer:
+        return torch.optim.Adamax(model.parameters(), lr=3e-3, weight_decay=0.01, foreach=False)
+
+    expected = Network()
+    parts = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
+    parameters = {n: p for n, p in expected.named_parameters() if any(part in n for part in parts)}
+    eager = ReleasedPlaton(parameters, STEPS, 20, 60, r_final=1 - 0.8, delta_t=delta_t)
+    train(expected, optimized(expected), STEPS - 1, after=eager.after_step)
+    model = Network()
+    optimizer = optimized(model)
+    config = PruneConfig(
+        sparsity=0.8, criterion="pins-update", delta_t=delta_t, warmup=20, cooldown=60, ties="reference",
+        parameter_set="released",
+    )  # fmt: skip
+    pruner = Pruner(model, optimizer, config, STEPS)
+    pruner.step = 1
+    pruner.importance.accepted[0].fill_(1)
+    train(model, optimizer, STEPS - 1)
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert pruner.stats()["threshold"] == eager.threshold is not None
+    assert pruner.stats()["sparsity"] > 0.79

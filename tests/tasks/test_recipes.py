@@ -10,6 +10,8 @@ import pytest
 from pins_ext.cli.main import main
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import UsageError
+from pins_ext.runs.record import read_record
+from pins_ext.studies.ablation.grid import read_grid
 from pins_ext.tasks.recipes import RECIPES, TRAINING_EXAMPLES, recipe_for
 
 
@@ -66,7 +68,11 @@ def test_a_recipe_by_name_sets_the_task_and_the_method() -> None:
     assert not request.compares
     assert request.run.output_dir == str(Path("runs", "mnli"))
     assert request.pruning is not None
-    assert (request.pruning.criterion, request.regularizer.teacher) == ("platon", "none")
+    assert (request.pruning.criterion, request.regularizer.teacher) == ("pins-update", "none")
+    assert (request.run.optimizer, request.training["weight_decay"]) == ("adamax", 0.01)
+    # The scripts' warm-up steps are the sparsity schedule's; the learning rate's are a tenth of training.
+    assert (request.pruning.warmup, request.training["warmup_steps"]) == (5400, 0.1)
+    assert parsed("--recipe", "platon-mnli", "--optimizer", "adamw").run.optimizer == "adamw"
     # Another task may borrow the settings.
     assert parsed("--task", "glue/rte", "--recipe", "platon-mnli").task.task == "glue/rte"
     assert parsed("--train-file", "x.csv", "--recipe", "pins-rte").training["num_train_epochs"] == 20
@@ -96,3 +102,44 @@ def test_a_wrong_name_lists_the_known(capsys: pytest.CaptureFixture[str]) -> Non
     assert said.count("\n") == 1
     assert main(["plan", "--recipe", "platon-rte", "--num-train-epochs", "1", "--warmup", "200"]) == 2
     assert "the schedule is longer than training" in capsys.readouterr().err
+
+
+def test_a_recipe_says_what_it_keeps_of_the_published_training(capsys: pytest.CaptureFixture[str]) -> None:
+    kept, lost = parsed("--recipe", "platon-rte").recipe_choices
+    assert kept.startswith("kept of PLATON, as released: importance |p g| with the weight after the step")
+    assert all(choice in kept for choice in ("Adamax", "weight decay .01", "warm-up over 10 % of training"))
+    assert (
+        lost == "not kept of PLATON, as released: steps counted from 1, which puts one zero more into the first window"
+    )
+    # What is typed decides, not what the recipe says.
+    kept, lost = parsed("--recipe", "platon-rte", "--optimizer", "adamw", "--criterion", "platon").recipe_choices
+    assert "Adamax" in lost
+    assert "importance" in lost
+    assert "weight decay" in kept
+    kept, lost = parsed("--recipe", "pins-rte", "--ties", "reference").recipe_choices
+    assert "ties pruned strictly below" in kept
+    assert "biases pruned too (--parameter-set released does)" in lost
+    assert parsed("--recipe", "stdlib").recipe_choices == parsed("--task", "glue/rte").recipe_choices == []
+    assert main(["plan", "--recipe", "platon-rte"]) == 0
+    said = capsys.readouterr().out
+    assert "note      kept of PLATON" in said
+    assert "note      not kept of PLATON" in said
+
+
+def test_a_recipe_s_choices_are_in_the_report(tiny: Path, tmp_path: Path) -> None:
+    short = ["--recipe", "platon-rte", "--sparsity", "0.75", "--max-steps", "4", "--delta-t", "2", "--use-cpu"]
+    files = ["--train-file", f"{tiny}/train.csv", "--validation-file", f"{tiny}/dev.csv", "--save-strategy", "no"]
+    output = tmp_path / "run"
+    assert main(["train", "--model", f"{tiny}/model", *files, *short, "--output-dir", str(output)]) == 0
+    html = (output / "report.html").read_text()
+    assert "<li>kept of PLATON, as released: " in html
+    assert "<li>not kept of PLATON, as released: " in html
+    record = read_record(output)
+    assert record.config.training["optimizer"] == "adamax"
+    assert record.final.zeros == 3072
+
+
+def test_each_method_of_the_glue_grid_says_its_criterion() -> None:
+    """A recipe sets a criterion too, another one for some tasks than for others."""
+    for method, flags in read_grid("glue").methods.items():
+        assert method == "dense" or "criterion" in flags
