@@ -15,7 +15,7 @@
 
 // What the selection orders. product: a = exp_avg_ipt, b = exp_avg_unc; deviation: b = ipt.
 #define PINS_SCORES(X)                           \
-  X(product, "product", (a * b))                  \
+  X(product, "product", (a * b))                 \
   X(identity, "identity", a)                     \
   X(deviation, "deviation", (a * abs_of(b - a))) \
   X(magnitude, "magnitude", abs_of(a))
