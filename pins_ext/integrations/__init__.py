@@ -1,7 +1,7 @@
 """Pruning inside other people's trainers.
 
-transformers has the callback and the fused optimizers for any Trainer, loss a base for Trainers of one's own, lora the
-merge of adapters that keeps zeros, trainer a Trainer that resumes exactly.
+transformers has the callback, the fused optimizers and clipping in their pass for any Trainer, loss a base for
+Trainers of one's own, lora the merge of adapters that keeps zeros, trainer a Trainer that resumes exactly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("callback", "lora", "loss", "timing", "trainer", "transformers")
+_MODULES = ("callback", "clipping", "lora", "loss", "timing", "trainer", "transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from pins_ext.files.atomic import (
     written_aside,
 )
 from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.clipping import ClipInPass
 from pins_ext.integrations.finite import FiniteWatch, check_weights
 
 EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
@@ -29,7 +30,7 @@ EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
 logger = logging.get_logger(__name__)
 
 
-class PinsTrainer(Trainer):
+class PinsTrainer(ClipInPass, Trainer):
     """A Trainer with a `PinsCallback` built in.
 
     A checkpoint is written aside, pruner and teacher included, flushed to disk, renamed, and only then old ones go;

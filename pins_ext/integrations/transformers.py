@@ -4,5 +4,6 @@ from pins_ext.extras import explained
 
 with explained():
     from pins_ext.integrations.callback import PinsCallback, optimizer
+    from pins_ext.integrations.clipping import ClipInPass
 
-__all__ = ["PinsCallback", "optimizer"]
+__all__ = ["ClipInPass", "PinsCallback", "optimizer"]

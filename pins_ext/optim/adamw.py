@@ -86,6 +86,7 @@ class PinsAdamW(FusedOptimizer):
             pruning.criterion,
             pruning.clear_state,
             grad_scale=scaling.grad_scale,
+            clip=scaling.clip,
             found_inf=scaling.found_inf,
         )
 

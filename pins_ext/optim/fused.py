@@ -22,6 +22,7 @@ class FusedOptimizer(Optimizer):
 
     Attributes:
         listener: told of every step, see `StepListener`; None: a plain optimizer.
+        grad_clip: float32 [1], what the next step multiplies gradients by, see `clip_grad_norm_`.
 
     Raises:
         ValueError: a parameter group, given or loaded, asks for something of torch.optim's that is not there.
@@ -32,6 +33,8 @@ class FusedOptimizer(Optimizer):
         # torch.amp.GradScaler then leaves grad_scale and found_inf on the optimizer and always calls step.
         self._step_supports_amp_scaling = True
         self.listener: StepListener | None = None
+        self.grad_clip: Tensor | None = None
+        self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -55,8 +58,10 @@ class FusedOptimizer(Optimizer):
             self._refuse_unsupported(group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        self.__dict__.setdefault("listener", None)
-        self.__dict__.setdefault("_plain", {})
+        for name in ("listener", "grad_clip"):
+            self.__dict__.setdefault(name, None)
+        for name in ("_norm_layouts", "_plain"):
+            self.__dict__.setdefault(name, {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,12 +73,19 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: a closure while pruning: its gradients would come too late for the importance.
         """
-        listener, loss = self.listener, None
+        loss = None
         if closure is not None:
-            if listener is not None:
+            if self.listener is not None:
                 raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step(self.listener)
+        finally:
+            self.grad_clip = None
+        return loss
+
+    def _step(self, listener: StepListener | None) -> None:
         if listener is not None:
             listener.begin_step()
             pruned, plain = self._batches(listener)
@@ -85,7 +97,51 @@ class FusedOptimizer(Optimizer):
         self._step_plain(plain)
         if listener is not None:
             listener.end_step()
-        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's; the clip factor of these gradients goes with them."""
+        self.grad_clip = None
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of all parameters by their total norm, within the next step's own pass.
+
+        As torch.nn.utils.clip_grad_norm_ over this optimizer's parameters, but for one read of the gradients instead of
+        a read and a write: norm and factor stay on the device, and the next step multiplies. `.grad` stays unclipped.
+        The factor serves the next step alone; `zero_grad` drops it, and a second call replaces it. With a gradient
+        scaler, call `scaler.unscale_(optimizer)` first, as for torch's.
+
+        Args:
+            max_norm: largest 2-norm that the gradients keep; of all of them together.
+
+        Returns:
+            float32 scalar on the gradients' device, the norm before clipping. Where it is not finite the clipped
+            gradients are not either, as torch's.
+
+        Raises:
+            ValueError: max_norm is negative or NaN.
+            RuntimeError: a sparse gradient.
+        """
+        check_not_negative(max_norm=max_norm)
+        batches: dict[Any, list[Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.layout != torch.strided:
+                        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                    batches.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad.contiguous())
+        if not batches:
+            return torch.zeros(())
+        sums, layouts = [], {}
+        for grads in batches.values():
+            key = tuple(g.numel() for g in grads)
+            layout = layouts[key] = self._norm_layouts.get(key) or ops.Layout.of(grads)
+            sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks))
+        self._norm_layouts = layouts
+        device = sums[0].device
+        norm, self.grad_clip = ops.clip_factor(sum(s.to(device) for s in sums), float(max_norm))
+        return norm.reshape(())
 
     def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
         """Parameters with a gradient and their groups, those that one kernel call can take together: pruned, plain.

@@ -1,4 +1,4 @@
-"""What a gradient scaler leaves on an optimizer for the step under way."""
+"""What a gradient scaler and clipping leave on an optimizer for the step under way."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scaling:
-    """Device scalars of torch.amp.GradScaler, float32 [1]; None where there is none.
+    """Device scalars, float32 [1], that make the gradient to use of the stored one; None where there is none.
 
     Attributes:
-        grad_scale: what the gradients are to be divided by.
-        found_inf: when it is not 0, every kernel leaves weights and states alone.
+        grad_scale: torch.amp.GradScaler's: what gradients are divided by.
+        found_inf: torch.amp.GradScaler's: when it is not 0, every kernel leaves weights and states alone.
+        clip: FusedOptimizer.clip_grad_norm_'s: what gradients are multiplied by after that.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    clip: Tensor | None = None
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> Scaling:
         """What was set on this optimizer, on this device if one is named."""
-        values = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        values = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf", "grad_clip"))
         return Scaling(*(v.reshape(1).to(device or v.device) if isinstance(v, Tensor) else None for v in values))

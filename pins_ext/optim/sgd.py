@@ -80,5 +80,6 @@ class PinsSGD(FusedOptimizer):
             pruning.criterion,
             pruning.clear_state,
             grad_scale=scaling.grad_scale,
+            clip=scaling.clip,
             found_inf=scaling.found_inf,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -113,7 +113,7 @@ class Slot(ABC):
         if not self._scores_in_pass and self.importance.scores_after_step:
             # torch's fused optimizers have unscaled the parameters' own gradients by now.
             own = self.step.gradients is None
-            self._accumulate(self.indices, Scaling(None, self.scaling.found_inf) if own else self.scaling)
+            self._accumulate(self.indices, replace(self.scaling, grad_scale=None) if own else self.scaling)
         self.stepped = True
 
     def count(self) -> None:

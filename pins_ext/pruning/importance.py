@@ -132,7 +132,7 @@ class Importance:
         rates = torch.tensor(lr, dtype=torch.float32)
         if callable(self.config.criterion):
             grads = [self._own_score(*x, scaling) for x in zip(weights, grads, rates.tolist(), strict=True)]
-            weights, scaling = [], Scaling(None, scaling.found_inf)
+            weights, scaling = [], Scaling(found_inf=scaling.found_inf)
         torch.ops.pins_ext.accumulate_(
             [self.ipt[i] for i in indices],
             weights,
@@ -144,12 +144,14 @@ class Importance:
             self.rng(step, _ACCUMULATE),
             self.criterion,
             grad_scale=scaling.grad_scale,
+            clip=scaling.clip,
             found_inf=scaling.found_inf,
         )
 
     def _own_score(self, p: Tensor, g: Tensor, lr: float, scaling: Scaling) -> Tensor:
         assert callable(self.config.criterion)
         g = g.float() if scaling.grad_scale is None else g.float() / scaling.grad_scale
+        g = g if scaling.clip is None else g * scaling.clip
         c = self.config.criterion(p.float(), g, lr)
         if not isinstance(c, Tensor) or c.shape != p.shape:
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
