@@ -13,9 +13,12 @@
   X(movement, "movement", score_movement(p, g))              \
   X(precomputed, "precomputed", g)
 
-// What the selection orders. product: a = exp_avg_ipt, b = exp_avg_unc; deviation: b = ipt.
+// What the selection orders. product: a = exp_avg_ipt, b = exp_avg_unc; deviation: b = ipt. fisher: a = p, b =
+// exp_avg_sq and a factor for each tensor, 1 / (1 - beta2^t): optimal brain damage (LeCun et al. 1989) with AdamW's
+// second moment for the diagonal of the empirical Fisher information.
 #define PINS_SCORES(X)                           \
   X(product, "product", (a * b))                 \
   X(identity, "identity", a)                     \
   X(deviation, "deviation", (a * abs_of(b - a))) \
-  X(magnitude, "magnitude", abs_of(a))
+  X(magnitude, "magnitude", abs_of(a))           \
+  X(fisher, "fisher", ((a * a) * (b * factor)))

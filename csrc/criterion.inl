@@ -56,6 +56,12 @@ PINS_HD float instant_score(float p, float p_next, float g, float lr) {
   return 0.0f;
 }
 
+// |lr v̂ - p m̂|: pins with AdamW's moments for the gradient and its square. The factors correct their bias: 1 / (1 -
+// beta^t).
+PINS_HD float score_moments(float p, float exp_avg, float exp_avg_sq, float lr, float factor, float factor_sq) {
+  return abs_of(((-p) * (exp_avg * factor)) + (lr * (exp_avg_sq * factor_sq)));
+}
+
 // ---- window and averages ----------------------------------------------------------------------------------------
 
 // Mean over the gradients accepted in this window; n counts those before this one.
@@ -81,7 +87,7 @@ PINS_HD float smooth_unc(float exp_avg_unc, float ipt, float exp_avg_ipt, float 
 // ---- score and its order ----------------------------------------------------------------------------------------
 
 template <Score score>
-PINS_HD float score_of(float a, float b) {
+PINS_HD float score_of(float a, float b, float factor) {
 #define PINS_FORMULA(id, name, formula) \
   if (score == Score::id) return formula;
   PINS_SCORES(PINS_FORMULA)

@@ -6,6 +6,7 @@
 //                            in ascending order of the base, no two of them overlapping
 //   chunks    int64 [m, 2]   work list: (tensor, local offset) of every kChunk weights, less at a tensor's end, in
 //   order rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
+//   factors   float32 [n]    of the score fisher, 1 / (1 - beta2^t) of each tensor
 //   accepted  float32 [1]    gradients accepted in this window before this step
 //   pointers  int64 [k, n]   CUDA only: the addresses of the k lists in argument order; uploaded by the op if absent
 // All of them live on the tensors' device. A list that is not wanted is empty. What tables hold is checked on the CPU
@@ -27,24 +28,29 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "fold_(Tensor(a!)[] exp_avg_ipt, Tensor(b!)[] exp_avg_unc, Tensor[] ipt, Tensor places, Tensor chunks, "
       "Tensor accepted, Tensor rng, float beta1, float beta2, *, Tensor? bracket=None, Tensor(c!)? counts=None, "
       "Tensor? pointers=None) -> ()");
+  // fold_ of |lr v̂ - p m̂|; factors float32 [n, 3]: lr, 1 / (1 - beta1^t), 1 / (1 - beta2^t).
   m.def(
-      "sample(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, int size, *, Tensor? pointers=None) "
+      "fold_moments_(Tensor(a!)[] exp_avg_ipt, Tensor(b!)[] exp_avg_unc, Tensor[] params, Tensor[] exp_avg, "
+      "Tensor[] exp_avg_sq, Tensor places, Tensor chunks, Tensor factors, Tensor accepted, Tensor rng, float beta1, "
+      "float beta2, *, Tensor? bracket=None, Tensor(c!)? counts=None, Tensor? pointers=None) -> ()");
+  m.def(
+      "sample(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, int size, *, Tensor? factors=None, Tensor? pointers=None) "
       "-> Tensor");
   m.def(
       "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
-      "Tensor? pointers=None) -> ()");
+      "Tensor? factors=None, Tensor? pointers=None) -> ()");
   m.def(
       "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, "
-      "str score, Tensor bracket, *, Tensor? pointers=None) -> ()");
+      "str score, Tensor bracket, *, Tensor? factors=None, Tensor? pointers=None) -> ()");
   m.def(
       "tie_index(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
-      "Tensor? pointers=None) -> Tensor");
+      "Tensor? factors=None, Tensor? pointers=None) -> Tensor");
   m.def(
       "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
-      "Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
+      "Tensor? factors=None, Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
   m.def(
       "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
-      "Tensor threshold, *, Tensor? pointers=None) -> ()");
+      "Tensor threshold, *, Tensor? factors=None, Tensor? pointers=None) -> ()");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] ipt, "
       "Tensor(e!)[] shadow, Tensor[] grads, Tensor[] masks, Tensor places, Tensor chunks, Tensor hyper, "

@@ -50,5 +50,5 @@ PRECOMPUTED = Criterion("precomputed")
 INSTANT = tuple(c.name for c in (*CRITERIA.values(), PRECOMPUTED) if c.instant)
 """What the operators take as `criterion`, in the order of csrc/criteria.h."""
 
-SCORES = ("product", "identity", "deviation", "magnitude")
+SCORES = ("product", "identity", "deviation", "magnitude", "fisher")
 """Kinds of score that the selection orders, in the order of csrc/criteria.h; reference.score says what they are."""

@@ -71,14 +71,34 @@ def fold(
     return new_ipt, (_scalar(beta2, ipt) * exp_avg_unc.float()) + (_scalar(1 - beta2, ipt) * deviation)
 
 
-def score(kind: str, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Score of each weight, float32. product: a b; identity: a; deviation: a |b - a|; magnitude: |a|."""
+def moments(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, factors: Tensor) -> Tensor:
+    """|lr v̂ - p m̂|, float32: "pins" with AdamW's moments for the gradient and its square.
+
+    Args:
+        p: weights, any shape and floating dtype.
+        exp_avg: first moment, not corrected for its bias.
+        exp_avg_sq: second moment, not corrected.
+        factors: float32 [3]: learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t).
+    """
+    lr, factor, factor_sq = factors
+    return (((-p.float()) * (exp_avg.float() * factor)) + (lr * (exp_avg_sq.float() * factor_sq))).abs()
+
+
+def score(kind: str, a: Tensor, b: Tensor | None = None, factor: Tensor | float = 1.0) -> Tensor:
+    """Score of each weight, float32.
+
+    product: a b; identity: a; deviation: a |b - a|; magnitude: |a|; fisher: a² b factor.
+    For fisher, a is the weight, b AdamW's second moment and factor 1 / (1 - beta2^t): optimal brain damage (LeCun et
+    al. 1989) with the diagonal of the empirical Fisher information.
+    """
     a = a.float()
     match kind:
         case "identity":
             return a
         case "magnitude":
             return a.abs()
+        case "fisher" if b is not None:
+            return (a * a) * (b.float() * factor)
         case "product" | "deviation" if b is not None:
             return a * b.float() if kind == "product" else a * (b.float() - a).abs()
     raise ValueError(f"score {kind!r} is unknown or lacks its second operand")

@@ -21,6 +21,7 @@ if __name__ != "pins_ext.triton_kernels":
 LAUNCHERS = {
     "accumulate_": "importance",
     "fold_": "importance",
+    "fold_moments_": "importance",
     "sample": "select",
     "count_": "select",
     "collect_": "select",

@@ -37,16 +37,22 @@ def load_bracket(bracket_ptr):
 
 
 @triton.jit
+def factor_of(factors_ptr, tensor):
+    """The factor of a tensor's scores; 1, which nobody reads, where they have none."""
+    return 1.0 if factors_ptr is None else tl.load(factors_ptr + tensor)
+
+
+@triton.jit
 def load_score(
-    a, b, first, left,
+    a, b, factor, first, left,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Scores, float32 [BLOCK_SIZE], of stored states at addresses a and b; B is None where the score has no b."""
     x = load_float(a, first, left, A, BLOCK_SIZE, VECTOR)
     if B is None:
-        return score_of(x, x, SCORE)
+        return score_of(x, x, factor, SCORE)
     else:
-        return score_of(x, load_float(b, first, left, B, BLOCK_SIZE, VECTOR), SCORE)
+        return score_of(x, load_float(b, first, left, B, BLOCK_SIZE, VECTOR), factor, SCORE)
 
 
 @triton.jit

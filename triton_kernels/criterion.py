@@ -74,6 +74,12 @@ def instant_score(p, p_next, g, lr, CRITERION: tl.constexpr):
         return g
 
 
+@triton.jit
+def score_moments(p, exp_avg, exp_avg_sq, lr, factor, factor_sq):
+    """|lr v̂ - p m̂|: pins with AdamW's moments; the factors correct their bias."""
+    return abs_of((negative_of(p) * (exp_avg * factor)) + (lr * (exp_avg_sq * factor_sq)))
+
+
 # ---- window and averages -------------------------------------------------------------------------
 
 
@@ -108,14 +114,16 @@ def smooth_unc(exp_avg_unc, ipt, exp_avg_ipt, beta2, one_minus_beta2):
 
 
 @triton.jit
-def score_of(a, b, SCORE: tl.constexpr):
-    """product: a b | identity: a | deviation: a |b - a| | magnitude: |a|."""
+def score_of(a, b, factor, SCORE: tl.constexpr):
+    """product: a b | identity: a | deviation: a |b - a| | magnitude: |a| | fisher: a² b factor."""
     if SCORE == "product":
         return a * b
     elif SCORE == "identity":
         return a
     elif SCORE == "deviation":
         return a * abs_of(b - a)
+    elif SCORE == "fisher":
+        return (a * a) * (b * factor)
     else:
         tl.static_assert(SCORE == "magnitude")
         return abs_of(a)

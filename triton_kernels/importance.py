@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ..criteria import INSTANT as CRITERIA
 from .count import BINS, add_units, commit, count_block, load_bracket, no_tally
-from .criterion import bf16_of, instant_score, next_ipt, order_key, random_bits, score_of, smooth_ipt, smooth_unc
+from .criterion import (
+    bf16_of,
+    instant_score,
+    next_ipt,
+    order_key,
+    random_bits,
+    score_moments,
+    score_of,
+    smooth_ipt,
+    smooth_unc,
+)
 from .layout import (
     TAIL,
     address_of,
@@ -159,14 +169,22 @@ def accumulate(
 
 @triton.jit
 def _fold_block(
-    addresses, first, left, index, scalars,
-    STATE: tl.constexpr, UNC: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
+    addresses, first, left, index, scalars, factors,
+    STATE: tl.constexpr, UNC: tl.constexpr, DTYPE: tl.constexpr, MOMENT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Fold one block; the order keys of what it stored. The VECTOR path takes it that gradients were accepted."""
-    exp_avg_ipt, exp_avg_unc, ipt = addresses
+    exp_avg_ipt, exp_avg_unc, ipt, exp_avg, exp_avg_sq = addresses
     accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1 = scalars
     ELEMENT: tl.constexpr = tl.uint16 if STATE == "bfloat16" else tl.float32
-    x = load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR)
+    if MOMENT is None:
+        x = load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR)
+    else:
+        p = load_float(ipt, first, left, DTYPE, BLOCK_SIZE, VECTOR)
+        mean = load_float(exp_avg, first, left, MOMENT, BLOCK_SIZE, VECTOR)
+        square = load_float(exp_avg_sq, first, left, MOMENT, BLOCK_SIZE, VECTOR)
+        lr, factor, factor_sq = factors
+        x = score_moments(p, mean, square, lr, factor, factor_sq)
     old_a = load(exp_avg_ipt, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
     if UNC:
         old_b = load(exp_avg_unc, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
@@ -183,21 +201,22 @@ def _fold_block(
         if not VECTOR:
             b = tl.where(accepted, b, old_b)
         store(exp_avg_unc, first, left, b, BLOCK_SIZE, VECTOR)
-        return order_key(score_of(float_from(a, STATE), float_from(b, STATE), "product"))
+        return order_key(score_of(float_from(a, STATE), float_from(b, STATE), None, "product"))
     else:
-        return order_key(score_of(float_from(a, STATE), x, "identity"))
+        return order_key(score_of(float_from(a, STATE), x, None, "identity"))
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _fold_kernel(
-    pointers_ptr, places_ptr, chunks_ptr, accepted_ptr, rng_ptr, bracket_ptr, counts_ptr,
+    pointers_ptr, places_ptr, chunks_ptr, accepted_ptr, rng_ptr, factors_ptr, bracket_ptr, counts_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n_tensors, n_chunks,
-    STATE: tl.constexpr, UNC: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STATE: tl.constexpr, UNC: tl.constexpr, DTYPE: tl.constexpr, MOMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """exp_avg_ipt = b1 exp_avg_ipt + (1 - b1) ipt; exp_avg_unc = b2 exp_avg_unc + (1 - b2) |ipt - exp_avg_ipt|.
 
     PLATON (Zhang et al. 2022). With a bracket, counts the order keys of the stored product in the same pass. Rows of
-    the pointer table: exp_avg_ipt, exp_avg_unc, ipt.
+    the pointer table: exp_avg_ipt, exp_avg_unc, ipt; or, with the moments' dtype, params, exp_avg and exp_avg_sq in
+    place of ipt, which is then computed from them.
     """
     accepted = tl.load(accepted_ptr) != 0
     key0, key1 = tl.load(rng_ptr).to(tl.uint32), tl.load(rng_ptr + 1).to(tl.uint32)
@@ -213,15 +232,26 @@ def _fold_kernel(
         exp_avg_ipt = address_of(pointers_ptr, n_tensors, 0, tensor)
         exp_avg_unc = address_of(pointers_ptr, n_tensors, 1, tensor)
         ipt = address_of(pointers_ptr, n_tensors, 2, tensor)
-        addresses = exp_avg_ipt, exp_avg_unc, ipt
-        vectors = tl.where(accepted, vector_end(exp_avg_ipt | exp_avg_unc | ipt, length, BLOCK_SIZE), 0)
+        streams = exp_avg_ipt | exp_avg_unc | ipt
+        exp_avg, exp_avg_sq, factors = ipt, ipt, None
+        if MOMENT is not None:
+            exp_avg = address_of(pointers_ptr, n_tensors, 3, tensor)
+            exp_avg_sq = address_of(pointers_ptr, n_tensors, 4, tensor)
+            streams = streams | exp_avg | exp_avg_sq
+            row = factors_ptr + 3 * tensor
+            factors = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        addresses = exp_avg_ipt, exp_avg_unc, ipt, exp_avg, exp_avg_sq
+        vectors = tl.where(accepted, vector_end(streams, length, BLOCK_SIZE), 0)
         if STATE == "bfloat16":
             origin = run_of(places_ptr, tensor)
             vectors = tl.where(origin >= 0, vectors, 0)
         units = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
             index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
-            key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, BLOCK_SIZE, True)
+            key = _fold_block(
+                addresses, offset + start, length - start, index, scalars, factors,
+                STATE, UNC, DTYPE, MOMENT, BLOCK_SIZE, True,
+            )  # fmt: skip
             if bracket_ptr is not None:
                 units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
         if bracket_ptr is not None:
@@ -232,7 +262,10 @@ def _fold_kernel(
             index = None
             if STATE == "bfloat16":
                 index, place = walk_block(places_ptr, tensor, place)
-            key = _fold_block(addresses, offset + start, length - start, index, scalars, STATE, UNC, TAIL, False)
+            key = _fold_block(
+                addresses, offset + start, length - start, index, scalars, factors,
+                STATE, UNC, DTYPE, MOMENT, TAIL, False,
+            )  # fmt: skip
             if bracket_ptr is not None:
                 tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
     if bracket_ptr is not None:
@@ -255,28 +288,82 @@ def fold(
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::fold_`: end a window, and count the new scores if a bracket says where."""
+    state = _check_fold(exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, None, bracket, counts)
+    check_list("ipt", ipt, STATES, places)
+    check_like("ipt", ipt, "exp_avg_ipt", exp_avg_ipt)
+    table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, ipt)
+    if bracket is not None and counts is not None:
+        counts.mul_(bracket[4])
+    launch_chunks(
+        _fold_kernel, places, chunks, table, places, chunks, accepted, rng, None, bracket, counts,
+        beta1, 1 - beta1, beta2, 1 - beta2,
+        STATE=state, UNC=bool(exp_avg_unc), DTYPE=None, MOMENT=None, BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip
+
+
+def fold_moments(
+    exp_avg_ipt: list[Tensor],
+    exp_avg_unc: list[Tensor],
+    params: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    factors: Tensor,
+    accepted: Tensor,
+    rng: Tensor,
+    beta1: float,
+    beta2: float,
+    *,
+    bracket: Tensor | None = None,
+    counts: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> None:
+    """`pins_ext::fold_moments_`: the same with the score of the optimizer's moments in place of ipt."""
+    state = _check_fold(exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, factors, bracket, counts)
+    dtype = check_list("params", params, FLOATS, places)
+    moment = check_list("exp_avg", exp_avg, FLOATS, places)
+    check_list("exp_avg_sq", exp_avg_sq, FLOATS, places)
+    check_like("params", params, "exp_avg_ipt", exp_avg_ipt, dtype=False)
+    check_like("exp_avg", exp_avg, "exp_avg_ipt", exp_avg_ipt, dtype=False)
+    check_like("exp_avg_sq", exp_avg_sq, "exp_avg", exp_avg)
+    check_shape("factors", factors, torch.float32, (len(places), 3), places)
+    table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, params, exp_avg, exp_avg_sq)
+    if bracket is not None and counts is not None:
+        counts.mul_(bracket[4])
+    launch_chunks(
+        _fold_kernel, places, chunks, table, places, chunks, accepted, rng, factors, bracket, counts,
+        beta1, 1 - beta1, beta2, 1 - beta2,
+        STATE=state, UNC=bool(exp_avg_unc), DTYPE=dtype, MOMENT=moment, BLOCK_SIZE=BLOCK_SIZE,
+    )  # fmt: skip
+
+
+def _check_fold(
+    exp_avg_ipt: list[Tensor],
+    exp_avg_unc: list[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    accepted: Tensor,
+    rng: Tensor,
+    factors: Tensor | None,
+    bracket: Tensor | None,
+    counts: Tensor | None,
+) -> str:
+    """Check what the two have in common; the dtype of the states."""
     check_tables(places, chunks)
     state = check_list("exp_avg_ipt", exp_avg_ipt, STATES, places)
     if exp_avg_unc:
         check_list("exp_avg_unc", exp_avg_unc, STATES, places)
-    check_list("ipt", ipt, STATES, places)
     check_like("exp_avg_unc", exp_avg_unc, "exp_avg_ipt", exp_avg_ipt)
-    check_like("ipt", ipt, "exp_avg_ipt", exp_avg_ipt)
     check_scalar("accepted", accepted, places)
     check_shape("rng", rng, torch.int64, (2,), places)
     check_shape("bracket", bracket, torch.int64, (5,), places)
     check_shape("counts", counts, torch.int64, (1 + BINS,), places)
     if (bracket is None) != (counts is None):
         raise RuntimeError("bracket and counts come together or not at all")
+    tables = {"places": places, "chunks": chunks, "accepted": accepted, "rng": rng}
     check_outputs(
-        {"places": places, "chunks": chunks, "accepted": accepted, "rng": rng, "bracket": bracket},
+        {**tables, "factors": factors, "bracket": bracket},
         {"exp_avg_ipt": exp_avg_ipt, "exp_avg_unc": exp_avg_unc, **({} if counts is None else {"counts": counts})},
     )
-    table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, ipt)
-    if bracket is not None and counts is not None:
-        counts.mul_(bracket[4])
-    launch_chunks(
-        _fold_kernel, places, chunks, table, places, chunks, accepted, rng, bracket, counts,
-        beta1, 1 - beta1, beta2, 1 - beta2,
-        STATE=state, UNC=bool(exp_avg_unc), BLOCK_SIZE=BLOCK_SIZE,
-    )  # fmt: skip
+    return state

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .count import load_score
+from .count import factor_of, load_score
 from .criterion import order_key
 from .layout import CHUNK, TAIL, address_of, chunk_of, load, local_rank, store, vector_end
 from .select import check_scores
@@ -41,7 +41,7 @@ def _pack_block(masks, first, left, keep, BITS: tl.constexpr, BLOCK_SIZE: tl.con
 
 @triton.jit(do_not_specialize=["threshold_stride", "n_tensors", "n_chunks"])
 def _pack_kernel(
-    stats_ptr, threshold_ptr, threshold_stride, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
+    stats_ptr, threshold_ptr, threshold_stride, factors_ptr, pointers_ptr, places_ptr, chunks_ptr, n_tensors, n_chunks,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """bit = not (key < t or key == t and global_index < tie), with the tensor's threshold (t, tie). Rows: masks, a, b.
@@ -53,6 +53,7 @@ def _pack_kernel(
         masks = address_of(pointers_ptr, n_tensors, 0, tensor)
         a = address_of(pointers_ptr, n_tensors, 1, tensor)
         b = address_of(pointers_ptr, n_tensors, 2, tensor)
+        factor = factor_of(factors_ptr, tensor)
         threshold = tl.load(threshold_ptr + tensor * threshold_stride).to(tl.uint32)
         tie = tl.load(threshold_ptr + tensor * threshold_stride + 1)
         # Ties before this weight of the chunk are pruned.
@@ -62,7 +63,7 @@ def _pack_kernel(
         changes = tl.zeros([BLOCK_SIZE // 32], tl.int32)
         nans = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
-            score = load_score(a, b, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True)
+            score = load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True)
             key = order_key(score)
             keep = (key > threshold) | ((key == threshold) & (tl.arange(0, BLOCK_SIZE) >= first_kept - start))
             changes += _pack_block(masks, offset + start, length - start, keep, 32, BLOCK_SIZE, True)
@@ -72,7 +73,7 @@ def _pack_kernel(
         for start in range(vectors, length, TAIL):
             lane = tl.arange(0, TAIL)
             valid = lane < length - start
-            score = load_score(a, b, offset + start, length - start, SCORE, A, B, TAIL, False)
+            score = load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False)
             key = order_key(score)
             keep = (key > threshold) | ((key == threshold) & (lane >= first_kept - start))
             changes8 = _pack_block(masks, offset + start, length - start, keep & valid, 8, TAIL, False)
@@ -94,11 +95,12 @@ def pack(
     score: str,
     threshold: Tensor,
     *,
+    factors: Tensor | None = None,
     pointers: Tensor | None = None,
 ) -> None:
     """`pins_ext::pack_`: overwrite the masks, one bit per weight, and stats int64 [n, 3] (kept, flipped, NaN)."""
     check_tables(places, chunks)
-    dtype_a, dtype_b = check_scores(a, b, score, places)
+    dtype_a, dtype_b = check_scores(a, b, score, places, factors)
     check_list("masks", masks, (torch.uint8,), places)
     for i, (mask, x) in enumerate(zip(masks, a, strict=True)):
         size = -(-x.numel() // 64) * 8
@@ -107,10 +109,13 @@ def pack(
     check_shape("stats", stats, torch.int64, (len(places), 3), places)
     rows = len(places) if threshold.dim() and len(threshold) == len(places) else 1
     check_shape("threshold", threshold, torch.int64, (rows, 2), places)
-    check_outputs({"places": places, "chunks": chunks, "threshold": threshold}, {"masks": masks, "stats": stats})
+    check_outputs(
+        {"places": places, "chunks": chunks, "threshold": threshold, "factors": factors},
+        {"masks": masks, "stats": stats},
+    )
     table = pointer_table(pointers, places, masks, a, b)
     stats.zero_()
     launch_chunks(
-        _pack_kernel, places, chunks, stats, threshold, 2 * (rows > 1), table, places, chunks,
+        _pack_kernel, places, chunks, stats, threshold, 2 * (rows > 1), factors, table, places, chunks,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=BLOCK_SIZE,
     )  # fmt: skip

@@ -52,47 +52,96 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   });
 }
 
-void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& ipt, const Tensor& places,
-           const Tensor& chunks, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
-           const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
-  const Work work = check_work(places, chunks);
-  const size_t n = work.tensors();
-  check_list("exp_avg_ipt", exp_avg_ipt, n, kCpu, kStateDtypes);
-  const bool with_unc = check_optional_list("exp_avg_unc", exp_avg_unc, n, kCpu, kStateDtypes);
-  check_list("ipt", ipt, n, kCpu, kStateDtypes);
-  check_same_dtype("exp_avg_unc", exp_avg_unc, "exp_avg_ipt", exp_avg_ipt);
-  check_same_dtype("ipt", ipt, "exp_avg_ipt", exp_avg_ipt);
-  for (auto [name, list] : {std::pair{"exp_avg_ipt", &exp_avg_ipt}, {"exp_avg_unc", &exp_avg_unc}, {"ipt", &ipt}}) {
-    check_numel(name, *list, work.numel);
-  }
-  check_scalar("accepted", accepted, ScalarType::Float, kCpu);
-  check_shape("rng", rng, {2}, ScalarType::Long, kCpu);
-  PINS_CHECK(bracket.has_value() == counts.has_value(), "bracket and counts come together or not at all");
-  const Inputs inputs{
-      {"places", &places}, {"chunks", &chunks}, {"accepted", &accepted}, {"rng", &rng}, {"bracket", if_given(bracket)}};
-  inputs.check_outputs({{"exp_avg_ipt", exp_avg_ipt}, {"exp_avg_unc", exp_avg_unc}});
-  if (counts.has_value()) {
-    check_counts(*counts);
-    inputs.check_output([] { return "counts"; }, *counts);
-  }
+// What fold_ and fold_moments_ share.
+struct FoldCall {
+  const Tensors &exp_avg_ipt, &exp_avg_unc;
+  const Tensor &places, &chunks, &accepted, &rng;
+  double beta1, beta2;
+  const OptionalTensor &bracket, &counts;
+};
 
-  const Operand mean_at(exp_avg_ipt), unc_at(exp_avg_unc), ipt_at(ipt);
-  const Rounding rounding = rounding_of(rng);
-  const bool moves = value_of(accepted) != 0.0f;
-  auto fold_chunk = [&](const Chunk& chunk) {
+Work check_fold(const FoldCall& call, const Tensor* factors) {
+  const Work work = check_work(call.places, call.chunks);
+  check_list("exp_avg_ipt", call.exp_avg_ipt, work.tensors(), kCpu, kStateDtypes);
+  check_optional_list("exp_avg_unc", call.exp_avg_unc, work.tensors(), kCpu, kStateDtypes);
+  check_same_dtype("exp_avg_unc", call.exp_avg_unc, "exp_avg_ipt", call.exp_avg_ipt);
+  check_numel("exp_avg_ipt", call.exp_avg_ipt, work.numel);
+  check_numel("exp_avg_unc", call.exp_avg_unc, work.numel);
+  check_scalar("accepted", call.accepted, ScalarType::Float, kCpu);
+  check_shape("rng", call.rng, {2}, ScalarType::Long, kCpu);
+  PINS_CHECK(call.bracket.has_value() == call.counts.has_value(), "bracket and counts come together or not at all");
+  const Inputs inputs{{"places", &call.places}, {"chunks", &call.chunks}, {"accepted", &call.accepted},
+                      {"rng", &call.rng},       {"factors", factors},     {"bracket", if_given(call.bracket)}};
+  inputs.check_outputs({{"exp_avg_ipt", call.exp_avg_ipt}, {"exp_avg_unc", call.exp_avg_unc}});
+  if (call.counts.has_value()) {
+    check_counts(*call.counts);
+    inputs.check_output([] { return "counts"; }, *call.counts);
+  }
+  return work;
+}
+
+// `fill` adds the operands of the window's score to a chunk's.
+template <class Fill>
+void fold(const FoldCall& call, const Work& work, const Fill& fill) {
+  const Operand mean_at(call.exp_avg_ipt), unc_at(call.exp_avg_unc);
+  const bool moves = value_of(call.accepted) != 0.0f;
+  const auto fold_chunk = [&](const Chunk& chunk) {
     if (!moves) return;
-    kernels().fold({work.run(chunk), mean_at.at(chunk), unc_at.at(chunk), ipt_at.at(chunk), static_cast<float>(beta1),
-                    static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), rounding});
+    Fold args{};
+    args.run = work.run(chunk);
+    args.exp_avg_ipt = mean_at.at(chunk);
+    args.exp_avg_unc = unc_at.at(chunk);
+    args.beta1 = static_cast<float>(call.beta1);
+    args.one_minus_beta1 = static_cast<float>(1 - call.beta1);
+    args.beta2 = static_cast<float>(call.beta2);
+    args.one_minus_beta2 = static_cast<float>(1 - call.beta2);
+    args.rounding = rounding_of(call.rng);
+    fill(args, chunk);
+    kernels().fold(args);
   };
-  if (!bracket.has_value() || check_bracket(*bracket).resolved) {
+  if (!call.bracket.has_value() || check_bracket(*call.bracket).resolved) {
     for_each_chunk(work, [&](const Chunk& chunk, int64_t) { fold_chunk(chunk); });
     return;
   }
   // A chunk's new states are still in the L2 cache when they are counted.
-  const auto count = kernels().count[static_cast<int>(with_unc ? Score::product : Score::identity)];
-  count_chunks(work, *bracket, *counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
+  const auto count = kernels().count[static_cast<int>(call.exp_avg_unc.empty() ? Score::identity : Score::product)];
+  count_chunks(work, *call.bracket, *call.counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
     fold_chunk(chunk);
     count({work.run(chunk), mean_at.at(chunk), unc_at.at(chunk)}, bounds, tally);
+  });
+}
+
+void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& ipt, const Tensor& places,
+           const Tensor& chunks, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
+           const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
+  const FoldCall call{exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, beta1, beta2, bracket, counts};
+  const Work work = check_fold(call, nullptr);
+  check_list("ipt", ipt, work.tensors(), kCpu, kStateDtypes);
+  check_same_dtype("ipt", ipt, "exp_avg_ipt", exp_avg_ipt);
+  check_numel("ipt", ipt, work.numel);
+  const Operand ipt_at(ipt);
+  fold(call, work, [&](Fold& args, const Chunk& chunk) { args.ipt = ipt_at.at(chunk); });
+}
+
+void fold_moments_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& params,
+                   const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& places, const Tensor& chunks,
+                   const Tensor& factors, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
+                   const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
+  const FoldCall call{exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, beta1, beta2, bracket, counts};
+  const Work work = check_fold(call, &factors);
+  for (const List& list : {List{"params", params}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}) {
+    check_list(list.name, list.tensors, work.tensors(), kCpu, kParamDtypes);
+    check_numel(list.name, list.tensors, work.numel);
+  }
+  check_same_dtype("exp_avg_sq", exp_avg_sq, "exp_avg", exp_avg);
+  check_shape("factors", factors, {static_cast<int64_t>(work.tensors()), 3}, ScalarType::Float, kCpu);
+  const Operand params_at(params), mean_at(exp_avg), square_at(exp_avg_sq);
+  const float* rows = static_cast<const float*>(factors.const_data_ptr());
+  fold(call, work, [&](Fold& args, const Chunk& chunk) {
+    args.params = params_at.at(chunk);
+    args.exp_avg = mean_at.at(chunk);
+    args.exp_avg_sq = square_at.at(chunk);
+    args.factors = rows + 3 * chunk.tensor;
   });
 }
 
@@ -102,4 +151,5 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
 STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&pins_ext::cpu::accumulate_));
   m.impl("fold_", TORCH_BOX(&pins_ext::cpu::fold_));
+  m.impl("fold_moments_", TORCH_BOX(&pins_ext::cpu::fold_moments_));
 }

@@ -39,6 +39,22 @@ inline void fold_ipt_block(float* __restrict exp_avg_ipt, const float* __restric
   for (int64_t i = 0; i < n; ++i) exp_avg_ipt[i] = smooth_ipt(exp_avg_ipt[i], ipt[i], beta1, one_minus_beta1);
 }
 
+inline void moments_block(float* __restrict ipt, const float* __restrict p, const float* __restrict exp_avg,
+                          const float* __restrict exp_avg_sq, int64_t n, const float* factors) {
+  const float lr = factors[0], factor = factors[1], factor_sq = factors[2];
+  for (int64_t i = 0; i < n; ++i) ipt[i] = score_moments(p[i], exp_avg[i], exp_avg_sq[i], lr, factor, factor_sq);
+}
+
+// The window's score of a block.
+PINS_BLOCK const float* load_ipt(const Fold& args, int64_t at, int64_t n, Buffer& ipt_buffer) {
+  if (args.ipt.data) return load(args.ipt, at, n, ipt_buffer);
+  Buffer p_buffer, mean_buffer, square_buffer;
+  const float* p = load(args.params, at, n, p_buffer);
+  const float* mean = load(args.exp_avg, at, n, mean_buffer);
+  moments_block(ipt_buffer.values, p, mean, load(args.exp_avg_sq, at, n, square_buffer), n, args.factors);
+  return ipt_buffer.values;
+}
+
 void fold(const Fold& args) {
   Buffer mean_buffer, unc_buffer, ipt_buffer;
   Bits random;
@@ -46,7 +62,7 @@ void fold(const Fold& args) {
     const int64_t n = block_size(args.run, at);
     float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
     float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
-    const float* ipt = load(args.ipt, at, n, ipt_buffer);
+    const float* ipt = load_ipt(args, at, n, ipt_buffer);
     if (args.exp_avg_unc.data) {
       fold_block(exp_avg_ipt, exp_avg_unc, ipt, n, args);
     } else {

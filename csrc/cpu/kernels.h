@@ -45,9 +45,12 @@ struct Accumulate {
   Rounding rounding;
 };
 
+// The window's score: ipt, or where that has no data, that of params and the optimizer's moments.
 struct Fold {
   Run run;
   Span exp_avg_ipt, exp_avg_unc, ipt;
+  Span params, exp_avg, exp_avg_sq;
+  const float* factors;  // lr, and what corrects the bias of each moment
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   Rounding rounding;
 };
@@ -55,6 +58,7 @@ struct Fold {
 struct Scores {
   Run run;
   Span a, b;
+  float factor = 1.0f;  // of the tensor, for the scores that have one
 };
 
 struct Bracket {

@@ -15,15 +15,25 @@ namespace {
 struct Scored {
   int kind;
   Operand a, b;
+  const float* factors;  // one for each tensor, or null
 
-  Scores at(const Work& work, const Chunk& chunk) const { return {work.run(chunk), a.at(chunk), b.at(chunk)}; }
+  Scores at(const Run& run, const Chunk& chunk) const {
+    return {run, a.at(chunk), b.at(chunk), factors ? factors[chunk.tensor] : 1.0f};
+  }
+  Scores at(const Work& work, const Chunk& chunk) const { return at(work.run(chunk), chunk); }
 };
 
-Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const std::string& score) {
+Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const std::string& score,
+                    const OptionalTensor& factors) {
   const int kind = option("score", score, kScores);
-  const bool two = score == "product" || score == "deviation";
-  check_list("a", a, work.tensors(), kCpu, two ? kStateDtypes : kParamDtypes);
-  if (two) {
+  const bool states = score == "product" || score == "deviation", fisher = score == "fisher";
+  check_list("a", a, work.tensors(), kCpu, states ? kStateDtypes : kParamDtypes);
+  PINS_CHECK(factors.has_value() == fisher, "factors must be ", fisher ? "given" : "left out", " for the score '",
+             score, "'");
+  if (fisher) {
+    check_list("b", b, work.tensors(), kCpu, kParamDtypes);
+    check_shape("factors", *factors, {static_cast<int64_t>(work.tensors())}, ScalarType::Float, kCpu);
+  } else if (states) {
     check_list("b", b, work.tensors(), kCpu, kStateDtypes);
     check_same_dtype("b", b, "a", a);
   } else {
@@ -31,7 +41,7 @@ Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const 
   }
   check_numel("a", a, work.numel);
   check_numel("b", b, work.numel);
-  return {kind, Operand(a), Operand(b)};
+  return {kind, Operand(a), Operand(b), fisher ? static_cast<const float*>(factors->const_data_ptr()) : nullptr};
 }
 
 // Position in [0, 1) inside a stratum: a hash of its number, so that regular weights meet no regular grid.
@@ -43,9 +53,9 @@ double jitter(int64_t stratum) {
 constexpr int64_t kSampleBatch = 64;
 
 Tensor sample(const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks, const std::string& score,
-              int64_t size, const OptionalTensor& /*pointers*/) {
+              int64_t size, const OptionalTensor& factors, const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
-  const Scored scored = check_scores(work, a, b, score);
+  const Scored scored = check_scores(work, a, b, score, factors);
   PINS_CHECK(size >= 1, "size must be at least 1, got ", size);
   Tensor result = torch::stable::new_empty(places, {size}, ScalarType::Long);
   int64_t* target = static_cast<int64_t*>(result.data_ptr());
@@ -69,7 +79,7 @@ Tensor sample(const Tensors& a, const Tensors& b, const Tensor& places, const Te
       const int64_t n = std::min(kSampleBatch, end - s);
       for (int64_t i = 0; i < n; ++i) {
         const Chunk at = chunk_of(s + i);
-        batch[i] = {{&work.places[at.tensor].base, at.offset, 1}, scored.a.at(at), scored.b.at(at)};
+        batch[i] = scored.at(Run{&work.places[at.tensor].base, at.offset, 1}, at);
         __builtin_prefetch(batch[i].a.data);
         __builtin_prefetch(batch[i].b.data);
       }
@@ -84,12 +94,13 @@ Tensor sample(const Tensors& a, const Tensors& b, const Tensor& places, const Te
 }
 
 void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks,
-            const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
+            const std::string& score, const Tensor& bracket, const OptionalTensor& factors,
+            const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
-  const Scored scored = check_scores(work, a, b, score);
+  const Scored scored = check_scores(work, a, b, score, factors);
   const CheckedBracket checked = check_bracket(bracket);
   check_counts(counts);
-  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}};
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}, {"factors", if_given(factors)}};
   inputs.check_output([] { return "counts"; }, counts);
   if (checked.resolved) return;
   const auto count = kernels().count[scored.kind];
@@ -108,15 +119,15 @@ int64_t inside(const Work& work, const Scored& scored, const Chunk& chunk, const
 
 // Keys and global indices of the weights inside the bracket, in any order; past the size nothing is written.
 void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, const Tensors& b, const Tensor& places,
-              const Tensor& chunks, const std::string& score, const Tensor& bracket,
+              const Tensor& chunks, const std::string& score, const Tensor& bracket, const OptionalTensor& factors,
               const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
-  const Scored scored = check_scores(work, a, b, score);
+  const Scored scored = check_scores(work, a, b, score, factors);
   const CheckedBracket checked = check_bracket(bracket);
   const int64_t size = candidates.dim() > 1 ? candidates.size(1) : 0;
   check_shape("found", found, {1}, ScalarType::Long, kCpu);
   check_shape("candidates", candidates, {2, size}, ScalarType::Long, kCpu);
-  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}};
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}, {"factors", if_given(factors)}};
   inputs.check_output([] { return "found"; }, found);
   inputs.check_output([] { return "candidates"; }, candidates);
   int64_t* keys_at = static_cast<int64_t*>(candidates.data_ptr());
@@ -156,9 +167,10 @@ int64_t index_of_tie(const Work& work, const Scored& scored, const Chunk& chunk,
 }
 
 Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& places, const Tensor& chunks,
-                 const std::string& score, const Tensor& bracket, const OptionalTensor& /*pointers*/) {
+                 const std::string& score, const Tensor& bracket, const OptionalTensor& factors,
+                 const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
-  const Scored scored = check_scores(work, a, b, score);
+  const Scored scored = check_scores(work, a, b, score, factors);
   const CheckedBracket checked = check_bracket(bracket);
   Tensor result = torch::stable::new_empty(places, {1}, ScalarType::Long);
   int64_t& index = *static_cast<int64_t*>(result.data_ptr());
@@ -198,11 +210,11 @@ int64_t weights_before(const Place& place, const Run& run, int64_t index) {
 }
 
 void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
-           const Tensor& chunks, const std::string& score, const Tensor& threshold,
+           const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& factors,
            const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
   const int64_t n = static_cast<int64_t>(work.tensors());
-  const Scored scored = check_scores(work, a, b, score);
+  const Scored scored = check_scores(work, a, b, score, factors);
   check_list("masks", masks, n, kCpu, {ScalarType::Byte});
   check_masks(masks, work.numel);
   check_shape("stats", stats, {n, 3}, ScalarType::Long, kCpu);
@@ -214,7 +226,8 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
                thresholds[2 * i], ", which is no 32-bit key");
   }
 
-  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"threshold", &threshold}};
+  const Inputs inputs{
+      {"places", &places}, {"chunks", &chunks}, {"threshold", &threshold}, {"factors", if_given(factors)}};
   inputs.check_outputs({{"masks", masks}});
   inputs.check_output([] { return "stats"; }, stats);
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());

@@ -1,8 +1,9 @@
 // sample, count_, tie_index and pack_: order keys of a block in the L1 cache, compared 64 at a time.
 
 template <Score score>
-void keys_block(const float* __restrict a, const float* __restrict b, int64_t n, uint32_t* __restrict keys) {
-  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a[i], b[i]));
+void keys_block(const float* __restrict a, const float* __restrict b, float factor, int64_t n,
+                uint32_t* __restrict keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a[i], b[i], factor));
 }
 
 // Keys of a block, padded to whole words with the highest key. Scores of one operand read it twice.
@@ -10,7 +11,7 @@ template <Score score>
 void load_keys(const Scores& scores, int64_t at, int64_t n, Buffer& a_buffer, Buffer& b_buffer, uint32_t* keys) {
   const float* a = load(scores.a, at, n, a_buffer);
   const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
-  keys_block<score>(a, b, n, keys);
+  keys_block<score>(a, b, scores.factor, n, keys);
   for (int64_t i = n; i < words_of(n) * kWord; ++i) keys[i] = 0xffffffffu;
 }
 
@@ -22,7 +23,7 @@ void keys(const Scores& scores, uint32_t* target) {
     const int64_t n = block_size(scores.run, at);
     const float* a = load(scores.a, at, n, a_buffer);
     const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
-    keys_block<score>(a, b, n, target + at);
+    keys_block<score>(a, b, scores.factor, n, target + at);
   }
 }
 

@@ -35,6 +35,7 @@ def select(
     exact: bool = True,
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """`pins_ext::select` over the operands of all ranks; every rank calls it and gets the same cutoff.
 
@@ -50,6 +51,7 @@ def select(
         exact: see the operator.
         bracket: to count in first, the same on every rank; None: all scores.
         counts: of the operands in this bracket, where a pass has made them already.
+        factors: float32 [n], of the score fisher.
 
     Returns:
         The cutoff, int64 [2]: (order key, tie index).
@@ -57,7 +59,7 @@ def select(
     scratch = torch.empty(1 + BINS, dtype=torch.int64, device=layout.places.device)
     position = position_of(n_prune, total, exact)
     scored = _Spread(
-        a, b, layout.places, layout.chunks, score, None, position, total, scratch, ranks=ranks, layout=layout
+        a, b, layout.places, layout.chunks, score, None, position, total, scratch, factors, ranks=ranks, layout=layout
     )
     return choose(scored, n_prune, exact, bracket, counts)
 
@@ -89,7 +91,7 @@ class _Spread(Scored):
         own = self.places.new_full((2, room + 1), MAX_INDEX)
         candidates = self.places.new_full((2, room), MAX_INDEX)
         found = self.places.new_zeros(1)
-        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket)
+        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, factors=self.factors)
         own[:, 0], own[:, 1:] = found, candidates
         every = self.ranks.gather(own)
         fits = (every[:, 0, 0] <= room).all()
@@ -122,10 +124,13 @@ class _Spread(Scored):
         for i, a in enumerate(self.a):
             layout, b = self.layout.subset([i]), self.b[i : i + 1]
             stats = self.places.new_empty(1, 3)
+            own = None if self.factors is None else self.factors[i : i + 1]
             kept = []
             for cutoff in (first, last):
                 kept.append(ops.new_mask(a))
-                torch.ops.pins_ext.pack_([kept[-1]], stats, [a], b, layout.places, layout.chunks, self.score, cutoff)
+                torch.ops.pins_ext.pack_(
+                    [kept[-1]], stats, [a], b, layout.places, layout.chunks, self.score, cutoff, factors=own
+                )
             ties = kept[0] ^ kept[1]
             for begin in range(0, len(ties), _SLICE):
                 part = ties[begin : begin + _SLICE]

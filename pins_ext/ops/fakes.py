@@ -24,20 +24,20 @@ def _check_devices(*args: object) -> None:
 
 
 @torch.library.register_fake("pins_ext::sample")
-def _(a, b, places, chunks, score, size, *, pointers=None):  # type: ignore[no-untyped-def]
-    _check_devices(a, b, places, chunks, pointers)
+def _(a, b, places, chunks, score, size, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, factors, pointers)
     return places.new_empty(size)
 
 
 @torch.library.register_fake("pins_ext::tie_index")
-def _(a, b, places, chunks, score, bracket, *, pointers=None):  # type: ignore[no-untyped-def]
-    _check_devices(a, b, places, chunks, bracket, pointers)
+def _(a, b, places, chunks, score, bracket, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, bracket, factors, pointers)
     return places.new_empty(1)
 
 
 @torch.library.register_fake("pins_ext::select")
-def _(a, b, places, chunks, score, n_prune, exact=True, *, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
-    _check_devices(a, b, places, chunks, n_prune, bracket, counts, pointers)
+def _(a, b, places, chunks, score, n_prune, exact=True, *, factors=None, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, n_prune, factors, bracket, counts, pointers)
     return places.new_empty(2)
 
 
@@ -65,5 +65,15 @@ def _no_output(*args: object, **kwargs: object) -> None:
     _check_devices(*args, *kwargs.values())
 
 
-for _name in ("accumulate_", "fold_", "count_", "collect_", "pack_", "masked_adamw_", "masked_sgd_", "apply_mask_"):
+for _name in (
+    "accumulate_",
+    "fold_",
+    "fold_moments_",
+    "count_",
+    "collect_",
+    "pack_",
+    "masked_adamw_",
+    "masked_sgd_",
+    "apply_mask_",
+):
     torch.library.register_fake(f"pins_ext::{_name}", _no_output)

@@ -88,6 +88,7 @@ class Scored:
         position: int64 [], rank of the weight that is looked for, in the order of (score, global index).
         total: how many weights compete.
         scratch: int64 [1 + BINS], for counts.
+        factors: float32 [n], of the score fisher.
     """
 
     a: list[Tensor]
@@ -99,10 +100,15 @@ class Scored:
     position: Tensor
     total: int
     scratch: Tensor
+    factors: Tensor | None
 
     @property
     def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
         return self.a, self.b, self.places, self.chunks, self.score
+
+    @property
+    def _keywords(self) -> dict[str, Tensor | None]:
+        return {"factors": self.factors, "pointers": self.pointers}
 
     def looked(self, flag: Tensor) -> bool:
         """Whether the flag is set and the host knows: on the CPU, where looking is free."""
@@ -119,14 +125,14 @@ class Scored:
             missed: the side on which the target lies of a bracket that was counted before.
         """
         size = min(SAMPLES, self.total)
-        keys = torch.ops.pins_ext.sample(*self._operands, size, pointers=self.pointers)
+        keys = torch.ops.pins_ext.sample(*self._operands, size, **self._keywords)
         return bracket_of(keys, self.position, self.total)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
         if self.looked(bracket[4]):
             return bracket
-        torch.ops.pins_ext.count_(self.scratch, *self._operands, bracket, pointers=self.pointers)
+        torch.ops.pins_ext.count_(self.scratch, *self._operands, bracket, **self._keywords)
         return narrow(bracket, self.summed(self.scratch), self.position)
 
     def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +142,7 @@ class Scored:
         """
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
-        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, pointers=self.pointers)
+        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, **self._keywords)
         if found.is_cpu:
             candidates = candidates[:, : max(1, int(found))]
         return candidates, found[0]
@@ -152,7 +158,7 @@ class Scored:
 
     def tie_index(self, bracket: Tensor) -> Tensor:
         """Of the weight at the bracket's rank among those of its one key."""
-        return torch.ops.pins_ext.tie_index(*self._operands, bracket, pointers=self.pointers).reshape(())
+        return torch.ops.pins_ext.tie_index(*self._operands, bracket, **self._keywords).reshape(())
 
 
 def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -213,6 +219,7 @@ def select(
     n_prune: Tensor,
     exact: bool = True,
     *,
+    factors: Tensor | None = None,
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
@@ -223,7 +230,7 @@ def select(
         return torch.zeros(2, dtype=torch.int64, device=places.device)
     scratch = torch.empty(1 + BINS, dtype=torch.int64, device=places.device)
     position = position_of(n_prune, total, exact)
-    scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch)
+    scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, factors)
     return choose(scored, n_prune, exact, bracket, counts)
 
 

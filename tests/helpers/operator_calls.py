@@ -40,6 +40,11 @@ def fold() -> Arguments:
     return [*lists(3, torch.bfloat16), *tables(), torch.ones(1), rng_of(0), 0.85, 0.95], counting()
 
 
+def fold_moments() -> Arguments:
+    averages, moments = lists(2, torch.bfloat16), lists(3)
+    return [*averages, *moments, *tables(), torch.ones(3, 3), torch.ones(1), rng_of(0), 0.85, 0.95], counting()
+
+
 def sample() -> Arguments:
     return [*lists(2), *tables(), "product", 16], {}
 
@@ -104,6 +109,7 @@ def sum_of_squares() -> Arguments:
 CALLS: dict[str, Callable[[], Arguments]] = {
     "accumulate_": accumulate,
     "fold_": fold,
+    "fold_moments_": fold_moments,
     "sample": sample,
     "count_": count,
     "collect_": collect,
@@ -180,7 +186,10 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         r"masks\[0\] must be uint8, got bool",
     ),
     "criterion": ("accumulate_", 8, "pin", "criterion must be one of pins, pins-signed, .*; got 'pin'"),
-    "score": ("count_", 5, "sum", "score must be one of product, identity, deviation, magnitude; got 'sum'"),
+    "score": ("count_", 5, "sum", "score must be one of product, identity, deviation, magnitude, fisher; got 'sum'"),
+    "factors missing": ("count_", 5, "fisher", "factors must be given for the score 'fisher'"),
+    "factors too many": ("count_", "factors", torch.ones(3), "factors must be left out for the score 'product'"),
+    "factors of moments": ("fold_moments_", 7, torch.ones(3), r"factors must have shape \(3, 3\), got \(3,\)"),
     "operand too many": ("count_", 5, "identity", "b must be empty for the score 'identity', got 3 tensors"),
     "operand missing": ("count_", 2, [], "b must have 3 tensors"),
     "params missing": ("accumulate_", 1, [], "params may be empty only for the criterion 'precomputed', got 'pins'"),

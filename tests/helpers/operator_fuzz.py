@@ -19,7 +19,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATES = (torch.float32, torch.bfloat16)
 CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
-SCORES = ("product", "identity", "deviation", "magnitude")
+SCORES = ("product", "identity", "deviation", "magnitude", "fisher")
 UGLY = (-(2**63), 2**63 - 1, 2**62, 2**32, 2**32 - 1, 2**31, 16384, 64, 5, 2, 1, 0, -1)
 
 Call = dict[str, Any]
@@ -99,12 +99,23 @@ def _fold(p: Problem) -> Call:
     return lists | p.tables | rest
 
 
+def _fold_moments(p: Problem) -> Call:
+    call = _fold(p)
+    del call["ipt"]
+    moment = p.dice.choice(FLOATS)
+    moments = {"exp_avg": p.floats(moment), "exp_avg_sq": p.floats(moment, positive=True)}
+    return call | {"params": p.floats(p.dtype), **moments, "factors": torch.rand(len(p.numel), 3)}
+
+
 def _counts() -> Tensor:
     return torch.full((65537,), -1)
 
 
 def _scored(p: Problem) -> Call:
     score = p.dice.choice(SCORES)
+    if score == "fisher":
+        lists = {"a": p.floats(p.dtype), "b": p.floats(p.dice.choice(FLOATS), positive=True)}
+        return lists | p.tables | {"score": score, "factors": torch.rand(len(p.numel))}
     two = score in ("product", "deviation")
     dtype = p.state if two else p.dtype
     return {"a": p.floats(dtype), "b": p.floats(dtype) if two else [], **p.tables, "score": score}
@@ -201,6 +212,7 @@ def _sparse_linear(p: Problem) -> Call:
 GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "accumulate_": _accumulate,
     "fold_": _fold,
+    "fold_moments_": _fold_moments,
     "sample": _sample,
     "count_": _count,
     "collect_": _collect,

@@ -104,14 +104,17 @@ def everything(sizes: list[int]) -> list[Tensor]:
             pins.accumulate_(ipt, params, grads, *tables, torch.full((len(sizes),), 1e-3), one, rng, criterion)
         bracket, counts = torch.tensor([0x70000000, 0xC0000000, 15, 0, 0]), torch.zeros(1 + ops.BINS, dtype=torch.int64)
         pins.fold_(mean, unc, ipt, *tables, one, rng, 0.85, 0.95, bracket=bracket, counts=counts)
+        bias = torch.linspace(1e-3, 2, 3 * len(sizes)).view(-1, 3)
+        pins.fold_moments_(mean, unc, params, first, second, *tables, bias, one, rng, 0.85, 0.95)
         _, masks = masks_of(params)
         stats = torch.zeros(len(sizes), 3, dtype=torch.int64)
         for score in ops.SCORES:
-            b = unc if score in ("product", "deviation") else []
-            out.append(pins.sample(mean, b, *tables, score, 1000))
+            b = unc if score in ("product", "deviation", "fisher") else []
+            factors = {"factors": torch.linspace(1, 2, len(sizes))} if score == "fisher" else {}
+            out.append(pins.sample(mean, b, *tables, score, 1000, **factors))
             shares = layout.total // torch.tensor([5, 2])
-            out += [pins.select(mean, b, *tables, score, n_prune) for n_prune in shares]
-            pins.pack_(masks, stats, mean, b, *tables, score, out[-1].view(1, 2))
+            out += [pins.select(mean, b, *tables, score, n_prune, **factors) for n_prune in shares]
+            pins.pack_(masks, stats, mean, b, *tables, score, out[-1].view(1, 2), **factors)
             out.append(stats.clone())
         adamw = torch.tensor([[1e-3, 0.999, 0.1, 0.999, 1e-3, -3e-3, 0.05, 1e-8]] * len(sizes))
         sgd = torch.tensor([[0.05, 0.01, 0.9, 1.0, 0.0, 1.0, -0.05, 0.0]] * len(sizes))

@@ -32,7 +32,7 @@ from pins_ext.triton_kernels import importance, pack, select, table
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
 TYPES = {"beta1": "fp32", "one_minus_beta1": "fp32", "beta2": "fp32", "one_minus_beta2": "fp32", "total": "i64"}
-FLOAT_POINTERS = ("lr_ptr", "accepted_ptr", "grad_scale_ptr", "clip_ptr", "found_inf_ptr")
+FLOAT_POINTERS = ("lr_ptr", "accepted_ptr", "grad_scale_ptr", "clip_ptr", "found_inf_ptr", "factors_ptr")
 PLAIN = {"grad_scale_ptr": None, "clip_ptr": None}
 UNCOUNTED = {"bracket_ptr": None, "counts_ptr": None}
 
@@ -54,15 +54,23 @@ def accumulate(dtype: str, state: str, criterion: str = "pins", **given: None) -
 
 
 def fold(state: str, unc: bool = True, **given: None) -> Variant:
-    constants = {"STATE": state, "UNC": unc, "BLOCK_SIZE": importance.BLOCK_SIZE, **given}
+    constants = {"STATE": state, "UNC": unc, "DTYPE": None, "MOMENT": None, "factors_ptr": None, **given}
+    constants["BLOCK_SIZE"] = importance.BLOCK_SIZE
     averages = (state, state) if unc else (state,)
     return Variant(importance._fold_kernel, constants, (*averages, state), averages)
+
+
+def fold_moments(dtype: str, state: str, **given: None) -> Variant:
+    constants = {"STATE": state, "UNC": True, "DTYPE": dtype, "MOMENT": dtype, "BLOCK_SIZE": importance.BLOCK_SIZE}
+    return Variant(importance._fold_kernel, {**constants, **given}, (state, state, *[dtype] * 3), (state, state))
 
 
 def scored(
     kernel: Any, a: str, b: str | None = None, score: str = "product", block: int = select.BLOCK_SIZE
 ) -> Variant:
     constants = {"SCORE": score, "A": a, "B": b, "BLOCK_SIZE": block}
+    if score != "fisher":
+        constants["factors_ptr"] = None
     return Variant(kernel, constants, (a,) if b is None else (a, b))
 
 
@@ -81,6 +89,10 @@ VARIANTS = {
     "fold-bfloat16": fold("bfloat16", **UNCOUNTED),
     "fold-bfloat16-count": fold("bfloat16"),
     "fold-identity-count": fold("float32", unc=False),
+    "fold-moments-float32": fold_moments("float32", "float32", **UNCOUNTED),
+    "fold-moments-bfloat16-count": fold_moments("bfloat16", "bfloat16"),
+    "count-fisher": scored(select._count_kernel, "float32", "float32", "fisher"),
+    "pack-fisher": scored(pack._pack_kernel, "float32", "float32", "fisher", block=pack.BLOCK_SIZE),
     "sample": cold(scored(select._sample_kernel, "float32", "float32", block=select.SAMPLE_BLOCK)),
     "count-float32": scored(select._count_kernel, "float32", "float32"),
     "count-bfloat16": scored(select._count_kernel, "bfloat16", "bfloat16"),
