@@ -66,10 +66,17 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   // A weight matrix [out, in] with zeros, float32, bfloat16 or int8, packed for sparse_linear: (values, columns, rows,
   // counts, starts); csrc/cpu/sparse.h describes them.
   m.def("sparse_pack(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // y [..., out] = x [..., in] times a packed float32 matrix, plus bias; computed in float32, in the dtype of x.
+  // y [..., out] = x [..., in] times a packed float32 or bfloat16 matrix, plus bias; computed in float32, in the dtype
+  // of x.
   m.def(
       "sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor counts, Tensor starts, Tensor? bias, "
       "int out_features) -> Tensor");
+  // The same over int8 codes: y = (x rounded to bytes, token by token) times codes, exact in int32, times both scales,
+  // plus bias. scales float32 [out] and sums int32 [out] are those of the rows of codes. Without `vnni` the plain loops
+  // run also where the CPU has instructions for it.
+  m.def(
+      "sparse_linear_int8(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor counts, Tensor starts, "
+      "Tensor scales, Tensor sums, Tensor? bias, bool vnni=True) -> Tensor");
   // float64 [1], summed in an order that depends on neither threads nor device: of gradients, the norm to clip by.
   m.def("sum_of_squares(Tensor[] tensors, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> Tensor");
   // The instruction set of the CPU kernels: default, avx2 or avx512.

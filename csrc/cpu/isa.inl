@@ -9,6 +9,7 @@
 #include "select.inl"
 #include "update.inl"
 #include "sparse.inl"
+#include "sparse_bytes.inl"
 #include "norm.inl"
 
 #define PINS_ACCUMULATE(id, name, formula) accumulate<Criterion::id>,

@@ -54,17 +54,60 @@ struct StoreTile {
   int64_t rows;
 };
 
+// int8: tokens that are multiplied at once. 64 bytes of a column are one vector.
+constexpr int64_t kByteTokens = 64;
+
+// Rows of a matrix as bytes, rounded for each token to 255 steps between its least and largest value, zero included:
+// x ≈ (byte - zero) * scale. A token that holds NaN or an infinity gets the scale NaN.
+struct LoadBytes {
+  const void* x;
+  Dtype dtype;
+  int64_t stride;
+  int64_t tokens;   // valid ones, at most kByteTokens
+  int64_t columns;  // valid ones
+  float* floats;    // scratch of `columns` floats, filled up to whole blocks
+  uint8_t* bytes;   // scratch [kByteTokens][columns in whole blocks]
+  uint8_t* tile;    // [columns in whole blocks][kByteTokens]; null where the bytes by token are all that is wanted
+  float* scales;    // [kByteTokens]
+  int32_t* zeros;   // [kByteTokens]
+};
+
+// out[token][row] = (sums[row][token] - zero of the token × sum of the row's codes) × both scales + bias.
+struct StoreSums {
+  const int32_t* sums;  // [rows][kByteTokens], tokens in the order of kPlaceOfToken; or [rows] for one token
+  const float* token_scales;
+  const int32_t* zeros;
+  const float* row_scales;  // from here on at the first row
+  const int32_t* row_sums;
+  const float* bias;  // or null
+  void* out;
+  Dtype dtype;
+  int64_t stride;
+  int64_t tokens;
+  int64_t rows;
+};
+
+// The sums of 64 tokens lie as the byte shuffles of AVX-512 leave them: by quarters of each 128 bits.
+constexpr int64_t place_of_token(int64_t token) { return token % 16 / 4 * 16 + token / 16 * 4 + token % 4; }
+
 struct SparseLoops {
   // By tile: kFewTokens, kTokens.
   void (*load[kTokenTiles])(const LoadTile&);
   void (*store[kTokenTiles])(const StoreTile&);
-  // y[row][token] += weights × x[column][token], both aligned to 64 bytes.
-  void (*multiply[kTokenTiles])(const SparseBlock&, const float* x, float* y);
+  // y[row][token] += weights × x[column][token], both aligned to 64 bytes. By values: float32, bfloat16.
+  void (*multiply[2][kTokenTiles])(const SparseBlock&, const float* x, float* y);
   // A tile of one token lies as the token does: converted, and filled up or cut.
   void (*load_token)(const LoadTile&);
   void (*store_token)(const StoreTile&);
   // y[row] += weights × x[column], of one token; x and y have 256 elements.
-  void (*multiply_token)(const SparseBlock&, const float* x, float* y);
+  void (*multiply_token[2])(const SparseBlock&, const float* x, float* y);
+
+  void (*load_bytes)(const LoadBytes&);
+  void (*store_sums)(const StoreSums&);
+  void (*store_token_sums)(const StoreSums&);
+  // The same over int8 codes and bytes, exact in int32. By instructions: plain, VNNI (null where the unit has none).
+  void (*multiply_bytes[2])(const SparseBlock&, const uint8_t* x, int32_t* y);
+  void (*multiply_token_bytes[2])(const SparseBlock&, const uint8_t* x, int32_t* y);
 };
 
 }  // namespace pins_ext::cpu

@@ -25,25 +25,49 @@ inline void store_floats(float* p, Floats a) { *reinterpret_cast<Floats*>(p) = a
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
 
+inline float float_value(float value) { return value; }
+inline float float_value(uint16_t value) { return float_of_bf16(value); }
+
+#if defined(PINS_AVX512)
+// Sixteen, eight or four weights in the lower lanes.
+inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 eight(const float* p) { return _mm512_castps256_ps512(_mm256_loadu_ps(p)); }
+inline __m512 four(const float* p) { return _mm512_castps128_ps512(_mm_loadu_ps(p)); }
+inline __m512 floats_of_bf16(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline __m512 sixteen(const uint16_t* p) {
+  return floats_of_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512 eight(const uint16_t* p) {
+  return floats_of_bf16(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline __m512 four(const uint16_t* p) {
+  return floats_of_bf16(_mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#endif
+
 // One weight for each of `kRows` rows, broadcast. With AVX-512 they are loaded at once and permuted: loads are what the
 // loop waits for, two a cycle, and a broadcast from memory is one.
-template <int kRows>
+template <class Value, int kRows>
 struct Weights {
 #if defined(PINS_AVX512)
   __m512 all;
-  explicit Weights(const float* p)
-      : all(kRows == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(p)) : _mm512_castps128_ps512(_mm_loadu_ps(p))) {
+  explicit Weights(const Value* p) : all(kRows == 8 ? eight(p) : four(p)) {
     static_assert(kRows == 8 || kRows == 4, "a vector of weights");
   }
   Floats operator[](int row) const { return _mm512_permutexvar_ps(_mm512_set1_epi32(row), all); }
-#elif defined(PINS_AVX2)
-  const float* p;
-  explicit Weights(const float* weights) : p(weights) {}
-  Floats operator[](int row) const { return _mm256_broadcast_ss(p + row); }
 #else
-  const float* p;
-  explicit Weights(const float* weights) : p(weights) {}
-  Floats operator[](int row) const { return Floats{p[row], p[row], p[row], p[row]}; }
+  const Value* p;
+  explicit Weights(const Value* weights) : p(weights) {}
+  Floats operator[](int row) const {
+    const float weight = float_value(p[row]);
+#if defined(PINS_AVX2)
+    return _mm256_set1_ps(weight);
+#else
+    return Floats{weight, weight, weight, weight};
+#endif
+  }
 #endif
 };
 
@@ -60,8 +84,8 @@ inline uint64_t columns_of(const uint8_t* p) {
 // ---- multiply -----------------------------------------------------------------------------------------------------
 
 // `kRows` rows of a slice, from `row` on, kTile tokens: their accumulators stay in registers.
-template <int kTile, int kRows>
-inline __attribute__((always_inline)) void multiply_rows(const float* values, const uint8_t* columns, int64_t count,
+template <class Value, int kTile, int kRows>
+inline __attribute__((always_inline)) void multiply_rows(const Value* values, const uint8_t* columns, int64_t count,
                                                          const uint8_t* rows, const float* x, float* y) {
   constexpr int kVectors = kTile / kLanes;
   Floats sums[kRows][kVectors];
@@ -69,7 +93,7 @@ inline __attribute__((always_inline)) void multiply_rows(const float* values, co
     for (int v = 0; v < kVectors; ++v) sums[r][v] = load_floats(y + rows[r] * kTile + v * kLanes);
   }
   for (int64_t j = 0; j < count; ++j, values += kSliceRows, columns += kSliceRows) {
-    const Weights<kRows> weights(values);
+    const Weights<Value, kRows> weights(values);
     const uint64_t all = columns_of<kRows>(columns);
     for (int r = 0; r < kRows; ++r) {
       const float* tokens = x + ((all >> (8 * r)) & 255) * kTile;
@@ -84,16 +108,16 @@ inline __attribute__((always_inline)) void multiply_rows(const float* values, co
   }
 }
 
-template <int kTile>
+template <class Value, int kTile>
 void multiply(const SparseBlock& block, const float* x, float* y) {
   constexpr int kFit = kAccumulators * kLanes / kTile;
   constexpr int kRows = kFit > 8 ? 8 : kFit;
-  const float* values = static_cast<const float*>(block.values);
+  const Value* values = static_cast<const Value*>(block.values);
   const uint8_t* columns = block.columns;
   for (int64_t s = 0; s < block.slices; ++s) {
     const int64_t count = block.counts[s];
     for (int64_t row = 0; row < kSliceRows; row += kRows) {
-      multiply_rows<kTile, kRows>(values + row, columns + row, count, block.rows + s * kSliceRows + row, x, y);
+      multiply_rows<Value, kTile, kRows>(values + row, columns + row, count, block.rows + s * kSliceRows + row, x, y);
     }
     values += count * kSliceRows;
     columns += count * kSliceRows;
@@ -124,8 +148,9 @@ struct Table {
 #endif
 
 // The 16 rows of a slice are the lanes: no sum across them.
-inline void multiply_token(const SparseBlock& block, const float* x, float* y) {
-  const float* values = static_cast<const float*>(block.values);
+template <class Value>
+void multiply_token(const SparseBlock& block, const float* x, float* y) {
+  const Value* values = static_cast<const Value*>(block.values);
   const uint8_t* columns = block.columns;
 #if defined(PINS_AVX512)
   const Table table(x);
@@ -136,23 +161,13 @@ inline void multiply_token(const SparseBlock& block, const float* x, float* y) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < block.counts[s]; ++j, values += kSliceRows, columns += kSliceRows) {
       const __m512i column = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
-      sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), table[column], sum);
+      sum = _mm512_fmadd_ps(sixteen(values), table[column], sum);
     }
     _mm512_store_ps(sums, sum);
-#elif defined(PINS_AVX2)
-    __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-    for (int64_t j = 0; j < block.counts[s]; ++j, values += kSliceRows, columns += kSliceRows) {
-      const __m128i column = _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns));
-      const __m256i first = _mm256_cvtepu8_epi32(column), second = _mm256_cvtepu8_epi32(_mm_srli_si128(column, 8));
-      low = _mm256_fmadd_ps(_mm256_loadu_ps(values), _mm256_i32gather_ps(x, first, 4), low);
-      high = _mm256_fmadd_ps(_mm256_loadu_ps(values + 8), _mm256_i32gather_ps(x, second, 4), high);
-    }
-    _mm256_store_ps(sums, low);
-    _mm256_store_ps(sums + 8, high);
 #else
     for (int64_t i = 0; i < kSliceRows; ++i) sums[i] = 0.0f;
     for (int64_t j = 0; j < block.counts[s]; ++j, values += kSliceRows, columns += kSliceRows) {
-      for (int64_t i = 0; i < kSliceRows; ++i) sums[i] += values[i] * x[columns[i]];
+      for (int64_t i = 0; i < kSliceRows; ++i) sums[i] += float_value(values[i]) * x[columns[i]];
     }
 #endif
     const uint8_t* rows = block.rows + s * kSliceRows;
@@ -292,12 +307,3 @@ inline void load_token(const LoadTile& to) {
 }
 
 inline void store_token(const StoreTile& from) { put_floats(from.tile, from.dtype, from.rows, from.out); }
-
-constexpr SparseLoops sparse_loops() {
-  return {{load_tile<kFewTokens>, load_tile<kTokens>},
-          {store_tile<kFewTokens>, store_tile<kTokens>},
-          {multiply<kFewTokens>, multiply<kTokens>},
-          load_token,
-          store_token,
-          multiply_token};
-}

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -26,6 +27,22 @@ inline int64_t chunk_rows_of(int64_t rows) {
   if (chunks == 0) return kSliceRows;
   const int64_t share = (rows + chunks - 1) / chunks;
   return (share + kSliceRows - 1) / kSliceRows * kSliceRows;
+}
+
+inline Dtype kernel_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: return Dtype::float32;
+  }
+}
+
+inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// With fewer tiles than threads the rows of a tile are shared out as well: into this many parts.
+inline int64_t shares_of(int64_t tiles, int64_t chunks) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, chunks);
 }
 
 // A packed matrix: the result of sparse_pack.

@@ -13,26 +13,17 @@ using OptionalTensor = std::optional<Tensor>;
 // Up to this many tokens are multiplied one by one: a tile of 16 costs as much as two of them.
 constexpr int64_t kOneByOne = 2;
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: return Dtype::float32;
-  }
-}
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 struct Call {
   const SparseMatrix& matrix;
   const char* x;
   const float* bias;
   char* y;
   Dtype dtype;
+  int values;  // of the packed matrix: 0 float32, 1 bfloat16
   int64_t tokens, in_features, out_features;
 
-  const char* token(int64_t t) const { return x + t * in_features * size_of(dtype); }
-  char* out(int64_t t, int64_t row) const { return y + (t * out_features + row) * size_of(dtype); }
+  const char* token(int64_t t) const { return x + t * in_features * element_bytes(dtype); }
+  char* out(int64_t t, int64_t row) const { return y + (t * out_features + row) * element_bytes(dtype); }
 
   LoadTile load(int64_t first, int64_t count, float* tile) const {
     return {token(first), dtype, in_features, count, in_features, tile};
@@ -66,7 +57,8 @@ void run_tokens(const Call& call) {
       for (int64_t t = 0; t < call.tokens; ++t) call.begin(chunk, 1, y[t]);
       for (int64_t k = 0; k < call.matrix.blocks(); ++k) {
         for (int64_t t = 0; t < call.tokens; ++t) {
-          loops.multiply_token(call.matrix.block(chunk, k), x.data() + t * padded + k * kBlockColumns, y[t]);
+          loops.multiply_token[call.values](call.matrix.block(chunk, k), x.data() + t * padded + k * kBlockColumns,
+                                            y[t]);
         }
       }
       for (int64_t t = 0; t < call.tokens; ++t) loops.store_token(call.store(t, 1, chunk, y[t]));
@@ -74,13 +66,12 @@ void run_tokens(const Call& call) {
   });
 }
 
-// Tiles of tokens. With fewer tiles than threads the rows of a tile are shared out as well.
+// Tiles of tokens.
 void run_tiles(const Call& call) {
   const SparseLoops& loops = kernels().sparse;
   const int64_t padded = call.matrix.blocks() * kBlockColumns;
   const int64_t tiles = (call.tokens + kTokens - 1) / kTokens;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t shares = std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, call.matrix.chunks());
+  const int64_t shares = shares_of(tiles, call.matrix.chunks());
   torch::stable::parallel_for(0, tiles * shares, 1, [&](int64_t begin, int64_t end) {
     Scratch x(padded * kTokens);
     alignas(64) float y[kBlockRows * kTokens];
@@ -97,7 +88,7 @@ void run_tiles(const Call& call) {
       for (int64_t chunk = share * call.matrix.chunks() / shares; chunk < end_chunk; ++chunk) {
         call.begin(chunk, size, y);
         for (int64_t k = 0; k < call.matrix.blocks(); ++k) {
-          loops.multiply[width](call.matrix.block(chunk, k), x.data() + k * kBlockColumns * size, y);
+          loops.multiply[call.values][width](call.matrix.block(chunk, k), x.data() + k * kBlockColumns * size, y);
         }
         loops.store[width](call.store(first, count, chunk, y));
       }
@@ -111,7 +102,9 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   PINS_CHECK(x.dim() >= 1, "x must have at least one dimension");
   PINS_CHECK(out_features >= 0, "out_features must not be negative, got ", out_features);
   const int64_t in_features = x.size(x.dim() - 1);
-  const SparseMatrix matrix(values, columns, rows, counts, starts, out_features, in_features, ScalarType::Float, 1);
+  check_tensor([] { return "values"; }, values, kSparseDevice, {ScalarType::Float, ScalarType::BFloat16});
+  const ScalarType dtype = values.scalar_type();
+  const SparseMatrix matrix(values, columns, rows, counts, starts, out_features, in_features, dtype, 1);
   if (bias.has_value()) check_shape("bias", *bias, {out_features}, ScalarType::Float, kSparseDevice);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
@@ -121,7 +114,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
                   static_cast<const char*>(x.const_data_ptr()),
                   bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                   static_cast<char*>(y.data_ptr()),
-                  dtype_of(x),
+                  kernel_dtype(x),
+                  dtype == ScalarType::Float ? 0 : 1,
                   y.numel() / out_features,
                   in_features,
                   out_features};

@@ -136,7 +136,7 @@ Packed sparse_pack(const Tensor& weight) {
   const Shape shape{rows, columns, chunks, chunk_rows_of(rows), blocks_of(columns)};
   switch (weight.scalar_type()) {
     case ScalarType::Float: return packed<float, 1>(weight, shape);
-    case ScalarType::BFloat16: return packed<uint16_t, 2>(weight, shape);
+    case ScalarType::BFloat16: return packed<uint16_t, 1>(weight, shape);
     default: return packed<int8_t, 4>(weight, shape);
   }
 }

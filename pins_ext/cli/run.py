@@ -66,6 +66,11 @@ def _parser() -> Parser:
     parser.add_argument("--file", metavar="FILE", help="texts, one a line (text and pair separated by a tab)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="generation: how much to add (default: 40)")
     parser.add_argument("--min-sparsity", type=float, metavar="S", help="layers with fewer zeros stay dense (.7)")
+    parser.add_argument(
+        "--values",
+        choices=("float32", "bfloat16", "int8"),
+        help="how pruned weights are kept (default: exactly); int8 rounds weights and activations",
+    )
     parser.add_argument("--dense", action="store_true", help="compute densely, for comparison")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the kernels (default: torch's)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else")
@@ -109,7 +114,7 @@ def _sparsify(model: Any, given: dict[str, Any]) -> None:
 
     say = None if "json" in given else print
     try:
-        sparsify_for_inference(model, given.get("min_sparsity", 0.7), say=say)
+        sparsify_for_inference(model, given.get("min_sparsity", 0.7), values=given.get("values"), say=say)
     except NothingSparseError as error:
         if say is not None:
             say(f"computed densely: {error}")

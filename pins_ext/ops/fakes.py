@@ -61,6 +61,11 @@ def _(tensors, places, chunks, *, pointers=None):  # type: ignore[no-untyped-def
     return places.new_empty(1, dtype=torch.float64)
 
 
+@torch.library.register_fake("pins_ext::sparse_linear_int8")
+def _(x, values, columns, rows, counts, starts, scales, sums, bias, vnni=True):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
 def _no_output(*args: object, **kwargs: object) -> None:
     _check_devices(*args, *kwargs.values())
 

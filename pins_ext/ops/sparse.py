@@ -43,7 +43,7 @@ def sparse_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_feat
 
     Args:
         x: float32, bfloat16 or float16 [..., in], contiguous, on the CPU.
-        weight: packed from a float32 matrix [out, in].
+        weight: packed from a float32 or bfloat16 matrix [out, in].
         bias: float32 [out], or None.
         out_features: out.
 
@@ -54,3 +54,28 @@ def sparse_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_feat
         RuntimeError: arguments that don't fit each other.
     """
     return torch.ops.pins_ext.sparse_linear(x, *weight, bias, out_features)
+
+
+def sparse_linear_int8(
+    x: Tensor,
+    weight: PackedWeight,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """x · (codes · scales)ᵀ + bias, with x rounded to 255 steps for each token; integer sums are exact.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., in], contiguous, on the CPU, in at most 32768.
+        weight: packed from int8 codes [out, in].
+        scales: float32 [out]: weight = code * scale of its row.
+        sums: int32 [out]: sum of the codes of each row.
+        bias: float32 [out], or None.
+
+    Returns:
+        [..., out] in the dtype of x; NaN for a token that holds NaN or an infinity.
+
+    Raises:
+        RuntimeError: arguments that don't fit each other.
+    """
+    return torch.ops.pins_ext.sparse_linear_int8(x, *weight, scales, sums, bias)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.sparse.calibration import Calibration, Trial, measure
-from pins_ext.sparse.linear import SparseLinear
+from pins_ext.sparse.linear import VALUES, SparseLinear
 
 TOKENS = (1, 128)
 
@@ -26,6 +26,7 @@ def sparsify_for_inference(
     model: nn.Module,
     min_sparsity: float = 0.7,
     *,
+    values: str | None = None,
     tokens: Sequence[int] = TOKENS,
     calibrate: bool = True,
     say: Callable[[str], None] | None = print,
@@ -39,6 +40,8 @@ def sparsify_for_inference(
     Args:
         model: a pruned model on the CPU; it is set to evaluation mode.
         min_sparsity: share of zeros from which on a layer is considered.
+        values: how the weights are kept: "float32", "bfloat16" or "int8" (which rounds weights and activations: look at
+            the accuracy); None for the exact one, bfloat16 where the weights are, otherwise float32.
         tokens: numbers of tokens (batch × sequence) to measure; the geometric mean over them decides.
         calibrate: measure; without it every layer with enough zeros becomes sparse.
         say: told what was measured; None for silence.
@@ -55,6 +58,8 @@ def sparsify_for_inference(
         raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be positive numbers of tokens, got {tuple(tokens)}")
+    if values is not None and values not in VALUES:
+        raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
     device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
     if device is not None:
         raise ValueError(f"the sparse kernels run on the CPU and the model is on {device}: move it with model.cpu()")
@@ -67,12 +72,12 @@ def sparsify_for_inference(
         )
     trials = []
     for group in _groups(model, places):
-        trial = _tried(model, group, tuple(tokens) if calibrate else ())
+        trial = _tried(model, group, tuple(tokens) if calibrate else (), values)
         if trial is not None:
             trials.append(trial)
         if trial is None or trial.chosen == "sparse":
             for name in group:
-                _replace(model, name)
+                _replace(model, name, values)
     machine = f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
     calibration = Calibration(machine, tuple(trials), dense)
     if say is not None:
@@ -144,7 +149,7 @@ def _groups(model: nn.Module, places: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...]) -> Trial | None:
+def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...], values: str | None) -> Trial | None:
     if not tokens:
         return None
     # The middle one by sparsity stands for the group.
@@ -153,20 +158,22 @@ def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...]) -> T
     weight = _matrix(module)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, weight.shape[1], generator=generator).to(weight.dtype) for n in tokens]
-    dense, sparse = measure(module, _sparse(module), inputs)
+    dense, sparse = measure(module, _sparse(module, values), inputs)
     return Trial((weight.shape[0], weight.shape[1]), _sparsity(module), tokens, dense, sparse, tuple(group))
 
 
-def _sparse(module: nn.Module) -> SparseLinear:
+def _sparse(module: nn.Module, values: str | None) -> SparseLinear:
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
-    return SparseLinear(_matrix(module), bias)
+    weight = _matrix(module)
+    exact = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+    return SparseLinear(weight, bias, values or exact)
 
 
-def _replace(model: nn.Module, name: str) -> None:
+def _replace(model: nn.Module, name: str, values: str | None) -> None:
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
-    layer = _sparse(model.get_submodule(name))
+    layer = _sparse(model.get_submodule(name), values)
     layer.eval()
     # By its registered name: a parent may be a Sequential or a ModuleDict.
     parent._modules[leaf] = layer

@@ -8,7 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_pack
+from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
+from pins_ext.sparse.encoding import row_scales
+
+VALUES = ("float32", "bfloat16", "int8")
 
 _PACKED = (
     "a model made for inference holds packed weights, which can't be {}: save the model with pins_ext.save_sparse "
@@ -24,11 +27,14 @@ class SparseLinear(nn.Module):
     Args:
         weight: floating point [out, in] with zeros.
         bias: [out], or None.
+        values: how the weights are kept: "float32", "bfloat16", or "int8" codes with a scale for each row. With codes
+            the activations are rounded too, to 255 steps for each token (dynamic quantization).
 
     Attributes:
         in_features: columns of the weight.
         out_features: rows of the weight.
         nonzero: weights that are not zero.
+        kind: the `values` above.
         weight: a tensor on the meta device: models ask their layers for its dtype.
     """
 
@@ -37,17 +43,35 @@ class SparseLinear(nn.Module):
     rows: Tensor
     counts: Tensor
     starts: Tensor
+    scales: Tensor
+    sums: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, values: str = "float32") -> None:
         super().__init__()
+        if values not in VALUES:
+            raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
         weight = weight.detach()
         self.out_features, self.in_features = weight.shape
         self.nonzero = int(weight.count_nonzero())
-        for name, tensor in sparse_pack(weight.float().contiguous())._asdict().items():
+        self.kind = values
+        if values == "int8":
+            scales = row_scales(weight)
+            # A zero has the code 0, whatever the scale.
+            matrix = (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+            self.register_buffer("scales", scales, persistent=False)
+            self.register_buffer("sums", matrix.sum(dim=1, dtype=torch.int32), persistent=False)
+        else:
+            matrix = weight.float() if values == "float32" else weight.bfloat16()
+        for name, tensor in sparse_pack(matrix.contiguous())._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
         self._dtype = weight.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of everything that the layer keeps."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
 
     @property
     def weight(self) -> Tensor:
@@ -57,6 +81,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
         packed = PackedWeight(self.values, self.columns, self.rows, self.counts, self.starts)
+        if self.kind == "int8":
+            return sparse_linear_int8(x.contiguous(), packed, self.scales, self.sums, self.bias)
         return sparse_linear(x.contiguous(), packed, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
@@ -64,7 +90,7 @@ class SparseLinear(nn.Module):
         sparsity = 1 - self.nonzero / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={sparsity:.4f}"
+            f"sparsity={sparsity:.4f}, values={self.kind}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:

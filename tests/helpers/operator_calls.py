@@ -106,6 +106,13 @@ def sum_of_squares() -> Arguments:
     return [*lists(1), *tables()], {}
 
 
+def sparse_linear_int8() -> Arguments:
+    x = tensors([7 * 300], torch.float32)[0].reshape(7, 300)
+    codes = (pruned_weight() * 20).to(torch.int8)
+    packed = torch.ops.pins_ext.sparse_pack(codes)
+    return [x, *packed, torch.ones(20), codes.sum(1, dtype=torch.int32), torch.ones(20)], {}
+
+
 CALLS: dict[str, Callable[[], Arguments]] = {
     "accumulate_": accumulate,
     "fold_": fold,
@@ -121,6 +128,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "apply_mask_": apply_mask,
     "sparse_pack": sparse_pack,
     "sparse_linear": sparse_linear,
+    "sparse_linear_int8": sparse_linear_int8,
     "sum_of_squares": sum_of_squares,
 }
 
@@ -223,8 +231,8 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     "sparse: values of another dtype": (
         "sparse_linear",
         1,
-        torch.ones(5, dtype=torch.bfloat16),
-        "values must be float32, got bfloat16",
+        torch.ones(5, dtype=torch.float16),
+        "values must be float32 or bfloat16, got float16",
     ),
     "sparse: counts that reach too far": (
         "sparse_linear",
@@ -245,6 +253,18 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         5,
         replaced(0, 1, 1, SPARSE[4]),
         "starts must begin with 0",
+    ),
+    "sparse: sums of another size": (
+        "sparse_linear_int8",
+        7,
+        torch.zeros(21, dtype=torch.int32),
+        r"sums must have shape \(20,\), got \(21,\)",
+    ),
+    "sparse: more columns than int32 holds": (
+        "sparse_linear_int8",
+        0,
+        torch.ones(1, 40000),
+        "x must have at most 32768 columns, got 40000",
     ),
     "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
     "places columns": ("apply_mask_", 2, PLACES[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),

@@ -254,11 +254,36 @@ def test_what_is_faster_dense_stays_dense(monkeypatch: pytest.MonkeyPatch) -> No
     assert "dense (0.5 x)" in model.pins_calibration.table()
 
 
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+def test_smaller_values_are_close_and_keep_their_zeros(values: str) -> None:
+    model = bert()
+    fast = sparse(model, values=values)
+    layers = [(model.get_submodule(name), fast.get_submodule(name)) for name in sparse_layers(fast)]
+    assert {layer.kind for _, layer in layers} == {values}
+    for dense, layer in layers:
+        assert layer.bytes < 0.75 * SparseLinear(dense.weight, dense.bias).bytes
+        # A token that names one column reads that column of the weight: what was zero is zero.
+        read = layer(torch.eye(dense.in_features)).t() - (0 if dense.bias is None else dense.bias[:, None])
+        assert (read[dense.weight == 0].abs() <= 1e-6).all()
+        step = dense.weight.abs().amax(dim=1, keepdim=True) / (254 if values == "int8" else 256)
+        assert ((read - dense.weight).abs() <= step * 1.01 + 1e-6).all()
+    ids = torch.randint(0, 40, (3, 9))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(ids).logits, model(ids).logits, rtol=0.1, atol=0.02)
+
+
+def test_bfloat16_weights_stay_so_exactly() -> None:
+    fast = sparse(bert().to(torch.bfloat16))
+    assert {fast.get_submodule(name).kind for name in sparse_layers(fast)} == {"bfloat16"}
+
+
 def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="min_sparsity must be between 0 and 1, got 90"):
         sparsify_for_inference(bert(), 90)
     with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, got \(0,\)"):
         sparsify_for_inference(bert(), tokens=(0,))
+    with pytest.raises(ValueError, match="values must be one of float32, bfloat16, int8; got 'int4'"):
+        sparsify_for_inference(bert(), values="int4")
     with pytest.raises(ValueError, match="prune the model first, or lower min_sparsity"):
         sparsify_for_inference(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"the model is on meta: move it with model\.cpu\(\)"):

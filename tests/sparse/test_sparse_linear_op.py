@@ -68,6 +68,72 @@ def test_activations_of_16_bits(dtype: torch.dtype, tokens: int) -> None:
     assert_like_dense(torch.randn(tokens, 300).to(dtype), pruned(70, 300, 0.9), torch.randn(70))
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_bfloat16_weights_are_exact(tokens: int) -> None:
+    weight = pruned(70, 300, 0.9).bfloat16()
+    x = torch.randn(tokens, 300)
+    y = pins.sparse_linear(x, *pins.sparse_pack(weight), None, 70)
+    assert torch.equal(y, pins.sparse_linear(x, *pins.sparse_pack(weight.float()), None, 70))
+
+
+def codes_of(rows: int, columns: int, sparsity: float) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-127, 128, (rows, columns), generator=generator)
+    codes[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    return codes.to(torch.int8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("lowest", [0, -100, -255])
+def test_integer_sums_are_exact(shape: tuple[int, int], vnni: bool, lowest: int) -> None:
+    """Tokens of whole numbers over a range of 255 are their own bytes, so the result is the int32 reference itself."""
+    codes = codes_of(*shape, 0.9)
+    packed, sums = pins.sparse_pack(codes), codes.sum(1, dtype=torch.int32)
+    for tokens in [*TOKENS, 63, 64, 65, 130]:
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randint(lowest, lowest + 256, (tokens, shape[1]), generator=generator)
+        # Both ends of the range; where zero lies outside of them or there is one column, the range is another.
+        if shape[1] < 2:
+            x[:] = 255 if lowest == 0 else lowest
+            x = x if lowest in (0, -255) else x * 0
+        else:
+            x[:, 0], x[:, 1] = lowest, lowest + 255
+        y = pins.sparse_linear_int8(x.float(), *packed, torch.ones(shape[0]), sums, None, vnni)
+        assert torch.equal(y.long(), x @ codes.long().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_activations_stay_within_half_a_step(dtype: torch.dtype) -> None:
+    codes, scales, bias = codes_of(70, 300, 0.9), torch.rand(70) / 100, torch.randn(70)
+    for tokens in TOKENS:
+        x = (torch.randn(tokens, 300) * torch.logspace(-3, 3, tokens)[:, None]).to(dtype)
+        sums = codes.sum(1, dtype=torch.int32)
+        y = pins.sparse_linear_int8(x, *pins.sparse_pack(codes), scales, sums, bias)
+        weight = codes.double() * scales.double()[:, None]
+        exact = F.linear(x.double(), weight, bias.double())
+        step = (x.double().amax(1).clamp(min=0) - x.double().amin(1).clamp(max=0)) / 255
+        # Half a step of each activation, one rounding of the zero point, and those of the result.
+        bound = step[:, None] * weight.abs().sum(1) + exact.abs() * torch.finfo(dtype).eps + 1e-4
+        assert ((y.double() - exact).abs() <= bound).all()
+
+
+def test_tokens_that_are_no_numbers_give_nan_and_spare_the_others() -> None:
+    codes = codes_of(20, 40, 0.5)
+    x = torch.randn(5, 40)
+    rest = [torch.ones(20), codes.sum(1, dtype=torch.int32), None]
+    expected = pins.sparse_linear_int8(x, *pins.sparse_pack(codes), *rest)
+    for bad in (torch.nan, torch.inf, -torch.inf, 3e38):
+        spoiled = x.clone()
+        spoiled[2, 7] = bad
+        spoiled[2, 8] = -3e38
+        y = pins.sparse_linear_int8(spoiled, *pins.sparse_pack(codes), *rest)
+        assert y[2].isnan().all()
+        assert torch.equal(y[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+    zeros = pins.sparse_linear_int8(torch.zeros(2, 40), *pins.sparse_pack(codes), *rest)
+    assert not zeros.any()
+
+
 def test_any_number_of_dimensions_and_none_of_anything() -> None:
     weight = pruned(20, 30, 0.9)
     for lead in [(), (4,), (2, 3), (2, 1, 5)]:
