@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from pins_ext.regularization.self_regularizer import SelfRegularizer
+    from pins_ext.regularization.self_regularizer import Losses, SelfRegularizer
 
 PRUNER_FILE = "pins_pruner.safetensors"
 TEACHER_FILE = "pins_teacher.safetensors"
@@ -54,6 +54,9 @@ class PinsCallback(TrainerCallback):
     step, and pruning_share of the step's time. The history gets an entry for every new mask. A model that is not at
     its target sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets
     the pruner's own file.
+
+    With a self-regularizer, and without gradient accumulation, logs carry the parts of the loss as means since the last
+    log: task_loss (the cross-entropy alone) and, over the steps that had a teacher, divergence and teacher_weight.
 
     Works in one process and under DistributedDataParallel (`accelerate launch`, torchrun): every rank prunes, and the
     first writes. DeepSpeed and FSDP are refused.
@@ -92,6 +95,7 @@ class PinsCallback(TrainerCallback):
         self.regularizes_forward = True
         self._run = uuid.uuid4().hex
         self._stats: dict[str, Any] = {}
+        self._losses: dict[str, tuple[Any, int]] = {}
         self._best_before: tuple[Any, ...] | None = None
         self._at_last_log = (0, 0.0, 0.0, 0.0)
         self._plain_seconds: float | None = None
@@ -156,6 +160,9 @@ class PinsCallback(TrainerCallback):
             state.log_history.append(entry | {name: stats[name] for name in ("threshold", "churn")})
         if self.self_regularizer is not None:
             self.self_regularizer.step(state.global_step)
+            # Of one batch: with gradient accumulation, losses may be parts of the step's.
+            if self.self_regularizer.last is not None and args.gradient_accumulation_steps == 1:
+                self._note_losses(self.self_regularizer.last)
         self.timer.on_step_end(args, state, control)
 
     def on_log(
@@ -168,6 +175,10 @@ class PinsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the pruner's statistics to what the Trainer logs and keeps in its history."""
+        if logs is not None and "loss" in logs and self._losses:
+            parts = self._mean_losses()
+            logs.update(parts)
+            state.log_history[-1].update(parts)
         if self.pruner is None or logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
         stats = self.stats()
@@ -227,6 +238,19 @@ class PinsCallback(TrainerCallback):
             self._stats = self.pruner.stats()
             self.pruning_seconds += self._stats["ms"] / 1e3 + time.perf_counter() - begin
         return self._stats
+
+    def _note_losses(self, losses: Losses) -> None:
+        parts = {"task_loss": losses.task, "divergence": losses.divergence, "teacher_weight": losses.weight}
+        for name, value in parts.items():
+            if value is not None:
+                total, steps = self._losses.get(name, (0.0, 0))
+                self._losses[name] = total + value, steps + 1
+
+    def _mean_losses(self) -> dict[str, float]:
+        """The parts of the loss apart, their means since the last log; one synchronisation."""
+        means = {name: total / steps for name, (total, steps) in self._losses.items()}
+        self._losses = {}
+        return dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True))
 
     def _overhead(self, optimizer: Optimizer | None) -> dict[str, float]:
         """What pruning cost per step since the last log: pruning_ms and pruning_share of the step's wall time."""

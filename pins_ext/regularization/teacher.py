@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,8 +34,11 @@ class Teacher:
         start: folder, hub name or module that is the teacher before the first snapshot.
 
     Attributes:
-        module: the teacher, None while there is none. steps: optimizer steps seen.
-        snapshot_step: the step it is from. best_score: the dev score of the "best" one.
+        module: the teacher, None while there is none.
+        steps: optimizer steps seen.
+        snapshot_step: the step it is from.
+        best_score: the dev score of the "best" one.
+        seconds: wall time of its forward passes on the host so far; a GPU's own time is not in it.
 
     Raises:
         ValueError: a setting out of range, a teacher that can't be loaded or doesn't fit; the message says which.
@@ -51,6 +55,7 @@ class Teacher:
         self.steps = 0
         self.snapshot_step: int | None = None
         self.best_score: float | None = None
+        self.seconds = 0.0
         self._average: dict[str, Tensor] = {}
         if every is not None and every < 1:
             raise ValueError(f"every is a number of steps, at least 1, got {every}")
@@ -73,8 +78,11 @@ class Teacher:
         """The teacher's outputs: no gradient, no dropout, and the random streams given back as they were."""
         assert self.module is not None
         self._follow_device()
+        begin = time.perf_counter()
         with _untouched_rng(next(self.module.parameters()).device):
-            return self.module(*args, **kwargs)
+            outputs = self.module(*args, **kwargs)
+        self.seconds += time.perf_counter() - begin
+        return outputs
 
     # ---- when it changes --------------------------------------------------------------------------------------------
 

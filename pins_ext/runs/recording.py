@@ -34,6 +34,7 @@ from pins_ext.runs.record import (
 )
 
 _HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "target_sparsity", "nan")
+_LOSSES = ("task_loss", "divergence", "teacher_weight")
 _MASKS = ("target_sparsity", "threshold", "churn")
 _SCHEDULE_POINTS = 200
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "numpy")
@@ -73,7 +74,7 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
         flags=request.tokens,
         config=_settings(prepared),
         schedule=_schedule(prepared),
-        history=tuple(_chosen(entry, _HISTORY) for entry in log if "loss" in entry),
+        history=tuple(_chosen(entry, (*_HISTORY, *_LOSSES)) for entry in log if "loss" in entry),
         masks=tuple({"sparsity": e[MASK_ENTRY], **_chosen(e, _MASKS)} for e in log if MASK_ENTRY in e),
         evaluations=tuple(
             _chosen(entry, ("at_target", *(name for name in entry if name.startswith("eval_"))))
@@ -155,6 +156,9 @@ def _timings(prepared: Prepared, train_seconds: float) -> Timings:
         return timings
     step, optimizer = timer.seconds / timer.steps, timer.optimizer_seconds / timer.steps
     timings = dataclasses.replace(timings, step_ms=1e3 * step, optimizer_ms=1e3 * optimizer)
+    regularizer = prepared.pins.self_regularizer
+    if regularizer is not None and regularizer.teacher.seconds and trainer.args.device.type == "cpu":
+        timings = dataclasses.replace(timings, teacher_ms=1e3 * regularizer.teacher.seconds / timer.steps)
     if prepared.pins.pruner is None:
         return timings
     outside = prepared.pins.pruning_seconds / timer.steps

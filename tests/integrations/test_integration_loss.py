@@ -63,6 +63,28 @@ def test_both_ways_have_equal_losses_and_weights(tmp_path: Path, accumulation: i
     assert evaluations[0] == evaluations[1]
 
 
+def test_the_parts_of_the_loss_are_logged_apart(tmp_path: Path) -> None:
+    logs = []
+    for every in (1, 5):
+        net = model()
+        callback = PinsCallback(CONFIG, SelfRegularizer(net, every=4, weight=0.7))
+        run = stock(
+            net,
+            arguments(tmp_path / str(every), max_steps=10, gradient_accumulation_steps=1, logging_steps=every),
+            callback,
+        )
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "loss" in entry])
+    each, rare = logs
+    assert [("divergence" in entry) for entry in each] == [step > 4 for step in range(1, 11)]
+    for entry in each:
+        whole = entry["task_loss"] + 0.7 * entry.get("divergence", 0.0)
+        assert entry["loss"] == pytest.approx(whole, abs=1e-4)  # the Trainer rounds what it logs
+    assert rare[1]["task_loss"] == pytest.approx(sum(entry["task_loss"] for entry in each[5:]) / 5)
+    assert rare[0]["divergence"] == pytest.approx(each[4]["divergence"])
+    assert rare[1]["teacher_weight"] == pytest.approx(0.7)
+
+
 def test_the_loss_of_a_language_model_is_a_sum_over_the_items_of_the_step(tmp_path: Path) -> None:
     found = []
     for size, accumulation in ((8, 1), (2, 4)):
