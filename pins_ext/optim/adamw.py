@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.rates import host_rate, rates_on
 from pins_ext.optim.scaling import Scaling
 
 
@@ -46,17 +48,20 @@ class PinsAdamW(FusedOptimizer):
         return ("exp_avg", "exp_avg_sq")
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        rates = [group["lr"] for group in owners]
         factors = [
-            (float(group["lr"]), group["weight_decay"], *group["betas"], group["eps"], self.state[p]["step"])
+            (host_rate(group["lr"]) or 0.0, group["weight_decay"], *group["betas"], group["eps"], self.state[p]["step"])
             for p, group in zip(parameters, owners, strict=True)
         ]
         device, skipped = parameters[0].device, self._skipped(parameters)
-        if skipped is None:
+        if skipped is None and all(host_rate(lr) is not None for lr in rates):
             rows = {f: _adamw_row(*f) for f in set(factors)}
-            return torch.tensor([rows[f] for f in factors]).to(device, non_blocking=True)
-        table = torch.tensor(factors, dtype=torch.float64).to(device, non_blocking=True)
-        lr, decay, beta1, beta2, eps, step = table.unbind(1)
-        step = (step - skipped).clamp(min=1)
+            return ops.to_device(torch.tensor([rows[f] for f in factors]), device)
+        table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
+        _, decay, beta1, beta2, eps, step = table.unbind(1)
+        lr = rates_on(rates, device)
+        if skipped is not None:
+            step = (step - skipped).clamp(min=1)
         step_size, bias_sqrt = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
         columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -step_size, bias_sqrt, eps]
         return torch.stack(columns, 1).float()

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.rates import host_rate, rates_on
 from pins_ext.optim.scaling import Scaling
 
 
@@ -48,12 +50,15 @@ class PinsSGD(FusedOptimizer):
         steps = [self.state[p].get("step", 0.0) for p in parameters]
         rows = []
         for step, g in zip(steps, owners, strict=True):
-            lr, momentum, first = float(g["lr"]), g["momentum"], float(step <= 1)
+            lr, momentum, first = host_rate(g["lr"]) or 0.0, g["momentum"], float(step <= 1)
             rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
         device, skipped = parameters[0].device, self._skipped(parameters)
-        hyper = torch.tensor(rows).to(device, non_blocking=True)
+        hyper = ops.to_device(torch.tensor(rows), device)
+        if any(host_rate(g["lr"]) is None for g in owners):
+            hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
+            hyper[:, 6] = -hyper[:, 0]
         if skipped is not None:
-            hyper[:, 4] = torch.tensor(steps, dtype=torch.float64).to(device, non_blocking=True) - skipped <= 1
+            hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64), device) - skipped <= 1
         return hyper
 
     def _kernel(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.rates import Rate
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
@@ -141,9 +142,9 @@ class Slot(ABC):
             for state in states:
                 self.masks.apply([state], [i], self._subsets.of([i]))
 
-    def learning_rates(self) -> dict[int, float]:
+    def learning_rates(self) -> dict[int, Rate]:
         """Rate of the step under way by the tensor's place; 0 for a parameter that is in no group any more."""
-        rates = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
         return {i: rates.get(id(self.parameters[i]), 0.0) for i in self.indices}
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.optim.rates import Rate, rates_on
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.config import PruneConfig
 
@@ -60,6 +61,7 @@ class Importance:
         self.accepted = [torch.zeros(1, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
+        self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)
 
     @property
     def criterion(self) -> str:
@@ -112,7 +114,7 @@ class Importance:
         indices: Sequence[int],
         layout: ops.Layout,
         grads: list[Tensor],
-        lr: Sequence[float],
+        lr: Sequence[Rate],
         part: int,
         step: int,
         scaling: Scaling,
@@ -129,7 +131,7 @@ class Importance:
             scaling: gradient scaling under way.
         """
         weights = [(self.shadow or self.parameters)[i] for i in indices]
-        rates = torch.tensor(lr, dtype=torch.float32)
+        rates = rates_on(lr, layout.places.device).float()
         if callable(self.config.criterion):
             grads = [self._own_score(*x, scaling) for x in zip(weights, grads, rates.tolist(), strict=True)]
             weights, scaling = [], Scaling(found_inf=scaling.found_inf)
@@ -139,7 +141,7 @@ class Importance:
             grads,
             layout.places,
             layout.chunks,
-            ops.to_device(rates, layout.places.device),
+            rates,
             self.accepted[part],
             self.rng(step, _ACCUMULATE),
             self.criterion,
@@ -192,7 +194,9 @@ class Importance:
         self.folded |= self.seen
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
-        """Keys of the stochastic rounding of one step, int64 [2]."""
+        """Keys of the stochastic rounding of one step, int64 [2]; float32 states are not rounded and need none."""
+        if self.config.dtype == torch.float32:
+            return self._no_rounding
         return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:

@@ -247,7 +247,7 @@ class Diagnosis:
 
     def _learning_rates(self) -> dict[int, float]:
         """Learning rate of the step under way, by the tensor's place."""
-        return {i: rate for slot in self.pruner.slots for i, rate in slot.learning_rates().items()}
+        return {i: float(rate) for slot in self.pruner.slots for i, rate in slot.learning_rates().items()}
 
     # ---- measured ---------------------------------------------------------------------------------------------------
 
