@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _inside_ddp(model: nn.Module) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile puts into it, around the model or around any part of it."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """As nn.Module's, under plain names."""
+    for name, p in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield plain_name(name), p
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:

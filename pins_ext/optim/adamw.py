@@ -56,7 +56,7 @@ class PinsAdamW(FusedOptimizer):
         device, skipped = parameters[0].device, self._skipped(parameters)
         if skipped is None and all(host_rate(lr) is not None for lr in rates):
             rows = {f: _adamw_row(*f) for f in set(factors)}
-            return ops.to_device(torch.tensor([rows[f] for f in factors]), device)
+            return ops.to_device(torch.tensor([rows[f] for f in factors], dtype=torch.float32), device)
         table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
         _, decay, beta1, beta2, eps, step = table.unbind(1)
         lr = rates_on(rates, device)

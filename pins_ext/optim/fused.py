@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ class FusedOptimizer(Optimizer):
         self.listener: StepListener | None = None
         self.grad_clip: Tensor | None = None
         self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._left_listener = False  # a copy, of one that had a listener
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -52,6 +54,10 @@ class FusedOptimizer(Optimizer):
                 name = type(self).__name__
                 raise ValueError(f"{name} has no {option}: set it to False in the parameter group or use torch.optim's")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A listener knows the parameters it was made for: a copy is left without one.
+        return super().__getstate__() | {"_left_listener": self.listener is not None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict ends here too: a refused checkpoint changes nothing.
         for group in state["param_groups"]:
@@ -62,6 +68,7 @@ class FusedOptimizer(Optimizer):
             self.__dict__.setdefault(name, None)
         for name in ("_norm_layouts", "_plain"):
             self.__dict__.setdefault(name, {})
+        self.__dict__.setdefault("_left_listener", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,6 +81,13 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a closure while pruning: its gradients would come too late for the importance.
         """
         loss = None
+        if self.listener is None and self._left_listener:
+            warnings.warn(
+                "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner "
+                "along, copy.deepcopy((model, optimizer, pruner)), or attach a new one",
+                stacklevel=2,
+            )
+        self._left_listener = False
         if closure is not None:
             if self.listener is not None:
                 raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")

@@ -40,8 +40,9 @@ class PruningArguments:
     def none(layout: ops.Layout) -> PruningArguments:
         """No pruning: a plain optimizer step."""
         device = layout.places.device
-        unused = torch.zeros(2, dtype=torch.int64, device=device)
-        return PruningArguments(layout, [], [], [], torch.zeros(1, device=device), unused, "pins", False)
+        accepted = torch.zeros(1, dtype=torch.float32, device=device)
+        rng = torch.zeros(2, dtype=torch.int64, device=device)
+        return PruningArguments(layout, [], [], [], accepted, rng, "pins", False)
 
 
 class StepListener(Protocol):

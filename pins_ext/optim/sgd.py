@@ -53,7 +53,7 @@ class PinsSGD(FusedOptimizer):
             lr, momentum, first = host_rate(g["lr"]) or 0.0, g["momentum"], float(step <= 1)
             rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
         device, skipped = parameters[0].device, self._skipped(parameters)
-        hyper = ops.to_device(torch.tensor(rows), device)
+        hyper = ops.to_device(torch.tensor(rows, dtype=torch.float32), device)
         if any(host_rate(g["lr"]) is None for g in owners):
             hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
             hyper[:, 6] = -hyper[:, 0]

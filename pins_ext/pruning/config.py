@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,38 +99,51 @@ class PruneConfig:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, self._patterns(name, getattr(self, name)))
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and not callable(value) and value not in choices:
+            own = f.name in ("criterion", "schedule") and callable(value)
+            if choices and not own and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        self._check(0 <= self.sparsity < 1, "sparsity", "in [0, 1)")
-        self._check(0 <= self.initial_sparsity <= self.sparsity, "initial_sparsity", "between 0 and sparsity")
-        self._check(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
-        self._check(0 <= self.beta2 <= 1, "beta2", "in [0, 1]")
-        self._check(isinstance(self.delta_t, int) and self.delta_t >= 1, "delta_t", "an integer of at least 1")
+        percent = _fits(self.sparsity, 2, 99)
+        hint = f" ({self.sparsity:g} % is {self.sparsity / 100:g})" if percent else ""
+        self._check(_fits(self.sparsity, 0, 1) and self.sparsity < 1, "sparsity", f"a number in [0, 1){hint}")
+        fits = _fits(self.initial_sparsity, 0, self.sparsity)
+        self._check(fits, "initial_sparsity", "a number between 0 and sparsity")
+        self._check(_fits(self.beta1, 0, 1) and self.beta1 < 1, "beta1", "a number in [0, 1)")
+        self._check(_fits(self.beta2, 0, 1), "beta2", "a number in [0, 1]")
+        self._check(_is_integer(self.delta_t) and self.delta_t >= 1, "delta_t", "an integer of at least 1")
+        self._check(_is_integer(self.seed), "seed", "an integer")
+        self._check(isinstance(self.mask_optimizer_state, bool), "mask_optimizer_state", "True or False")
         for name in ("warmup", "cooldown"):
             value = getattr(self, name)
-            fits = value >= 0 and (isinstance(value, int) or value < 1)
+            fits = _fits(value, 0, math.inf) and (isinstance(value, int) or value < 1)
             self._check(fits, name, "a number of steps (an integer) or a share of training in [0, 1)")
-        if isinstance(self.scope, str):
+        if not isinstance(self.scope, Mapping):
             self._check(self.scope in ("global", "layer"), "scope", "global, layer, or groups of name patterns")
         else:
             self._check(len(self.scope) > 0, "scope", "at least one group")
-            groups = {g: (p,) if isinstance(p, str) else tuple(p) for g, p in self.scope.items()}
+            self._patterns("scope", tuple(self.scope))
+            groups = {group: self._patterns(f"scope[{group}]", p) for group, p in self.scope.items()}
             object.__setattr__(self, "scope", groups)
         for name in ("min_density", "max_density"):
             value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, Mapping) else {"*": float(value)})
-            for pattern, density in getattr(self, name).items():
-                self._check(0 <= density <= 1, f"{name}[{pattern}]", "in [0, 1]", density)
+            densities = value if isinstance(value, Mapping) else {"*": value}
+            self._patterns(name, tuple(densities))
+            for pattern, density in densities.items():
+                self._check(_fits(density, 0, 1), f"{name}[{pattern}]", "a number in [0, 1]", density)
+            object.__setattr__(self, name, densities if densities is value else {"*": float(value)})
         if self.ties == "reference" and (self.min_density or self.max_density):
             raise ValueError("min_density and max_density need an exact count: use ties='exact'")
 
-    def _check(self, holds: bool, name: str, accepts: str, got: Any = None) -> None:
+    def _check(self, holds: bool, name: str, accepts: str, *got: Any) -> None:
         if not holds:
-            raise ValueError(f"{name} must be {accepts}; got {getattr(self, name, got) if got is None else got!r}")
+            raise ValueError(f"{name} must be {accepts}; got {got[0] if got else getattr(self, name)!r}")
+
+    def _patterns(self, name: str, value: Any) -> tuple[str, ...]:
+        patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else (None,)
+        self._check(all(isinstance(p, str) for p in patterns), name, "name patterns (strings)", value)
+        return patterns
 
     @property
     def rule(self) -> Criterion:
@@ -162,6 +176,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fits(value: Any, least: float, most: float) -> bool:
+    """Whether it is a number between these two."""
+    return (_is_integer(value) or isinstance(value, float)) and least <= value <= most
 
 
 def _name(value: Any) -> str:

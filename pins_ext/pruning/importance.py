@@ -58,7 +58,7 @@ class Importance:
         self.ipt, self.exp_avg_ipt, self.exp_avg_unc = states("ipt"), states("exp_avg_ipt"), states("exp_avg_unc")
         self.shadow = [p.detach().clone() for p in parameters] if "shadow" in kept else []
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
-        self.accepted = [torch.zeros(1, device=device) for _ in parts]
+        self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
         self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)

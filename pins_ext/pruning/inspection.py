@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from pins_ext.pruning.attachment import Slot
 from pins_ext.pruning.masks import Masks
+from pins_ext.pruning.parameters import overlapping
+from pins_ext.pruning.schedule import Schedule
+from pins_ext.wrappers import named_parameters
+
+_JUMP = 0.01
+"""Share of the weights that may go without a word (released code: a model is at its target if |r - rF| <= .01)."""
 
 
 @torch.no_grad()
@@ -47,12 +53,14 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
         weights, zeros, kept (mask bits), sparsity, masked (whether pruned weights are to be zero now).
     """
     problems = []
-    found = dict(model.named_parameters())
+    found = dict(named_parameters(model))
     for name, p in parameters.items():
         if found.get(name) is not p:
             problems.append(
                 f"{name} is no longer the parameter this Pruner was given (the model was copied or rebuilt)"
             )
+    for name, other in overlapping(parameters):
+        problems.append(f"{name} has come to share memory with {other}: their masks zero each other's weights")
     if not all(slot.attached for slot in slots):
         problems.append(
             "an optimizer no longer calls this Pruner (it was copied or rebuilt): attach a new Pruner to it"
@@ -77,3 +85,29 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
         "sparsity": sum(n_zeros) / n,
         "masked": masks.applied,
     }
+
+
+def surprises(before: int, pruned: Mapping[str, tuple[int, int]], schedule: Schedule, step: int) -> Iterator[str]:
+    """What the user of a pruner should know of its last mask.
+
+    Args:
+        before: weights that the mask before it pruned.
+        pruned: weights that it prunes, and all, by tensor.
+        schedule: how it was to come about.
+        step: steps that were made.
+    """
+    n, after = sum(size for _, size in pruned.values()), sum(count for count, _ in pruned.values())
+    if (after - before) / n > _JUMP:
+        yield (
+            f"finalize pruned in one go what the schedule spreads over training: sparsity jumped from {before / n:.1%} "
+            f"to {after / n:.1%} after {step:,} of {schedule.total:,} steps, of which {schedule.final_start:,} lead to "
+            f"the final sparsity. Where training was to end here, total_steps is too large: it counts optimizer steps, "
+            f"one for all the batches whose gradients are accumulated"
+        )
+    wanted = 1 - schedule.final_ratio
+    if wanted - after / n > _JUMP:
+        yield f"the mask was frozen at a sparsity of {after / n:.1%}, before the schedule's {wanted:.1%}"
+    empty = [name for name, (count, size) in pruned.items() if count == size]
+    if empty:
+        more = f" and {len(empty) - 1} other tensors" if len(empty) > 1 else ""
+        yield f"{empty[0]}{more} lost all weights: min_density keeps a share of every tensor"

@@ -113,6 +113,12 @@ class Masks:
         torch.ops.pins_ext.apply_mask_(tensors, [self.bits[i] for i in indices], layout.places, layout.chunks)
         torch.autograd.graph.increment_version(tensors)
 
+    def pruned(self) -> list[int]:
+        """Weights that the mask prunes, per tensor; one synchronisation."""
+        sizes = self.scopes.sizes
+        kept = [ops.unpack_bits(bits, (n,)).sum() for bits, n in zip(self.bits, sizes, strict=True)]
+        return [n - k for n, k in zip(sizes, torch.stack(kept).tolist(), strict=True)]
+
     def keep(self, i: int, shape: Sequence[int]) -> Tensor:
         """Boolean mask of one tensor (True = keep); a copy."""
         return ops.unpack_bits(self.bits[i], shape)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.wrappers import is_sharded
+from pins_ext.wrappers import is_sharded, named_parameters, plain_name
 
 # Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
 # are small as well, and what they are merged into has zeros of its own. Routers choose experts: in most models they are
@@ -31,7 +31,7 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
             "the model's parameters are sharded (FSDP or DTensor), which a Pruner does not follow yet: train on one "
             "device or with DistributedDataParallel"
         )
-    parameters, names = dict(model.named_parameters()), _all_names(model)
+    parameters, names = dict(named_parameters(model)), _all_names(model)
     for pattern in (*config.include, *config.exclude):
         if not any(_matches(known, (pattern,)) for known in names.values()):
             raise ValueError(f"the pattern {pattern!r} matches no parameter; names look like {_examples(parameters)}")
@@ -59,7 +59,7 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
     """Every name of each parameter, by its first: tied weights and shared modules give it several."""
     first: dict[int, str] = {}
     names: dict[str, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in named_parameters(model, remove_duplicate=False):
         names.setdefault(first.setdefault(id(p), name), []).append(name)
     return names
 
@@ -73,7 +73,7 @@ def _default_names(model: nn.Module) -> list[str]:
             if _is_matrix(module, name, p) and not any(part in (path + name).lower() for part in _NEVER):
                 found.append((path + name, in_block))
         for name, child in module.named_children():
-            visit(child, f"{path}{name}.", in_block or isinstance(module, nn.ModuleList))
+            visit(child, plain_name(f"{path}{name}."), in_block or isinstance(module, nn.ModuleList))
 
     visit(model, "", False)
     blocks_only = any(in_block for _, in_block in found)
@@ -111,23 +111,28 @@ def _check_uniform(parameters: dict[str, nn.Parameter]) -> None:
 def _without_aliases(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Tied weights once, under their first name; a partial overlap has no defined mask and is refused."""
     dropped: set[str] = set()
-    last: tuple[int, str] | None = None
-    places = {name: _address(p) for name, p in parameters.items()}
-    for name, p in sorted(parameters.items(), key=lambda item: places[item[0]]):
-        begin, end = places[name], places[name] + p.numel() * p.element_size()
-        if last is None or begin >= last[0]:
-            last = (end, name)
-            continue
-        other = parameters[last[1]]
-        if (begin, end, p.shape) != (places[last[1]], last[0], other.shape):
+    for name, first in overlapping(parameters):
+        p, other = parameters[name], parameters[first]
+        if (_address(p), p.shape) != (_address(other), other.shape):
             raise ValueError(
-                f"{name} and {last[1]} overlap in memory without being the same weights; exclude one of them"
+                f"{name} and {first} overlap in memory without being the same weights; exclude one of them"
             )
         dropped.add(name)
     return {name: p for name, p in parameters.items() if name not in dropped}
 
 
-def _address(p: nn.Parameter) -> int:
+def overlapping(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Contiguous tensors of one dtype that share memory with an earlier one: their names, and the earlier one's."""
+    end, last = 0, ""
+    places = {name: _address(p) for name, p in parameters.items()}
+    for name, p in sorted(parameters.items(), key=lambda item: places[item[0]]):
+        if last and places[name] < end:
+            yield name, last
+        else:
+            end, last = places[name] + p.numel() * p.element_size(), name
+
+
+def _address(p: Tensor) -> int:
     """Where the memory begins; of a meta tensor, which has none, where it would if each storage had its own."""
     if not p.is_meta:
         return p.data_ptr()

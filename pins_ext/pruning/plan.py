@@ -14,6 +14,10 @@ from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
 
 
+class ConflictWarning(UserWarning):
+    """Settings that work against each other, said when a Pruner is made; `plan` lists them too."""
+
+
 class Plan(dict[str, Any]):
     """A dry run as plain data; `str` makes it a page to read."""
 
@@ -72,23 +76,21 @@ def plan(
         total_steps=schedule.total,
         masks=sum(t % schedule.delta_t == 0 for t in ramp),
         points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
-        conflicts=_conflicts(config, schedule),
+        conflicts=conflicts(config, schedule),
         config=config.to_dict(),
     )
 
 
-def _conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
+def conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
     """Settings that work against each other."""
-    conflicts = []
+    found = []
     if config.smoothed and schedule.final_start < config.delta_t:
-        conflicts.append(f"the final sparsity starts before the first window of {config.delta_t} steps has ended")
+        found.append(f"the final sparsity starts before the first window of {config.delta_t} steps has ended")
     ramp = range(schedule.initial_warmup + 1, schedule.final_start)
     if not any(schedule.mask_due(t) for t in ramp) and not callable(schedule.kind):
-        conflicts.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
+        found.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
     if config.needs_shadow:
-        conflicts.append(
-            f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return"
-        )
+        found.append(f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return")
     if config.rule.warning:
-        conflicts.append(f"{config.rule.name} {config.rule.warning}")
-    return conflicts
+        found.append(f"{config.rule.name} {config.rule.warning}")
+    return found

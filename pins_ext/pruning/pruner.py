@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.parameters import prunable_parameters
-from pins_ext.pruning.plan import Plan, plan
+from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
 
@@ -86,6 +88,28 @@ class Pruner:
         self._now: _Now | None = None
         for slot in self.slots:
             slot.attach(self)
+        for conflict in conflicts(config, self.schedule):
+            warnings.warn(conflict, ConflictWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({self.config.criterion}, {self.n_weights:,} weights in {len(self.names)} tensors, "
+            f"step {self.step} of {self.schedule.total}, sparsity to reach {1 - self.schedule.final_ratio:.4g})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
+        """A pruner of the copies of the model and of the optimizers, which are made along if they were not yet."""
+        if self._now is not None:
+            raise RuntimeError("a Pruner can't be copied within a step")
+        model = copy.deepcopy(self.model, memo)
+        optimizers = [copy.deepcopy(slot.optimizer, memo) for slot in self.slots]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConflictWarning)
+            copied = memo[id(self)] = Pruner(model, optimizers, self.config, self.schedule.total)
+        copied.schedule = self.schedule
+        copied.load_state_dict(self.state_dict())
+        copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
+        return copied
 
     @classmethod
     def from_sparse(
@@ -110,7 +134,9 @@ class Pruner:
             warmup=0,
             cooldown=0,
         )
-        pruner = cls(model, optimizer, still, total_steps=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConflictWarning)
+            pruner = cls(model, optimizer, still, total_steps=1)
         kept = pruner.masks.keep_nonzero(pruner.parameters)
         if kept == pruner.n_weights:
             pruner.detach()
@@ -198,6 +224,9 @@ class Pruner:
     def finalize(self) -> dict[str, Any]:
         """Select at the final sparsity, zero the pruned weights for good, verify: when training ends, early or not.
 
+        It warns of a jump (training ended before the schedule came to its end), of a mask that was frozen before, and
+        of tensors without any weight left.
+
         Returns:
             What `verify` returns.
 
@@ -206,6 +235,7 @@ class Pruner:
         """
         if self._now is not None:
             self._finish_step()
+        before = sum(self.masks.pruned())
         if not self.masks.frozen:
             if not self.importance.known:
                 if not self.importance.seen:
@@ -217,10 +247,20 @@ class Pruner:
         for slot in self.slots:
             slot.apply_masks(slot.indices)
         self.masks.applied = True
-        return self.verify()
+        report = self.verify()
+        pruned = dict(zip(self.names, zip(self.masks.pruned(), self.masks.scopes.sizes, strict=True), strict=True))
+        for surprise in inspection.surprises(before, pruned, self.schedule, self.step):
+            warnings.warn(surprise, stacklevel=3)  # past no_grad
+        return report
 
     def freeze(self) -> None:
-        """Fix the mask: from now on it never changes, pruned weights are zero after every step, importance rests."""
+        """Fix the mask: from now on it never changes, pruned weights are zero after every step, importance rests.
+
+        Raises:
+            RuntimeError: there has been no mask yet, so nothing would ever be pruned.
+        """
+        if not self.masks.frozen and not (self.masks.chosen and self.importance.known):
+            raise RuntimeError("freeze: no mask has been chosen yet, so no weight would ever be zero; train on to one")
         self.masks.frozen = True
 
     def mask(self, name: str) -> Tensor:
@@ -255,14 +295,19 @@ class Pruner:
         """Check that the model, its optimizer and the masks agree.
 
         Returns:
-            final_sparsity (what the schedule ends at), and what `inspection.verify` returns.
+            final_sparsity (what the schedule ends at; of a mask that was frozen, what it prunes), and what
+            `inspection.verify` returns.
 
         Raises:
             RuntimeError: they don't; every problem found is listed.
         """
         parameters = dict(zip(self.names, self.parameters, strict=True))
         report = inspection.verify(self.model, parameters, self.masks, self.slots)
-        return report | {"final_sparsity": 1 - self.schedule.final_ratio}
+        target = 1 - self.schedule.final_ratio
+        pruned = report["weights"] - report["kept"]
+        if self.masks.frozen and pruned != sum(self.masks.scopes.n_prune(self.schedule.final_ratio)):
+            target = pruned / report["weights"]
+        return report | {"final_sparsity": target}
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, as plain data and tensors (not copied): never part of the optimizer's state."""

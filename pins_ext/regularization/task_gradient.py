@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pins_ext.wrappers import is_sharded
+from pins_ext.wrappers import is_sharded, named_parameters
 
 
 class TaskGradient:
@@ -98,7 +98,7 @@ class TaskGradient:
         self._witness.clear()
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in named_parameters(self.model) if p.requires_grad}
 
     def tracked(self) -> dict[str, nn.Parameter]:
         """The parameters that are gathered, by name."""

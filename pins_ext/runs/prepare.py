@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.timing import StepTimer
 from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request
@@ -211,3 +213,5 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # The command prints them as notes.
+    warnings.filterwarnings("ignore", category=ConflictWarning)

@@ -71,5 +71,41 @@ def test_numpys_own_scalar_types_are_taken() -> None:
     config = PruneConfig(sparsity=np.float32(0.5), seed=np.int64(3), delta_t=np.int32(4), criterion=np.str_("platon"))
     assert config == PruneConfig(sparsity=0.5, seed=3, delta_t=4, criterion="platon")
     json.dumps(config.to_dict())
-    with pytest.raises(ValueError, match="sparsity must be in"):
+    with pytest.raises(ValueError, match="sparsity must be a number in"):
         PruneConfig(sparsity=np.float64(1.5))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepts"),
+    [
+        ("seed", "x", "an integer"),
+        ("seed", 1.5, "an integer"),
+        ("mask_optimizer_state", "no", "True or False"),
+        ("include", (5,), "name patterns"),
+        ("include", 5, "name patterns"),
+        ("exclude", {"a": 1}, "name patterns"),
+        ("sparsity", "0.8", r"a number in \[0, 1\); got '0.8'"),
+        ("sparsity", None, "a number"),
+        ("sparsity", True, "a number"),
+        ("sparsity", 80, r"a number in \[0, 1\) \(80 % is 0.8\); got 80"),
+        ("sparsity", math.nan, "a number"),
+        ("initial_sparsity", "0", "a number between 0 and sparsity"),
+        ("beta1", "x", "a number"),
+        ("beta2", [1], "a number"),
+        ("delta_t", True, "an integer"),
+        ("delta_t", 2.0, "an integer"),
+        ("warmup", "1", "a number of steps"),
+        ("cooldown", math.inf, "a number of steps"),
+        ("scope", 5, "global, layer, or groups"),
+        ("scope", {"a": (3,)}, "name patterns"),
+        ("scope", {3: "a"}, "name patterns"),
+        ("min_density", "x", "a number"),
+        ("min_density", {"a": "b"}, "a number"),
+        ("max_density", {3: 0.1}, "name patterns"),
+        ("ties", len, "one of exact, reference"),
+        ("state_dtype", [5], "one of float32, bfloat16"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_at_once(field: str, value: Any, accepts: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}.* must be {accepts}"):
+        PruneConfig(**{field: value})

@@ -1,0 +1,47 @@
+"""Deep copies of what is being pruned: they are pruned as well, or say that they are not."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIG, STEPS, exact, same, start, train, zeros
+
+from pins_ext.optim import PinsAdamW, PinsSGD
+
+OPTIMIZERS = [PinsAdamW, PinsSGD, partial(torch.optim.AdamW, fused=True)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_a_copy_of_all_three_is_pruned_like_the_original(optimizer_class: Any, order: tuple[int, ...]) -> None:
+    original = start(CONFIG, optimizer_class)
+    train(original[0], original[1], 22)
+    several: Any = copy.deepcopy([original[i] for i in order])
+    model, optimizer, pruner = (several[order.index(i)] for i in range(3))
+    assert pruner.step == 22
+    train(model, optimizer, STEPS, skip=22)
+    assert original[2].step == 22
+    assert zeros(original[2]) < exact(original[2])
+    train(original[0], original[1], STEPS, skip=22)
+    assert same(model, original[0])
+    assert pruner.finalize()["zeros"] == exact(pruner) == zeros(pruner)
+
+
+@pytest.mark.parametrize("optimizer_class", [PinsAdamW, PinsSGD])
+def test_a_copy_without_its_pruner_says_so_at_its_first_step(optimizer_class: Any) -> None:
+    model, optimizer, pruner = start(CONFIG, optimizer_class)
+    train(model, optimizer, 3)
+    copied, other = copy.deepcopy((model, optimizer))
+    with pytest.warns(UserWarning, match="copy of one that a Pruner takes part in, and prunes nothing"):
+        train(copied, other, 4, skip=3)
+    pruner.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(copied, other, 5, skip=4)
+        train(model, optimizer, 5, skip=3)
+        train(*copy.deepcopy((model, optimizer)), 6, skip=5)
