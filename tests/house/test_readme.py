@@ -13,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 import pins_ext
 from pins_ext.examples.passages import load
+from pins_ext.runs import charts
+from pins_ext.runs.record import read_record
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -54,8 +56,20 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["pruner"].step == len(batches)
     loaded = type(model).from_pretrained("pruned")
     for name in names["pruner"].names:
-        for result in (loaded, names["model"]):
+        for result in (loaded, pins_ext.load_sparse("packed")):
             assert (result.get_parameter(name) == model.get_parameter(name)).all()
+
+
+def test_its_picture_shows_the_recorded_scores_and_so_does_its_table() -> None:
+    records = {f.parent.name: read_record(f) for f in ROOT.glob("bench/results/demo-*/*/metrics.json")}
+    assert set(records) == {"dense", "pins", "magnitude"}
+    drawn = charts.scores_alone([records[name] for name in ("dense", "pins", "magnitude")])
+    texts = [
+        re.findall(r">([^<>\n]+)</text>", svg or "") for svg in ((ROOT / "docs/_static/demo.svg").read_text(), drawn)
+    ]
+    assert texts[0] == texts[1]
+    for record in records.values():
+        assert re.search(rf"^    {re.escape(record.label)} +{record.final.score:.4f} ", TEXT, re.M)
 
 
 def test_the_citation_and_the_package_agree() -> None:
