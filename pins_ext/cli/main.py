@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": ("pins_ext.cli.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.cli.doctor", "what this installation can do, and what falls back to what"),
     "bench": ("pins_ext.bench", "time the operators against PyTorch's"),
+    "bench-inference": ("pins_ext.bench.bench_inference", "time a pruned model against the CPU runtimes that are here"),
 }
 """Name -> the module whose `main(argv) -> int | None` runs it, and what it does. Imported when asked for."""
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {n:<10}{about}" for n, (_, about) in COMMANDS.items())))
+        print(_HELP.format(commands="\n".join(f"  {n:<17}{about}" for n, (_, about) in COMMANDS.items())))
         return EXIT_OK
     if name in ("-V", "--version"):
         print(f"pins-ext {__version__}")
