@@ -37,6 +37,7 @@ class FusedOptimizer(Optimizer):
         self.grad_clip: Tensor | None = None
         self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._left_listener = False  # a copy, of one that had a listener
+        self._eager_step = torch.compiler.disable(self._step)
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,6 +70,7 @@ class FusedOptimizer(Optimizer):
         for name in ("_norm_layouts", "_plain"):
             self.__dict__.setdefault(name, {})
         self.__dict__.setdefault("_left_listener", False)
+        self._eager_step = torch.compiler.disable(self._step)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,7 +96,8 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            self._step(self.listener)
+            # torch.compile breaks its graph here: a listener's decisions are the host's, other ones in every step.
+            (self._step if self.listener is None else self._eager_step)(self.listener)
         finally:
             self.grad_clip = None
         return loss

@@ -185,7 +185,8 @@ class HookedSlot(Slot):
 
     def attach(self, driver: StepDriver) -> None:
         """See Slot."""
-        before, after = partial(_before, driver, self), partial(_after, driver, self)
+        # torch.compile breaks its graph at both: what a step does is decided on the host, anew in every step.
+        before, after = (partial(torch.compiler.disable(hook), driver, self) for hook in (_before, _after))
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
@@ -354,4 +355,5 @@ def _taken(optimizer: Optimizer) -> bool:
     """Whether a pruner takes part in its steps."""
     if isinstance(optimizer, FusedOptimizer):
         return optimizer.listener is not None
-    return any(getattr(hook, "func", None) is _before for hook in optimizer._optimizer_step_pre_hooks.values())
+    hooks = (getattr(hook, "func", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return any(getattr(hook, "__wrapped__", None) is _before for hook in hooks)
