@@ -14,8 +14,8 @@ REFERENCE = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.
 
 def test_every_public_name_is_in_the_reference() -> None:
     names = [name for name in pins_ext.__all__ if not name.startswith("__")]
-    assert [name for name in names if not re.search(rf":: (?:pins_ext\.)?{name}\b", REFERENCE)] == ["integrations"]
-    assert "pins_ext.integrations." in REFERENCE
+    assert len(names) > 5
+    assert [name for name in names if not re.search(rf":: (?:pins_ext\.)?{name}\b", REFERENCE)] == []
 
 
 def test_every_criterion_is_in_the_table() -> None:
