@@ -7,10 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pins_ext.criteria import CRITERIA, PRECOMPUTED, Criterion
 
@@ -18,7 +15,14 @@ SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
 
 _ZERO_AT_ZERO = ", ".join(c.name for c in CRITERIA.values() if c.zero_at_zero)
 
-ScoreFunction = Callable[[Tensor, Tensor, float], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    ScoreFunction = Callable[[Tensor, Tensor, float], Tensor]
+else:
+    # The flags of the command are made from this file; its help is there before torch could be loaded.
+    ScoreFunction = Callable
 RatioFunction = Callable[[int], float]
 Density = float | Mapping[str, float]
 
@@ -163,6 +167,8 @@ class PruneConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Storage of the importance states."""
+        import torch
+
         return torch.bfloat16 if self.state_dtype == "bfloat16" else torch.float32
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.runs import options
+from pins_ext.runs import options, trainer_flags
 from pins_ext.runs.errors import UsageError
 from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.load import EMBEDDED, task_name
@@ -78,37 +78,6 @@ class RegularizerOptions:
     teacher_every: int | None = _flag(None, "steps between snapshots; if not given, a twentieth of training")
     teacher_init: str | None = _flag(None, "teacher before the first snapshot: hub name or folder", "NAME|DIR")
     ema_decay: float | None = _flag(None, "weight of the old average; if not given, 1 - 1 / teacher-every")
-
-
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "eval_strategy": "steps",
-    "eval_steps": 0.1,
-    "save_steps": 0.1,
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-"""Where this command differs from the Trainer's own defaults: it evaluates, and it can always resume."""
-
-COMMON_TRAINING = {
-    "num_train_epochs": "passes over the training data [3]",
-    "max_steps": "optimizer steps, instead of epochs",
-    "learning_rate": "peak learning rate [5e-5]",
-    "lr_scheduler_type": "linear, cosine, constant and others [linear]",
-    "warmup_steps": "steps, or share of training, up to the peak learning rate [0]",
-    "per_device_train_batch_size": "examples per step [16]",
-    "gradient_accumulation_steps": "batches per optimizer step [1]",
-    "weight_decay": "decoupled weight decay [0]",
-    "max_grad_norm": "clip gradients, before importance is taken from them [1]",
-    "logging_steps": "steps between log lines and points of the pictures [10]",
-    "eval_steps": "steps, or share of training, between evaluations [0.1]",
-    "save_steps": "steps, or share of training, between checkpoints [0.1]",
-    "load_best_model_at_end": "keep the best model; only one at the target sparsity can be it",
-    "metric_for_best_model": "what best means [the task's main metric]",
-    "seed": "of everything random, stochastic rounding included [42]",
-}
 
 
 def _recipe(text: str) -> bool | str:
@@ -276,12 +245,12 @@ def _add_control(parser: Any, without: Collection[str]) -> None:
 def help_text(made: options.Parser, everything: bool) -> str:
     """Our flags, and the Trainer's most used ones or all of them."""
     if everything:
-        training = _training_parser()
+        training = trainer_flags.parser()
         title = "training: every flag of the Trainer"
     else:
         training = options.Parser(prog="", usage=argparse.SUPPRESS)
         title = "training: the Trainer's most used flags; --help-all lists the others"
-        for name, text in COMMON_TRAINING.items():
+        for name, text in trainer_flags.COMMON.items():
             training.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=text)
     listed = training.format_help().split(":\n", 1)[1]
     return f"{made.format_help()}\n{title}:\n{listed}"
@@ -301,7 +270,8 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     tokens = [token for file in files for token in options.file_tokens(Path(file), made.without)] + typed_tokens
     ours, others = made.parse_known_args(tokens)
     given = vars(ours)
-    typed = _training_flags(others, made)
+    # What can be said before transformers is loaded, which takes seconds, is said.
+    trainer_flags.check(others, made)
     run = _build(RunOptions, given)
     if isinstance(run.recipe, str) and not {"task", "train_file"} & set(given):
         given["task"] = RECIPES[run.recipe].task
@@ -310,11 +280,14 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
         place = Path("runs", "demo" if _compares(run, given) else _task_name(task).removeprefix("glue/"))
         run = dataclasses.replace(run, output_dir=str(place))
     recipe = _recipe_name(run, task)
+    _build(RegularizerOptions, given)
+    _build(PruneConfig, (RECIPES[recipe].flags() if recipe is not None else {}) | given)
+    typed = trainer_flags.parse(others, made)
     own_length = bool({"max_steps", "num_train_epochs"} & set(typed))
     recommended = RECIPES[recipe].flags(own_length) if recipe is not None else {}
     # A run without pruning takes the recipe's training, and a flag that is typed wins.
     run = dataclasses.replace(run, optimizer=given.get("optimizer", recommended.get("optimizer", run.optimizer)))
-    training = TRAINING_DEFAULTS | recommended | typed
+    training = trainer_flags.DEFAULTS | recommended | typed
     pruning = _build(PruneConfig, training | given)
     parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
@@ -371,29 +344,3 @@ def _build(cls: type[T], values: Mapping[str, Any]) -> T:
         return cls(**{name: value for name, value in values.items() if name in names})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-
-
-def _training_flags(tokens: list[str], made: options.Parser) -> dict[str, Any]:
-    """TrainingArguments that were given, by name."""
-    parser = _training_parser()
-    known, unknown = parser.parse_known_args(tokens)
-    if unknown:
-        flags = [flag for p in (made, parser) for action in p._actions for flag in action.option_strings]
-        raise options.unknown(unknown[0], [flag for flag in flags if "_" not in flag])
-    return vars(known)
-
-
-def _training_parser() -> argparse.ArgumentParser:
-    """A parser of the Trainer's flags that remembers only what was given."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    class TrainingParser(HfArgumentParser):
-        error = options.Parser.error
-
-    parser = TrainingParser(TrainingArguments, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-        action.help = action.help and " ".join(action.help.split())
-        dashed = [flag for flag in action.option_strings if "_" not in flag]
-        action.option_strings = dashed or action.option_strings
-    return parser
