@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 EXTRA_OF: Mapping[str, str] = {
-    **dict.fromkeys(("accelerate", "tokenizers", "transformers"), "hf"),
+    **dict.fromkeys(("accelerate", "huggingface_hub", "tokenizers", "transformers"), "hf"),
     **dict.fromkeys(
         (
             "datasets",

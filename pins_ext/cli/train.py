@@ -9,6 +9,7 @@ from pathlib import Path
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.options import Parser
+from pins_ext.tasks.load import refuse_out_of_reach
 
 _ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
 regression, entities, question answering, language modelling or data-to-text. The result is an ordinary checkpoint
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         print(requests.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
     _refuse_several_processes()
-    request = requests.parse(parser, argv)
+    request = requests.parse(parser, argv, early=refuse_out_of_reach)
 
     from pins_ext.runs.compare import compare
     from pins_ext.runs.run import finished, run

@@ -108,3 +108,22 @@ def _packed(tensor: TensorFacts, each: int) -> int:
     columns = tensor.shape[-1]
     rows = tensor.weights // columns if columns else 0
     return rows * -(-columns // 8) + 8 * (rows + 1) + (tensor.weights - tensor.zeros) * each
+
+
+def no_better_than_baseline(record: RunRecord) -> str:
+    """That a run learned nothing, and what to try; nothing where its score beats that of a prediction without a model.
+
+    Args:
+        record: of the run; its score is what the final model has on the validation set.
+    """
+    final, data = record.final, record.data
+    score, baseline = final.score, data.baseline.get(final.metric)
+    if score is None or baseline is None or (score > baseline if final.greater_is_better else score < baseline):
+        return ""
+    name = final.metric.removeprefix("eval_").replace("_", " ")
+    less = ", a lower --sparsity" if final.weights else ""
+    return (
+        f"{record.label}: {name} {score:.4f} is no better than {data.baseline_name}, which needs no model and has "
+        f"{baseline:.4f}. Try more steps (--num-train-epochs), another --learning-rate{less}, or look at the labels: "
+        "pins-ext plan shows how they are distributed."
+    )

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from pins_ext.runs.charts import Picture, pictures
-from pins_ext.runs.findings import comparison, size, standard_error
+from pins_ext.runs.findings import comparison, no_better_than_baseline, size, standard_error
 from pins_ext.runs.page import page
 from pins_ext.runs.record import RunRecord, Timings
 
@@ -27,7 +27,8 @@ def render(records: Sequence[RunRecord], title: str | None = None) -> str:
     """
     records = _distinct(records)
     heading = title or _heading(records)
-    notes = [*filter(None, [standard_error(records)]), *(note for record in records for note in record.notes)]
+    said = [*map(no_better_than_baseline, records), standard_error(records)]
+    notes = [*filter(None, said), *(note for record in records for note in record.notes)]
     scores, *others = _figures(records)
     body = [
         f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(records))}</p>{_finding(records)}</header>",

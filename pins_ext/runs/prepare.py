@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from pins_ext.regularization.self_regularizer import SelfRegularizer
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request
 from pins_ext.tasks import Task, load_task, minilm_folder
+from pins_ext.tasks.sources.hub import within_reach
 
 
 @dataclass
@@ -200,7 +201,8 @@ def _refuse_late_choice(request: Request, args: transformers.TrainingArguments, 
 def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     """Load from a folder or the hub; what goes wrong names the model and, for a hub name, says what it could be."""
     try:
-        return kind.from_pretrained(source, **options)
+        with nullcontext() if os.path.isdir(source) else within_reach():
+            return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         there = "" if os.path.isdir(source) else " (no such folder here; as a hub name it could not be loaded)"
         alone = "no file named" in str(error) and os.path.isfile(os.path.join(source, "config.json"))

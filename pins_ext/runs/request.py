@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -256,8 +256,13 @@ def help_text(made: options.Parser, everything: bool) -> str:
     return f"{made.format_help()}\n{title}:\n{listed}"
 
 
-def parse(made: options.Parser, argv: Sequence[str]) -> Request:
+def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArguments], None] | None = None) -> Request:
     """Parse and validate. Typed flags win over files, files over the task's recommendation, that over defaults.
+
+    Args:
+        made: the command's parser, see `parser`.
+        argv: what was typed.
+        early: a check of the data to use, called before transformers is loaded.
 
     Raises:
         UsageError: an unknown flag or a bad value; the message names it.
@@ -282,6 +287,8 @@ def parse(made: options.Parser, argv: Sequence[str]) -> Request:
     recipe = _recipe_name(run, task)
     _build(RegularizerOptions, given)
     _build(PruneConfig, (RECIPES[recipe].flags() if recipe is not None else {}) | given)
+    if early is not None:
+        _checked(early, task)
     typed = trainer_flags.parse(others, made)
     own_length = bool({"max_steps", "num_train_epochs"} & set(typed))
     recommended = RECIPES[recipe].flags(own_length) if recipe is not None else {}
@@ -316,8 +323,12 @@ def _compares(run: RunOptions, given: Collection[str]) -> bool:
 
 def _task_name(task: TaskArguments) -> str:
     """As RECIPES has it; "files" for files of the user's own."""
+    return _checked(task_name, task)
+
+
+def _checked(check: Callable[[TaskArguments], T], task: TaskArguments) -> T:
     try:
-        return task_name(task)
+        return check(task)
     except TaskError as error:
         raise UsageError(str(error)) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pins_ext.runs.findings import standard_error, verdict
+from pins_ext.runs.findings import no_better_than_baseline, standard_error, verdict
 from pins_ext.runs.html import REPORT, percent
 from pins_ext.runs.record import RunRecord
 
@@ -48,6 +48,7 @@ def print_summary(records: Sequence[RunRecord], folders: Sequence[Path], console
     said = [verdict(records, metric), budget(records)] if len(records) > 1 else []
     if uncertainty := standard_error(records):
         said.append(f"{uncertainty}.")
+    said += filter(None, map(no_better_than_baseline, records))
     if said:
         console.print("\n".join([*said, ""]), soft_wrap=True)
     for record, folder in zip(records, folders, strict=True):

@@ -7,11 +7,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from pins_ext.tasks.arguments import TaskArguments, TaskError
+from pins_ext.tasks.sources import hub
 from pins_ext.tasks.sources.conll import ENTITY_SETS, load_conll_files, load_entities
-from pins_ext.tasks.sources.e2e import load_e2e
+from pins_ext.tasks.sources.e2e import E2E, load_e2e
 from pins_ext.tasks.sources.files import kind_of
-from pins_ext.tasks.sources.glue import GLUE
-from pins_ext.tasks.sources.running_text import load_text_files, load_wikitext
+from pins_ext.tasks.sources.glue import GLUE, files_needed, glue_set
+from pins_ext.tasks.sources.hub import HubSet
+from pins_ext.tasks.sources.running_text import WIKITEXT2, load_text_files, load_wikitext
 from pins_ext.tasks.sources.sequence_data import load_glue, load_stdlib, load_table
 from pins_ext.tasks.sources.squad import QUESTION_SETS, is_squad, load_question_files, load_questions
 from pins_ext.tasks.task import Task
@@ -33,6 +35,15 @@ _LOADERS: Mapping[str, Loader] = {
     "e2e": load_e2e,
 }
 """Task name -> the function that reads its data."""
+
+_HUB_SETS: Mapping[str, tuple[HubSet, str]] = {
+    **{f"glue/{name}": (glue_set(name), files_needed(name)) for name in GLUE},
+    **{name: (known.hub, "train.conll and dev.conll") for name, known in ENTITY_SETS.items()},
+    **{name: (source, "train-v1.1.json and dev-v1.1.json") for name, source in QUESTION_SETS.items()},
+    "wikitext2": (WIKITEXT2, "train.txt and valid.txt"),
+    "e2e": (E2E, "trainset.csv and devset.csv"),
+}
+"""Task name -> where the hub has it, and what --data-dir would have to hold."""
 
 _OWN_LOADERS: Mapping[str, Loader] = {
     "conll": load_conll_files,
@@ -71,6 +82,17 @@ def task_name(arguments: TaskArguments) -> str:
     if _plain(asked) not in names:
         raise TaskError(f"unknown task {asked}; known are {', '.join(task_names())}, or use --train-file")
     return names[_plain(asked)]
+
+
+def refuse_out_of_reach(arguments: TaskArguments) -> None:
+    """Refuse a task of the hub that is neither cached nor to be fetched, before anything that takes time is loaded.
+
+    Raises:
+        TaskError: with what to do about it; or there is no such task.
+    """
+    name = task_name(arguments)
+    if arguments.data_dir is None and name in _HUB_SETS:
+        hub.refuse_out_of_reach(name, *_HUB_SETS[name])
 
 
 def load_task(arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> Task:

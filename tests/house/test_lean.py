@@ -78,5 +78,5 @@ def test_every_extra_is_known_by_its_modules() -> None:
     for extra in ("hf", "train", "demo"):
         names = [re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]]  # type: ignore[index]
         listed |= {modules.get(name, name): extra for name in names if name != "pins_ext"}
-    # transformers brings tokenizers.
-    assert listed | {"tokenizers": "hf"} == dict(EXTRA_OF)
+    # transformers brings two more.
+    assert listed | {"tokenizers": "hf", "huggingface_hub": "hf"} == dict(EXTRA_OF)

@@ -276,6 +276,24 @@ def test_odd_records_render(changes: dict[str, Any]) -> None:
     assert "<script" not in html
 
 
+def test_a_run_that_learned_nothing_says_so_and_what_to_try() -> None:
+    """An accuracy that always answering with the same class has too."""
+    assert "no better" not in report.render([record()])
+    poor = data()["final"] | {"metrics": {"eval_accuracy": 0.27}}
+    said = findings.no_better_than_baseline(record(final=poor))
+    assert said.startswith(
+        "PINS 80 %: accuracy 0.2700 is no better than majority class, which needs no model and has 0.27"
+    )
+    assert all(flag in said for flag in ("--num-train-epochs", "--learning-rate", "--sparsity"))
+    assert "is no better than majority class" in report.render([record(final=poor)])
+    loss = {"metric": "eval_perplexity", "greater_is_better": False, "metrics": {"eval_perplexity": 90.0}}
+    told = {"task": "t", "baseline": {"eval_perplexity": 80.0}, "baseline_name": "token frequencies"}
+    assert "is no better than token frequencies" in findings.no_better_than_baseline(record(final=loss, data=told))
+    better = loss | {"metrics": {"eval_perplexity": 70.0}}
+    assert findings.no_better_than_baseline(record(final=better, data=told)) == ""
+    assert "--sparsity" not in findings.no_better_than_baseline(record(final=loss, data=told))
+
+
 HOSTILE = '<img src=x onerror="alert(1)">'
 
 

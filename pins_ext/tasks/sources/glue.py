@@ -120,6 +120,16 @@ def _read_glue_file(task: GlueTask, path: Path) -> Rows:
     return read_rows(table, texts, label)
 
 
+def glue_set(name: str) -> HubSet:
+    """Returns where the hub has a task."""
+    return HubSet(HUB_NAME, HUB_REVISION, name)
+
+
+def files_needed(name: str) -> str:
+    """Returns what a folder of a task's files has to hold, in words."""
+    return " and ".join(f"{stems[0]}.tsv" for stems in GLUE[name].files[:2])
+
+
 def read_glue_hub(name: str) -> list[Rows]:
     """Reads the labelled splits of a task from the hub or its local cache, which may be read-only.
 
@@ -127,8 +137,7 @@ def read_glue_hub(name: str) -> list[Rows]:
         TaskError: if there is neither network nor a cached copy.
     """
     task = GLUE[name]
-    needed = " and ".join(stems[0] + ".tsv" for stems in task.files[:2])
-    data = read_hub(f"glue/{name}", HubSet(HUB_NAME, HUB_REVISION, name), task.hub_splits, needed)
+    data = read_hub(f"glue/{name}", glue_set(name), task.hub_splits, files_needed(name))
     return [_hub_rows(f"glue/{name} {split}", task, data[split]) for split in task.hub_splits]
 
 
