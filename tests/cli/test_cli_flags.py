@@ -158,7 +158,7 @@ def test_options_refuse_what_they_cannot_read() -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (("--sparsity", "1.0"), r"sparsity must be in \[0, 1\)"),
+        (("--sparsity", "1.0"), r"sparsity must be a number in \[0, 1\)"),
         (("--sparsity", "much"), "argument --sparsity: a number expected, got 'much'"),
         (("--sparsity", "80"), "a share of 1 expected, got '80': did you mean 0.8?"),
         (("--sparsity", "80%"), "did you mean 0.8?"),
