@@ -45,6 +45,11 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "tie_index(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? factors=None, Tensor? pointers=None) -> Tensor");
+  // The steps of a selection between its passes: pins_ext/ops/bracket.py.
+  m.def("bracket_of(Tensor keys, Tensor position, int total) -> Tensor");
+  m.def("narrow(Tensor bracket, Tensor counts, Tensor position) -> Tensor");
+  m.def("settle(Tensor bracket, Tensor candidates, Tensor found) -> (Tensor, Tensor)");
+  m.def("cutoff(Tensor bracket, Tensor tie, Tensor n_prune, int total, bool exact) -> Tensor");
   m.def(
       "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
       "Tensor? factors=None, Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");

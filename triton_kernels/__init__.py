@@ -26,6 +26,10 @@ LAUNCHERS = {
     "count_": "select",
     "collect_": "select",
     "tie_index": "select",
+    "bracket_of": "bracket",
+    "narrow": "bracket",
+    "settle": "bracket",
+    "cutoff": "bracket",
     "pack_": "pack",
 }
 """Operator and the module of its launcher, which has its name without the underscore."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.ops.select import BINS, MAX_INDEX, MAX_KEY, Scored, choose, position_of
+from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY
+from pins_ext.ops.select import Scored, choose, position_of
 
 ROOM = 1024
 """Least candidates that a rank can send: 64 ranks then gather 1 MB. A bin holds some hundred per rank of 70 G."""

@@ -13,22 +13,13 @@ import torch
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
 from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
+from pins_ext.ops import bracket
+from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
 from pins_ext.ops.masks import mask_bytes, new_mask, pack_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor
 from pins_ext.ops.rounding import rounding_key
-from pins_ext.ops.select import (
-    BINS,
-    CANDIDATES,
-    MAX_INDEX,
-    MAX_KEY,
-    SAMPLES,
-    bracket_around,
-    bracket_of,
-    narrow,
-    score_of_key,
-    select,
-)
+from pins_ext.ops.select import CANDIDATES, SAMPLES, score_of_key, select
 from pins_ext.ops.transfer import to_device
 from pins_ext.triton_kernels import register as register_triton
 
@@ -45,10 +36,8 @@ __all__ = [
     "Shard",
     "Subsets",
     "bracket_around",
-    "bracket_of",
     "clip_factor",
     "mask_bytes",
-    "narrow",
     "new_mask",
     "pack_bits",
     "rounding_key",
@@ -60,6 +49,8 @@ __all__ = [
 _library = torch.library.Library("pins_ext", "IMPL")
 for _key in ("CPU", "CUDA"):
     _library.impl("select", select, _key)
+for _op in (bracket.bracket_of, bracket.narrow, bracket.settle, bracket.cutoff):
+    _library.impl(_op.__name__, _op, "CPU")
 # Triton itself is imported when the first CUDA tensor arrives.
 register_triton(_library)
 

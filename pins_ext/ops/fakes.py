@@ -35,6 +35,26 @@ def _(a, b, places, chunks, score, bracket, *, factors=None, pointers=None):  # 
     return places.new_empty(1)
 
 
+@torch.library.register_fake("pins_ext::bracket_of")
+def _(keys, position, total):  # type: ignore[no-untyped-def]
+    return keys.new_empty(5)
+
+
+@torch.library.register_fake("pins_ext::narrow")
+def _(bracket, counts, position):  # type: ignore[no-untyped-def]
+    return torch.empty_like(bracket)
+
+
+@torch.library.register_fake("pins_ext::settle")
+def _(bracket, candidates, found):  # type: ignore[no-untyped-def]
+    return torch.empty_like(bracket), torch.empty_like(found)
+
+
+@torch.library.register_fake("pins_ext::cutoff")
+def _(bracket, tie, n_prune, total, exact):  # type: ignore[no-untyped-def]
+    return bracket.new_empty(2)
+
+
 @torch.library.register_fake("pins_ext::select")
 def _(a, b, places, chunks, score, n_prune, exact=True, *, factors=None, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
     _check_devices(a, b, places, chunks, n_prune, factors, bracket, counts, pointers)

@@ -1,4 +1,8 @@
-"""The exact n-th smallest score over all tensors, by counting passes driven from here: ranks can sum the counts."""
+"""The exact n-th smallest score over all tensors, by counting passes driven from here: ranks can sum the counts.
+
+On a GPU the host never waits for what a pass has found: further passes are launched and return at once where they are
+not needed. On the CPU, where looking is free, they are left out.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BINS = 65536
-"""Bins of a counting pass: two passes resolve any bracket of 32-bit keys to one key."""
+from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY
+from pins_ext.triton_kernels.table import pointer_table
 
 SAMPLES = 16384
 """Keys drawn to bracket the threshold before the first counting pass: about 4 % of the weights then fall inside it.
@@ -22,57 +26,7 @@ CANDIDATES = 16384
 thousand of 7 G, unless many are tied.
 """
 
-MAX_KEY = 0xFFFFFFFF
-MAX_INDEX = torch.iinfo(torch.int64).max
-
-
-def _bracket(lo: Tensor, hi: Tensor, rank: Tensor, resolved: Tensor) -> Tensor:
-    """int64 [5]: lowest and highest key, bin width as a shift, rank of the target from `lo`, 1 once it is one key."""
-    width = hi - lo
-    steps = torch.arange(17, device=lo.device)
-    shift = ((width >> steps) >= BINS).sum()
-    return torch.stack([lo, hi, shift, rank, resolved.to(torch.int64)])
-
-
-def bracket_of(keys: Tensor, n_prune: Tensor, total: Tensor | int) -> Tensor:
-    """Bracket the key of rank `n_prune` among `total` weights by six standard deviations of a sample's rank.
-
-    Args:
-        keys: int64 [m], a sample of the order keys. n_prune, total: int64 scalars.
-    """
-    m = keys.numel()
-    ordered = keys.sort().values
-    share = n_prune.double() / total
-    spread = 6 * (share * (1 - share) * m).clamp(min=1).sqrt() + 2
-    first = (share * m - spread).floor().clamp(0, m - 1).long()
-    last = (share * m + spread).ceil().clamp(0, m - 1).long()
-    zero = torch.zeros((), dtype=torch.int64, device=keys.device)
-    return _bracket(ordered[first], ordered[last], zero, zero)
-
-
-def bracket_around(threshold: Tensor, octaves: float = 0.125) -> Tensor:
-    """Bracket the keys within this many octaves of an earlier threshold, for a score that moves slowly."""
-    reach = int(octaves * (1 << 23))
-    key = threshold[..., 0].reshape(())
-    zero = torch.zeros((), dtype=torch.int64, device=key.device)
-    return _bracket((key - reach).clamp(min=0), (key + reach).clamp(max=MAX_KEY), zero, zero)
-
-
-def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
-    """The bracket after a counting pass: the bin that holds `position`, or, on a miss, all keys on the missed side."""
-    lo, hi, shift, _, resolved = bracket.unbind()
-    ends = counts[1:].cumsum(0)
-    rank = position - counts[0]
-    chosen = torch.searchsorted(ends, rank.clamp(min=0), right=True).clamp(max=BINS - 1)
-    before = ends[chosen] - counts[1:][chosen]
-    bin_lo = lo + (chosen << shift)
-    bin_hi = torch.minimum(bin_lo + (torch.ones_like(shift) << shift) - 1, hi)
-    low, high = rank < 0, rank >= ends[-1]
-    new_lo = torch.where(low, 0, torch.where(high, hi + 1, bin_lo))
-    new_hi = torch.where(low, lo - 1, torch.where(high, MAX_KEY, bin_hi))
-    new_rank = torch.where(low, position, torch.where(high, rank - ends[-1], rank - before))
-    hit = ~(low | high)
-    return torch.where(resolved == 1, bracket, _bracket(new_lo, new_hi, new_rank, hit & (new_lo == new_hi)))
+pins = torch.ops.pins_ext
 
 
 @dataclass(frozen=True)
@@ -124,41 +78,29 @@ class Scored:
         Args:
             missed: the side on which the target lies of a bracket that was counted before.
         """
-        size = min(SAMPLES, self.total)
-        keys = torch.ops.pins_ext.sample(*self._operands, size, **self._keywords)
-        return bracket_of(keys, self.position, self.total)
+        keys = pins.sample(*self._operands, min(SAMPLES, self.total), **self._keywords)
+        return pins.bracket_of(keys, self.position, self.total)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
         if self.looked(bracket[4]):
             return bracket
-        torch.ops.pins_ext.count_(self.scratch, *self._operands, bracket, **self._keywords)
-        return narrow(bracket, self.summed(self.scratch), self.position)
+        pins.count_(self.scratch, *self._operands, bracket, **self._keywords)
+        return pins.narrow(bracket, self.summed(self.scratch), self.position)
 
     def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and global indices of the weights inside the bracket, int64 [2, m], in any order, and how many they are.
 
-        Past these weights both are MAX_INDEX; where more are found than fit, they are not all there.
+        In the places that are left both are MAX_INDEX; where more are found than fit, not all are there.
         """
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
-        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, **self._keywords)
-        if found.is_cpu:
-            candidates = candidates[:, : max(1, int(found))]
-        return candidates, found[0]
-
-    def collected(self, bracket: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Key and tie index of the weight at the bracket's rank, and whether there were few enough to tell."""
-        candidates, found = self.candidates(bracket)
-        keys, index = candidates[:, candidates[1].argsort()]
-        keys, order = keys.sort(stable=True)
-        rank = bracket[3].clamp(0, keys.numel() - 1)
-        key, tied = keys[rank], (rank > 0) & (keys[rank - 1] == keys[rank])
-        return key, torch.where(tied, index[order[rank]], 0), (found > 0) & (found <= CANDIDATES)
+        pins.collect_(found, candidates, *self._operands, bracket, **self._keywords)
+        return candidates, found
 
     def tie_index(self, bracket: Tensor) -> Tensor:
         """Of the weight at the bracket's rank among those of its one key."""
-        return torch.ops.pins_ext.tie_index(*self._operands, bracket, **self._keywords).reshape(())
+        return pins.tie_index(*self._operands, bracket, **self._keywords)
 
 
 def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -169,7 +111,7 @@ def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Te
     """
     if bracket is None:
         return scored.counted(scored.begun())
-    found = scored.counted(bracket) if counts is None else narrow(bracket, scored.summed(counts), scored.position)
+    found = scored.counted(bracket) if counts is None else pins.narrow(bracket, scored.summed(counts), scored.position)
     hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
     if scored.looked(hit):
         return found
@@ -183,26 +125,18 @@ def choose(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor | None,
     """The cutoff below which `n_prune` weights lie, see `select`.
 
     A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
-    bracket misled, further counting passes follow, which else return at once: two resolve anything to one key. The host
-    looks at results only where that is free, and leaves out what they make needless.
+    bracket misled, further counting passes follow: two resolve anything to one key.
     """
     bracket = _bin_of(scored, bracket, counts)
-    key, tie, few = scored.collected(bracket)
-    if not scored.looked(few):
-        one = torch.stack([key, key, torch.zeros_like(key), torch.zeros_like(key), torch.ones_like(key)])
-        bracket = torch.where(few, one, bracket)
+    candidates, found = scored.candidates(bracket)
+    bracket, tie = pins.settle(bracket, candidates, found.reshape(1))
+    # One key, and none of its weights is pruned.
+    if not scored.looked(bracket[4] > bracket[3]):
         for _ in range(2):
             bracket = scored.counted(bracket)
-        key, tie = bracket[0], torch.where(few, tie, scored.tie_index(bracket))
-    nothing = n_prune.reshape(()) <= 0
-    if exact:
-        everything = n_prune.reshape(()) >= scored.total
-        key = torch.where(everything, MAX_KEY, key)
-        tie = torch.where(everything, MAX_INDEX, tie)
-    else:
-        tie = torch.zeros_like(tie)
-        nothing = nothing | (key == MAX_KEY)
-    return torch.where(nothing, 0, torch.stack([key, tie]))
+        # One of them is zero: a settled bracket asks for no tie.
+        tie = torch.maximum(tie, scored.tie_index(bracket).reshape(1))
+    return pins.cutoff(bracket, tie, n_prune, scored.total, exact)
 
 
 def position_of(n_prune: Tensor, total: int, exact: bool) -> Tensor:
@@ -228,6 +162,8 @@ def select(
     total = sum(tensor.numel() for tensor in a)
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=places.device)
+    if pointers is None and not places.is_cpu:
+        pointers = pointer_table(None, places, a, b)
     scratch = torch.empty(1 + BINS, dtype=torch.int64, device=places.device)
     position = position_of(n_prune, total, exact)
     scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, factors)

@@ -136,11 +136,15 @@ class Slot(ABC):
         self.masks.apply(tensors, indices, self._subsets.of(indices))
         if not self.importance.config.mask_optimizer_state:
             return
+        states: dict[str, list[tuple[int, Tensor]]] = {}
         for i in indices:
             p = self.parameters[i]
-            states = [v for v in self.optimizer.state[p].values() if isinstance(v, Tensor) and v.shape == p.shape]
-            for state in states:
-                self.masks.apply([state], [i], self._subsets.of([i]))
+            for name, state in self.optimizer.state[p].items():
+                if isinstance(state, Tensor) and state.shape == p.shape:
+                    states.setdefault(name, []).append((i, state))
+        for entries in states.values():
+            places, of_name = zip(*entries, strict=True)
+            self.masks.apply(list(of_name), places, self._subsets.of(places))
 
     def learning_rates(self) -> dict[int, Rate]:
         """Rate of the step under way by the tensor's place; 0 for a parameter that is in no group any more."""
@@ -206,11 +210,13 @@ class HookedSlot(Slot):
     def close(self, masked: bool) -> None:
         """See Slot; weights that were stepped go into the shadow, the others were masked before."""
         if self.stepped and self.importance.shadow:
-            skipped = None if self.scaling.found_inf is None else self.scaling.found_inf != 0
-            for i in self.indices:
-                p, shadow = self.parameters[i], self.importance.shadow[i]
-                if p.grad is not None:
-                    shadow.copy_(p if skipped is None else torch.where(skipped, shadow, p))
+            stepped = [i for i in self.indices if self.parameters[i].grad is not None]
+            weights, shadow = [self.parameters[i] for i in stepped], [self.importance.shadow[i] for i in stepped]
+            if self.scaling.found_inf is not None:
+                skipped = self.scaling.found_inf != 0
+                weights = [torch.where(skipped, old, new) for old, new in zip(shadow, weights, strict=True)]
+            if stepped:
+                torch._foreach_copy_(shadow, weights)
         super().close(masked)
 
     @property

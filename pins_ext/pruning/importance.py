@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,11 @@ def state_names(config: PruneConfig) -> list[str]:
         "shadow": config.needs_shadow,
     }
     return [name for name, wanted in kept.items() if wanted]
+
+
+def _float32(rate: Rate) -> Rate:
+    """The rate that the kernels compute with; a tensor is left on its device."""
+    return rate if isinstance(rate, Tensor) else float(struct.unpack("f", struct.pack("f", rate))[0])
 
 
 class Importance:
@@ -133,7 +140,7 @@ class Importance:
         weights = [(self.shadow or self.parameters)[i] for i in indices]
         rates = rates_on(lr, layout.places.device).float()
         if callable(self.config.criterion):
-            grads = [self._own_score(*x, scaling) for x in zip(weights, grads, rates.tolist(), strict=True)]
+            grads = [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
             weights, scaling = [], Scaling(found_inf=scaling.found_inf)
         torch.ops.pins_ext.accumulate_(
             [self.ipt[i] for i in indices],
@@ -150,7 +157,7 @@ class Importance:
             found_inf=scaling.found_inf,
         )
 
-    def _own_score(self, p: Tensor, g: Tensor, lr: float, scaling: Scaling) -> Tensor:
+    def _own_score(self, p: Tensor, g: Tensor, lr: Any, scaling: Scaling) -> Tensor:
         assert callable(self.config.criterion)
         g = g.float() if scaling.grad_scale is None else g.float() / scaling.grad_scale
         g = g if scaling.clip is None else g * scaling.clip

@@ -23,6 +23,9 @@ class Selection:
     def __init__(self, scopes: Scopes, layout: ops.Layout) -> None:
         self.scopes, self.layout = scopes, layout
         self._regions = [layout.subset(region) for region in scopes.regions]
+        regions = {i: r for r, region in enumerate(scopes.regions) for i in region}
+        at = torch.tensor([regions[i] for i in range(len(regions))], dtype=torch.int64)
+        self._region_of = ops.to_device(at, layout.places.device)
         # Bounds on densities also need each tensor alone.
         self._alone = [layout.subset([i]) for i in range(len(scopes.sizes))] if scopes.bounded else []
 
@@ -37,12 +40,12 @@ class Selection:
         scopes, wanted = self.scopes, self.scopes.n_prune(remaining_ratio)
         if scopes.is_global:
             return self._select(scopes.regions[0], self.layout, score, wanted[0], counted).reshape(1, 2)
+        if not scopes.bounded:
+            regions = zip(scopes.regions, self._regions, wanted, strict=True)
+            return torch.stack([self._select(r, at, score, n) for r, at, n in regions])[self._region_of]
         table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
-        for region, layout, count in zip(scopes.regions, self._regions, wanted, strict=True):
-            if scopes.bounded:
-                self._fill_bounded(region, score, count, table)
-            else:
-                table[list(region)] = self._select(region, layout, score, count)
+        for region, count in zip(scopes.regions, wanted, strict=True):
+            self._fill_bounded(region, score, count, table)
         return table
 
     def _fill_bounded(self, region: Sequence[int], score: Operands, count: int, table: Tensor) -> None:

@@ -62,6 +62,26 @@ def tie_index() -> Arguments:
     return [*lists(2), *tables(), "product", torch.tensor([5, 5, 0, 1, 1])], {}
 
 
+def bracket_of() -> Arguments:
+    return [torch.arange(500), torch.tensor(300), 700], {}
+
+
+def narrow() -> Arguments:
+    counted = counting()
+    counted["counts"][[0, 7, 9]] = 100
+    return [counted["bracket"], counted["counts"], torch.tensor(150)], {}
+
+
+def settle() -> Arguments:
+    candidates = torch.full((2, 8), ops.MAX_INDEX)
+    candidates[:, :3] = torch.tensor([[7, 5, 7], [20, 10, 30]])
+    return [torch.tensor([0, 9, 0, 2, 0]), candidates, torch.tensor([3])], {}
+
+
+def cutoff() -> Arguments:
+    return [torch.tensor([7, 7, 0, 0, 1]), torch.tensor([30]), torch.tensor(300), 700, True], {}
+
+
 def select() -> Arguments:
     return [*lists(2), *tables(), "product", torch.tensor(300)], {}
 
@@ -121,6 +141,10 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "count_": count,
     "collect_": collect,
     "tie_index": tie_index,
+    "bracket_of": bracket_of,
+    "narrow": narrow,
+    "settle": settle,
+    "cutoff": cutoff,
     "select": select,
     "pack_": pack,
     "masked_adamw_": adamw,

@@ -155,7 +155,7 @@ def test_sample_brackets_the_threshold() -> None:
     ordered = keys.sort().values
     for share in (0.01, 0.2, 0.5, 0.8, 0.99):
         position = int(share * keys.numel())
-        lo, hi, *_ = ops.bracket_of(drawn, torch.tensor(position), keys.numel()).tolist()
+        lo, hi, *_ = pins.bracket_of(drawn, torch.tensor(position), keys.numel()).tolist()
         assert lo <= int(ordered[position]) <= hi
         assert int(((keys >= lo) & (keys <= hi)).sum()) < 0.25 * keys.numel()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,8 +64,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @contextmanager
-def on_emulated_gpu(config: pytest.Config, programs: int = 3) -> Iterator[None]:
-    """The CPU's operators are those of the GPU while this lasts: Triton's and those of csrc/cuda."""
+def on_emulated_gpu(
+    config: pytest.Config, programs: int = 3, around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
+) -> Iterator[None]:
+    """The CPU's operators are those of the GPU while this lasts: Triton's and those of csrc/cuda.
+
+    Args:
+        programs: of a launch that would get as many as fit a GPU.
+        around: wraps the launchers of Triton's kernels.
+    """
     from pins_ext import triton_kernels
 
     from . import cuda_kernels, triton_driver
@@ -74,7 +81,7 @@ def on_emulated_gpu(config: pytest.Config, programs: int = 3) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for op in triton_kernels.LAUNCHERS:
-            library.impl(op, triton_kernels.launcher(op), "CPU", allow_override=True)
+            library.impl(op, around(triton_kernels.launcher(op)), "CPU", allow_override=True)
         cuda_kernels.CudaKernels(config.option.ptx).register(library)
     try:
         with triton_driver.programs(programs):

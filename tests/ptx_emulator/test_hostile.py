@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from cases import STATES, assert_all_same, rng_of, tensors
 from torch import Tensor
+from watch import like_a_gpu
 from window import Model, assert_same_state
 
 from pins_ext import PruneConfig, Pruner, ops
@@ -27,8 +29,14 @@ Emulated = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture
 def emulated(request: pytest.FixtureRequest) -> Emulated:
-    """`with emulated(programs=3):` the CPU's operators are those of the GPU."""
-    return lambda programs=3: plugin.on_emulated_gpu(request.config, programs)
+    """`with emulated(programs=3):` the CPU's operators are those of the GPU, whose host looks at nothing."""
+
+    @contextmanager
+    def kernels(programs: int = 3) -> Iterator[None]:
+        with plugin.on_emulated_gpu(request.config, programs), like_a_gpu():
+            yield
+
+    return kernels
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +164,9 @@ def check_selection(
                     counted["bracket"] = ops.bracket_around(torch.tensor([before, 0]))
                     counted["counts"] = torch.zeros(1 + ops.BINS, dtype=torch.int64)
                     pins.count_(counted["counts"], x, [], *work, "identity", counted["bracket"])
-                threshold = pins.select(x, [], *work, "identity", target, exact, **counted)
+                # As on a GPU, one table of addresses for all passes.
+                pointers = import_module("pins_ext.triton_kernels.table").pointer_table(None, layout.places, x, [])
+                threshold = pins.select(x, [], *work, "identity", target, exact, **counted, pointers=pointers)
                 masks, stats = [ops.new_mask(v) for v in x], torch.zeros(len(x), 3, dtype=torch.int64)
                 pins.pack_(masks, stats, x, [], *work, "identity", threshold[None])
             assert torch.equal(threshold, on_cpu), (n_prune, before)
@@ -226,22 +236,23 @@ def test_grids(emulated: Emulated, programs: int, dtype: torch.dtype, values: st
     assert_same_state(*windows)
 
 
-def past_2_to_the_31(dtype: torch.dtype, shift: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Operators on the last chunks of tensors whose other pages are never touched."""
-    n, last = (1 << 31) + 40_003, 3 * ops.CHUNK
+def past_2_to_the_31(dtype: torch.dtype, shift: int, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Operators on the last two chunks of a tensor, whose other pages are never touched; or on their weights alone."""
+    n = (1 << 31) + 40_003
+    begin = n // ops.CHUNK * ops.CHUNK - ops.CHUNK
 
     def make(kind: torch.dtype, seed: int) -> Tensor:
-        x = torch.empty(n + shift, dtype=kind)[shift:]
-        x[-last:] = torch.randn(last, generator=torch.Generator().manual_seed(seed)).to(kind)
+        x = torch.empty(n + shift, dtype=kind)[shift:] if whole else torch.empty(n - begin, dtype=kind)
+        last = x[begin:] if whole else x
+        last.copy_(torch.randn(n - begin, generator=torch.Generator().manual_seed(seed)))
         return x
 
     p, g, exp_avg, exp_avg_sq = (make(dtype, seed) for seed in (1, 2, 6, 8))
     ipt, mean, unc = (make(BF16, seed) for seed in (3, 4, 5))
-    layout = ops.Layout.of([p])
-    chunks = layout.chunks[-2:].contiguous()
-    begin = int(chunks[0, 1])
-    mask = torch.empty(ops.mask_bytes(n), dtype=torch.uint8)
-    mask[begin // 8 :], mask[n // 8 :] = 0x5A, 0
+    layout = ops.Layout.of([p], base=0 if whole else begin)
+    chunks, at = layout.chunks[-2:].contiguous(), begin if whole else 0
+    mask = torch.empty(ops.mask_bytes(n) - (begin - at) // 8, dtype=torch.uint8)
+    mask[at // 8 :], mask[(at + n - begin) // 8 :] = 0x5A, 0
     work, rng, one = (layout.places, chunks), rng_of(3), torch.ones(1)
     pins.accumulate_([ipt], [p], [g], *work, torch.tensor([1e-3]), one, rng, "pins")
     counts = torch.zeros(1 + ops.BINS, dtype=torch.int64)
@@ -252,22 +263,22 @@ def past_2_to_the_31(dtype: torch.dtype, shift: int) -> tuple[list[Tensor], list
     pins.collect_(found, candidates, [mean], [unc], *work, "product", inside)
     candidates = candidates[:, : int(found)]
     candidates = candidates[:, candidates[1].argsort()]
-    key, at = candidates[:, 5].tolist()
-    assert at > 1 << 31
+    key, index = candidates[:, 5].tolist()
+    assert index > 1 << 31
     tie = pins.tie_index([mean], [unc], *work, "product", torch.tensor([key, key, 0, 1, 1]))
     stats = torch.zeros(1, 3, dtype=torch.int64)
-    pins.pack_([mask], stats, [mean], [unc], *work, "product", torch.tensor([[key, at]]))
+    pins.pack_([mask], stats, [mean], [unc], *work, "product", torch.tensor([[key, index]]))
     hyper = torch.tensor([[1e-2, 0.99, 0.1, 0.99, 0.01, -1e-2, 0.5, 1e-8]])
     pins.masked_adamw_([p], [exp_avg], [exp_avg_sq], [ipt], [], [g], [mask], *work, hyper, one, rng, "pins")
-    return [x[begin:].clone() for x in (p, ipt, mean, unc)], [counts, found, candidates, tie, stats, mask[begin // 8 :]]
+    return [x[at:].clone() for x in (p, ipt, mean, unc)], [counts, found, candidates, tie, stats, mask[at // 8 :]]
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_past_2_to_the_31_weights(emulated: Emulated, dtype: torch.dtype, shift: int) -> None:
     with emulated():
-        floats, counted = past_2_to_the_31(dtype, shift)
-    expected_floats, expected_counted = past_2_to_the_31(dtype, shift)
+        floats, counted = past_2_to_the_31(dtype, shift, whole=True)
+    expected_floats, expected_counted = past_2_to_the_31(dtype, shift, whole=False)
     assert_all_same(floats, expected_floats)
     for x, y in zip(counted, expected_counted, strict=True):
         assert torch.equal(x, y)
@@ -288,7 +299,7 @@ def trained(make: Any, dtype: torch.dtype, policy: str, steps: int = 12) -> tupl
         torch.nn.functional.cross_entropy(model(x).float(), y).backward()
         optimizer.step()
     pruner.finalize()
-    return [p.detach().clone() for p in model.parameters()], [m.clone() for m in pruner.masks]
+    return [p.detach().clone() for p in model.parameters()], [m.clone() for m in pruner.masks.bits]
 
 
 @pytest.mark.parametrize("policy", ["strict", "reference"])

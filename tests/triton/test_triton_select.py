@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import FLOATS, STATES, VALUES, index_of, masks_of, rng_of, tensors
@@ -22,6 +25,7 @@ from triton_lists import (
 
 from pins_ext import ops
 from pins_ext import reference as ref
+from pins_ext.ops.bracket import bracket_of, cutoff, narrow, settle
 
 pytestmark = WARNINGS
 
@@ -73,7 +77,7 @@ def check_count(device: str, score: str, a: list[Tensor], b: list[Tensor], brack
     assert torch.equal(counts.cpu(), expected)
 
 
-def bracket_of(lo: int, hi: int, resolved: int = 0) -> list[int]:
+def whole_bracket(lo: int, hi: int, resolved: int = 0) -> list[int]:
     return [lo, hi, max(0, (hi - lo).bit_length() - 16), 0, resolved]
 
 
@@ -84,13 +88,13 @@ def test_count_kernel(device: str, score: str, dtype: torch.dtype) -> None:
         keys = keys_of(score, a, b).sort().values
         middle, upper = int(keys[550]), int(keys[825])
         for lo, hi in ((0, ref.MASK32), (middle, middle), (max(middle - 5000, 0), upper)):
-            check_count(device, score, a, b, bracket_of(lo, hi))
+            check_count(device, score, a, b, whole_bracket(lo, hi))
 
 
 @pytest.mark.parametrize("sizes", LISTS)
 def test_count_kernel_sizes(device: str, sizes: str) -> None:
     a, b = operands("product", torch.bfloat16, LISTS[sizes])
-    check_count(device, "product", a, b, bracket_of(0x70000000, 0xC0000000))
+    check_count(device, "product", a, b, whole_bracket(0x70000000, 0xC0000000))
 
 
 def test_count_kernel_counts_ties_wherever_they_lie_in_the_bracket(device: str) -> None:
@@ -100,12 +104,12 @@ def test_count_kernel_counts_ties_wherever_they_lie_in_the_bracket(device: str) 
     for lo in levels[:-1]:
         for hi in {lo, lo + 1, lo + 2, *levels[2:]}:
             if hi >= lo:
-                check_count(device, "identity", [scores], [], bracket_of(lo, hi))
+                check_count(device, "identity", [scores], [], whole_bracket(lo, hi))
 
 
 def test_count_kernel_leaves_a_resolved_bracket(device: str) -> None:
     a, b = operands("product", torch.float32, [700])
-    check_count(device, "product", a, b, bracket_of(5, 5, resolved=1))
+    check_count(device, "product", a, b, whole_bracket(5, 5, resolved=1))
 
 
 # ---- collect_ ---------------------------------------------------------------------------------------
@@ -290,3 +294,60 @@ def test_select_kernels_from_the_counts_of_fold(device: str) -> None:
         threshold = pins.select(mean_, unc_, *work, "product", n_prune, bracket=bracket, counts=counts)
         keys = keys_of("product", cpu(mean_), cpu(unc_))
         check_threshold(threshold, keys, torch.cat(index_of(layout)), 900)
+
+
+# ---- the steps between the passes: triton_kernels/bracket.py against the operators of the CPU -----------------------
+
+
+def on_both(op: Callable[..., Any], device: str, *arguments: Any) -> None:
+    placed = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+    expected, got = op(*arguments), getattr(pins, op.__name__)(*placed)
+    for x, y in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, expected)), strict=True):
+        assert torch.equal(x.cpu(), y), (op, x, y, arguments)
+
+
+def test_narrow_kernel(device: str) -> None:
+    counts = torch.zeros(1 + ops.BINS, dtype=torch.int64)
+    counts[[0, 1, 7, 40_000, ops.BINS]] = torch.tensor([5, 3, 1 << 33, 2, 9])
+    total = int(counts.sum())
+    for lo, shift in ((1000, 0), (0, 16), (0x7F000000, 9)):
+        hi = min(lo + (ops.BINS << shift) - 1, ops.MAX_KEY)
+        for position in (0, 4, 5, 7, 8, 1 << 33, total - 11, total - 10, total - 1, total, total + 70):
+            on_both(narrow, device, torch.tensor([lo, hi, shift, 0, 0]), counts, torch.tensor(position))
+    on_both(narrow, device, torch.tensor([7, 7, 0, 3, 1]), counts, torch.tensor(6))
+    # The last bin is not whole.
+    on_both(narrow, device, torch.tensor([0, 0xFFFF9000, 16, 0, 0]), counts, torch.tensor(total - 1))
+
+
+def test_bracket_of_kernel(device: str) -> None:
+    keys = (3 * torch.arange(16384))[torch.randperm(16384)]
+    for size in (1, 2, 500, 16384):
+        sample = keys[keys < 3 * size]
+        for share in (0, 1e-4, 0.2, 0.5, 0.999, 1):
+            total = 7_000_000_000
+            arguments = (sample, torch.tensor(int(share * (total - 1))), total)
+            lo, hi, shift, rank, resolved = pins.bracket_of(*(x.to(device) for x in arguments[:2]), total).tolist()
+            expected = bracket_of(*arguments).tolist()
+            # In float32 the ends of the bracket may be one key of the sample apart.
+            assert max(abs(lo - expected[0]), abs(hi - expected[1])) <= 3
+            assert (shift, rank, resolved) == (max(0, (hi - lo).bit_length() - 16), 0, 0)
+
+
+def test_settle_kernel(device: str) -> None:
+    for size, n in ((8, 5), (8, 8), (3000, 2500)):
+        candidates = torch.full((2, size), ops.MAX_INDEX)
+        at = torch.randperm(size)[:n]
+        candidates[0, at], candidates[1, at] = torch.randint(10, 14, (n,)), torch.randperm(1 << 20)[:n] << 22
+        for rank in {0, 1, n // 2, n - 1, n + 3}:
+            for found in (n, 0, size + 1):
+                bracket = torch.tensor([10, 13, 0, rank, 0])
+                on_both(settle, device, bracket, candidates, torch.tensor([found]))
+    on_both(settle, device, torch.tensor([10, 10, 0, 4, 1]), candidates, torch.tensor([0]))
+
+
+def test_cutoff_kernel(device: str) -> None:
+    for key in (0, 77, ops.MAX_KEY):
+        for n_prune in (-1, 0, 1, 99, 100, 101):
+            for exact in (True, False):
+                bracket = torch.tensor([key, key, 0, 0, 1])
+                on_both(cutoff, device, bracket, torch.tensor([1 << 40]), torch.tensor(n_prune), 100, exact)

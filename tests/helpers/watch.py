@@ -1,0 +1,135 @@
+"""Counts what a GPU's host would do: operator calls, reads of device values, uploads."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pins_ext import ops
+
+SELECT = import_module("pins_ext.ops.select")
+PACKAGE = Path(ops.__file__).parents[1]
+
+# What copies from the device and waits for it, or lets the size of a result depend on values. `tolist` and `numpy`
+# read a CPU tensor without any operator and are watched by name.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item", "allclose")
+
+# Tables that are still the host's. What bracket.py does on the CPU, kernels do on a GPU.
+HOST = ("layout.py:_laid_out",)
+
+
+class Watch:
+    """What happens while it is on.
+
+    Attributes:
+        calls: operator calls by name. reads: of device values by the host, by place in the package: "masks.py:91".
+        uploads: through ops.to_device.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.uploads = 0
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Watch all operators called from Python in here."""
+        with _Mode(self), _named(self):
+            yield
+
+    def inside(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """An operator's implementation, watched, too: around an operator a dispatch mode sees one call."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with _Mode(self):
+                return f(*args, **kwargs)
+
+        return watched
+
+    def read(self) -> None:
+        place = _place()
+        if place not in HOST and not place.startswith("bracket.py:"):
+            self.reads[place] += 1
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(f.overloadpacket).removeprefix("aten.")
+        self.watch.calls[name] += 1
+        if name in READS or (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.watch.read()
+        return f(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _named(watch: Watch) -> Iterator[None]:
+    """Watch tolist, numpy and uploads."""
+    saved = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}
+    upload = ops.to_device
+
+    def reading(name: str) -> Callable[..., Any]:
+        def read(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            watch.read()
+            return saved[name](x, *args, **kwargs)
+
+        return read
+
+    def uploading(values: Tensor, device: torch.device) -> Tensor:
+        watch.uploads += 1
+        return upload(values, device)
+
+    homes = [m for m in vars(ops).values() if getattr(m, "to_device", None) is upload]
+    try:
+        for name in saved:
+            setattr(Tensor, name, reading(name))
+        for home in [ops, *homes]:
+            home.to_device = uploading
+        yield
+    finally:
+        for name, method in saved.items():
+            setattr(Tensor, name, method)
+        for home in [ops, *homes]:
+            home.to_device = upload
+
+
+def _place() -> str:
+    """The innermost place in the package."""
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).is_relative_to(PACKAGE)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "test"
+
+
+@contextmanager
+def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
+    """CPU tensors take the branches of a GPU's: the host looks at nothing. `watch`: also inside of `select`."""
+    looked = SELECT.Scored.looked
+    library = torch.library.Library("pins_ext", "IMPL")
+    select = SELECT.select
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library.impl("select", watch.inside(select) if watch else select, "CPU", allow_override=True)
+    readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "rates")]
+    host_rate = readers[0].host_rate
+    SELECT.Scored.looked = lambda self, flag: False
+    for module in readers:
+        module.host_rate = lambda lr: None if isinstance(lr, Tensor) else float(lr)
+    try:
+        yield
+    finally:
+        SELECT.Scored.looked = looked
+        for module in readers:
+            module.host_rate = host_rate
+        library._destroy()

@@ -1,0 +1,179 @@
+"""No step waits for a GPU, and its operator calls don't grow with the model: counted on CPU tensors, without a GPU.
+
+The tensors take the branches of a GPU's; with --ptx so do the operators, in place of which kernels are launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from watch import Watch, like_a_gpu
+
+from pins_ext import PruneConfig, Pruner, ops
+from pins_ext.optim import PinsAdamW, PinsSGD
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+
+STEPS = 24
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "PinsAdamW": PinsAdamW,
+    "PinsSGD": lambda p, lr: PinsSGD(p, lr, momentum=0.9),
+    "AdamW": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+}
+MOST_CALLS = {"in a window": 25, "a window's end": 150, "cool-down": 150}
+"""Operator calls of a step, the optimizer's included; with --ptx those of the launchers, too."""
+
+
+@pytest.fixture(
+    params=[pytest.param("operators of the CPU", id="cpu"), pytest.param("kernels", id="ptx", marks=pytest.mark.ptx)]
+)
+def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
+    """Watches what is called inside it, on CPU tensors that take a GPU's branches."""
+    found = Watch()
+    with ExitStack() as stack:
+        if request.param == "kernels":
+            from ptx_emulator.plugin import on_emulated_gpu
+
+            stack.enter_context(on_emulated_gpu(request.config, around=found.inside))
+        stack.enter_context(like_a_gpu(found))
+        yield found
+
+
+class Steps:
+    """A model of `n` layers in training, watched step by step.
+
+    Attributes:
+        calls: operator calls of each step, without those of backward.
+    """
+
+    def __init__(self, watch: Watch, optimizer: str, n: int, lr: Any = 1e-3, **config: Any) -> None:
+        torch.manual_seed(0)
+        self.watch = watch
+        self.model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(n)))
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr=lr)
+        settings = {"sparsity": 0.7, "warmup": 4, "cooldown": 6, "delta_t": 4, "include": ["*.weight"], **config}
+        self.pruner = Pruner(self.model, self.optimizer, PruneConfig(**settings), total_steps=STEPS)
+        self.calls: list[int] = []
+
+    def run(self) -> Steps:
+        for _ in range(STEPS):
+            self.optimizer.zero_grad()
+            self.model(torch.randn(4, 16)).square().mean().backward()
+            before = sum(self.watch.calls.values())
+            with self.watch.on():
+                self.optimizer.step()
+            self.calls.append(sum(self.watch.calls.values()) - before)
+        return self
+
+    def kind(self, t: int) -> str:
+        if t >= STEPS - 6:
+            return "cool-down"
+        return "in a window" if t % 4 else "a window's end"
+
+
+SCOPES: dict[str, Any] = {"global": "global", "layer": "layer", "groups": {"first": ["0.*", "1.*"]}}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("policy", ["reference", "strict"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_step_reads_a_device_value(watch: Watch, optimizer: str, policy: str, scope: str) -> None:
+    Steps(watch, optimizer, 3, scope=SCOPES[scope], mask_policy=policy).run()
+    assert watch.calls["pins_ext.select"]
+    assert not watch.reads
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"criterion": "movement"},
+        {"criterion": "platon", "mask_policy": "strict"},
+        {"criterion": "pins-update"},
+        {"criterion": "magnitude"},
+        {"beta2": 0.0},
+        {"beta2": 1.0},
+        {"mask_optimizer_state": True},
+        {"state_dtype": "bfloat16"},
+        {"ties": "reference"},
+    ],
+    ids=str,
+)
+def test_no_criterion_reads_a_device_value(watch: Watch, optimizer: str, config: dict[str, Any]) -> None:
+    Steps(watch, optimizer, 3, **config).run()
+    assert not watch.reads
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_learning_rate_on_the_device_is_not_read(watch: Watch, optimizer: str) -> None:
+    Steps(watch, optimizer, 3, lr=torch.tensor(1e-3)).run()
+    assert not watch.reads
+
+
+@pytest.mark.parametrize("optimizer", ["PinsAdamW", "PinsSGD"])
+def test_a_gradient_scaler_is_not_read(watch: Watch, optimizer: str) -> None:
+    steps = Steps(watch, optimizer, 3)
+    for attribute, value in (("grad_scale", 1024.0), ("found_inf", 0.0)):
+        setattr(steps.optimizer, attribute, torch.tensor(value))
+    steps.run()
+    assert not watch.reads
+
+
+@pytest.mark.parametrize("policy", ["reference", "strict"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_operator_calls_do_not_grow_with_the_model(watch: Watch, optimizer: str, policy: str) -> None:
+    small = Steps(watch, optimizer, 2, mask_policy=policy).run()
+    large = Steps(watch, optimizer, 30, mask_policy=policy).run()
+    # In the first step the optimizer makes its states.
+    assert small.calls[1:] == large.calls[1:]
+    for t, calls in enumerate(large.calls):
+        if t:
+            assert calls <= MOST_CALLS[large.kind(t)], (t, large.kind(t), calls)
+
+
+def test_the_watch_sees_a_read(watch: Watch) -> None:
+    """Each way by which a value gets to the host."""
+    x = torch.ones(3)
+    reads: list[Callable[[], Any]] = [
+        lambda: x[0].item(),
+        lambda: bool(x[0] > 0),
+        lambda: float(x[1]),
+        lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: x[x > 0],
+        lambda: x[torch.tensor(1)],
+        lambda: torch.equal(x, x),
+        lambda: x.nonzero(),
+        lambda: range(5)[x.long()[0]],
+    ]
+    for n, read in enumerate(reads, 1):
+        with watch.on():
+            read()
+        assert sum(watch.reads.values()) == n
+
+
+def test_a_selection_takes_few_calls(watch: Watch) -> None:
+    """Thresholds as on the CPU; as many calls for two tensors as for forty."""
+    calls = []
+    for n in (2, 40):
+        a, b = ([torch.randn(500) for _ in range(n)] for _ in range(2))
+        layout, n_prune = ops.Layout.of(a), torch.tensor(400 * n)
+        work = (layout.places, layout.chunks)
+        expected = ops.select(a, b, *work, "product", n_prune)
+        counted: dict[str, Tensor] = {"bracket": ops.bracket_around(expected)}
+        counted["counts"] = torch.zeros(1 + ops.BINS, dtype=torch.int64)
+        torch.ops.pins_ext.count_(counted["counts"], a, b, *work, "product", counted["bracket"])
+        for given in ({}, counted):
+            before = sum(watch.calls.values())
+            with watch.on():
+                chosen = torch.ops.pins_ext.select(a, b, *work, "product", n_prune, **given)
+            calls.append(sum(watch.calls.values()) - before)
+            assert torch.equal(chosen, expected)
+    assert not watch.reads
+    assert calls[:2] == calls[2:]
+    assert max(calls) <= 100
