@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from pins_ext.files.atomic import write_file
+from pins_ext.integrations.evaluation import EvaluationView
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
 from pins_ext.pruning.config import PruneConfig
@@ -69,6 +70,8 @@ class PinsCallback(TrainerCallback):
         config: what to prune, how much and when; None prunes nothing.
         self_regularizer: adds the distance from an earlier checkpoint of the model to its loss.
         resume_from: the folder of the checkpoint that training resumes from.
+        metric: the metric that the "best" teacher follows, and whether greater is better, where the Trainer's own
+            `metric_for_best_model` names none; accuracy, or else the loss, when None.
 
     Attributes:
         pruner: the running pruner, from the start of training on. final: what `Pruner.finalize` returned.
@@ -83,8 +86,9 @@ class PinsCallback(TrainerCallback):
         config: PruneConfig | None,
         self_regularizer: SelfRegularizer | None = None,
         resume_from: str | Path | None = None,
+        metric: tuple[str, bool] | None = None,
     ) -> None:
-        self.config, self.self_regularizer = config, self_regularizer
+        self.config, self.self_regularizer, self.metric = config, self_regularizer, metric
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.pruner: Pruner | None = None
         self.final: dict[str, Any] | None = None
@@ -94,7 +98,8 @@ class PinsCallback(TrainerCallback):
         self.saves_in_on_save = True
         self.regularizes_forward = True
         self._run = uuid.uuid4().hex
-        self._stats: dict[str, Any] = {}
+        self._stats: tuple[Any, dict[str, Any]] = (None, {})
+        self._view: EvaluationView | None = None
         self._losses: dict[str, tuple[Any, int]] = {}
         self._best_before: tuple[Any, ...] | None = None
         self._at_last_log = (0, 0.0, 0.0, 0.0)
@@ -116,10 +121,15 @@ class PinsCallback(TrainerCallback):
         self._come_before_reporters()
         if model is None or optimizer is None:
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
+        if self._view is not None:
+            self._view.detach()
         if self.pruner is not None:
             self.pruner.detach()
         if self.config is not None:
             self.pruner = Pruner(model, optimizer, self.config, total_steps=state.max_steps)
+            self._view = EvaluationView(self.pruner)
+            if self.self_regularizer is not None:
+                self.self_regularizer.teacher.snapshots_in = self.pruner.masked_view
         if self.self_regularizer is not None:
             self.self_regularizer.set_total_steps(state.max_steps)
             if self.regularizes_forward:
@@ -136,6 +146,7 @@ class PinsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget a best model that was not at the target."""
+        self._close_view()
         self._forget_early_best(state)
         self.timer.on_step_begin(args, state, control)
 
@@ -202,14 +213,27 @@ class PinsCallback(TrainerCallback):
     ) -> None:
         """Note whether this model may become the best one; show its score to the teacher policy that asks for it."""
         if self.pruner is not None:
-            self.at_target = abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
+            # The weights that a checkpoint would hold, not those that were evaluated.
+            as_saved = not self.pruner.masks.in_view
+            self.at_target = as_saved and abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
             state.log_history[-1]["at_target"] = self.at_target
             if not self.at_target:
                 self._best_before = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         if self.self_regularizer is not None and metrics:
-            score = _score(args, metrics)
+            score = _score(args, metrics, self.metric)
             if score is not None:
                 self.self_regularizer.evaluated(score)
+        self._close_view()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """The weights are those of training again."""
+        self._close_view()
+
+    def _close_view(self) -> None:
+        if self._view is not None:
+            self._view.close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -217,13 +241,15 @@ class PinsCallback(TrainerCallback):
         """Bring the model to its target to the last weight, whichever way training ended, and verify it."""
         if self.self_regularizer is not None:
             self.self_regularizer.detach()
+        if self._view is not None:
+            self._view.detach()
         if self.pruner is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The Trainer has put the best model's weights back; its masks belong to them.
             self.pruner.load(Path(state.best_model_checkpoint) / PRUNER_FILE)
         self.final = self.pruner.finalize()
-        self._stats = {}
+        self._stats = (None, {})
 
     @property
     def config_sparsity(self) -> float:
@@ -231,13 +257,14 @@ class PinsCallback(TrainerCallback):
         return 1 - self.pruner.schedule.final_ratio if self.pruner is not None else 0.0
 
     def stats(self) -> dict[str, Any]:
-        """`Pruner.stats`, taken at most once per step."""
+        """`Pruner.stats`, taken at most once per step, and once more within a view of the masked model."""
         assert self.pruner is not None
-        if self._stats.get("step") != self.pruner.step:
+        moment = (self.pruner.step, self.pruner.masks.in_view)
+        if self._stats[0] != moment:
             begin = time.perf_counter()
-            self._stats = self.pruner.stats()
-            self.pruning_seconds += self._stats["ms"] / 1e3 + time.perf_counter() - begin
-        return self._stats
+            self._stats = (moment, self.pruner.stats())
+            self.pruning_seconds += self._stats[1]["ms"] / 1e3 + time.perf_counter() - begin
+        return self._stats[1]
 
     def _note_losses(self, losses: Losses) -> None:
         parts = {"task_loss": losses.task, "divergence": losses.divergence, "teacher_weight": losses.weight}
@@ -289,6 +316,7 @@ class PinsCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the pruner's and the teacher's state into the checkpoint that a stock Trainer has just written."""
+        self._close_view()
         self._forget_early_best(state)
         if not self.saves_in_on_save:
             return
@@ -369,11 +397,15 @@ def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, 
     return fused[stock], {name: value for name, value in options.items() if name != "fused"}
 
 
-def _score(args: TrainingArguments, metrics: Mapping[str, float]) -> float | None:
-    """The evaluation's score, higher is better: the best model's metric, else accuracy, else the negative loss."""
-    name = args.metric_for_best_model or ("eval_accuracy" if "eval_accuracy" in metrics else "eval_loss")
+def _score(args: TrainingArguments, metrics: Mapping[str, float], metric: tuple[str, bool] | None) -> float | None:
+    """The evaluation's score, higher is better: the best model's metric, else `metric`, else accuracy or -loss."""
+    if args.metric_for_best_model:
+        name, greater = args.metric_for_best_model, bool(args.greater_is_better)
+    elif metric is not None:
+        name, greater = metric
+    else:
+        name, greater = ("eval_accuracy", True) if "eval_accuracy" in metrics else ("eval_loss", False)
     name = name if name.startswith("eval_") else f"eval_{name}"
     if name not in metrics:
         return None
-    greater = args.greater_is_better if args.metric_for_best_model else not name.endswith("loss")
     return metrics[name] if greater else -metrics[name]

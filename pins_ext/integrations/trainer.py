@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,14 +180,17 @@ class PinsTrainer(ClipInPass, Trainer):
     # ---- evaluating --------------------------------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer's, but training's random numbers stay as they are."""
-        with random_state.untouched():
+        """As Trainer's, but of the masked model, and training's random numbers stay as they are."""
+        with random_state.untouched(), self._masked_view():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, but training's random numbers stay as they are."""
-        with random_state.untouched():
+        with random_state.untouched(), self._masked_view():
             return super().predict(*args, **kwargs)
+
+    def _masked_view(self) -> AbstractContextManager[None]:
+        return self.pins.pruner.masked_view() if self.pins.pruner is not None else nullcontext()
 
 
 def _numerics() -> dict[str, Any]:

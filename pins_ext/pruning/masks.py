@@ -32,7 +32,8 @@ class Masks:
         cutoff: int64 [n, 2], or [1, 2] for all tensors: (order key, tie index); weights before it, in the order of
             (score, global index), are pruned.
         frozen: whether the masks never change again.
-        applied: whether pruned weights are zero at this moment.
+        applied: whether pruned weights are zero at this moment, and stay so.
+        in_view: whether they are zero only as long as a view is open, see `view.masked`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig) -> None:
@@ -43,6 +44,7 @@ class Masks:
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.frozen = False
         self.applied = False
+        self.in_view = False
         self._chosen_for: tuple[int, ...] | None = None
         self._stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
         self._counts: Tensor | None = None

@@ -27,7 +27,8 @@ class Plan(dict[str, Any]):
             f"({self['share_of_model']:.1%} of the model's {self['model_weights']:,})",
             f"{self['zeros_at_the_end']:,} of them zero at the end: sparsity {self['final_sparsity']:.4%}",
             f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} B per weight) "
-            f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB",
+            f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB; while the masked model is evaluated up to "
+            f"{self['view_bytes'] / 2**20:,.1f} MiB of hidden weights",
             f"schedule {self['schedule']}: dense to step {self['warmup']}, at the end from step {self['final_start']} "
             f"of {self['total_steps']}, {self['masks']} masks on the way",
             "  step  sparsity",
@@ -70,6 +71,7 @@ def plan(
         final_sparsity=zeros / n,
         state_bytes=state_bytes,
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
+        view_bytes=_view_bytes(config, zeros, parameters),
         schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),
         warmup=schedule.initial_warmup,
         final_start=schedule.final_start,
@@ -79,6 +81,11 @@ def plan(
         conflicts=conflicts(config, schedule),
         config=config.to_dict(),
     )
+
+
+def _view_bytes(config: PruneConfig, zeros: int, parameters: Mapping[str, Tensor]) -> int:
+    """What Pruner.masked_view keeps while it is open, at most; under strict masks there is nothing to hide."""
+    return 0 if config.mask_policy == "strict" else zeros * max(p.element_size() for p in parameters.values())
 
 
 def conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.view import masked
 
 
 @dataclasses.dataclass
@@ -149,6 +151,10 @@ class Pruner:
     @torch.no_grad()
     def begin_step(self, slot: Slot) -> None:
         """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
+        if self.masks.in_view:
+            raise RuntimeError(
+                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
+            )
         begin = time.perf_counter()
         now = self._now
         if now and slot in now.slots and any(other.stepped for other in now.slots[now.slots.index(slot) :]):
@@ -273,6 +279,14 @@ class Pruner:
             raise ValueError(f"{name!r} is not pruned; Pruner.names lists what is, such as {self.names[0]!r}")
         i = self.names.index(name)
         return self.masks.keep(i, self.parameters[i].shape)
+
+    def masked_view(self) -> AbstractContextManager[None]:
+        """The masked model, within a `with`: the last mask is applied, and afterwards the weights are as they were.
+
+        Under the "reference" policy weights train densely between masks, so an evaluation there would see an unpruned
+        model. Weights come back bit for bit, on exceptions too; a step inside the view is refused.
+        """
+        return masked(self.parameters, self.masks)
 
     def stats(self) -> dict[str, Any]:
         """Statistics of the model and of its last selection; costs a few synchronisations.

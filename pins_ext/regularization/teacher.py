@@ -7,8 +7,8 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Teacher:
         self.snapshot_step: int | None = None
         self.best_score: float | None = None
         self.seconds = 0.0
+        self.snapshots_in: Callable[[], AbstractContextManager[None]] = nullcontext
         self._average: dict[str, Tensor] = {}
         if every is not None and every < 1:
             raise ValueError(f"every is a number of steps, at least 1, got {every}")
@@ -125,11 +126,12 @@ class Teacher:
     def _snapshot(self) -> None:
         """Become the model as it is now, in place; the first time, a deep copy."""
         self.snapshot_step = self.steps
-        if self.module is None:
-            self.module = self._copy()
-            return
-        own, model = self._pairs()
-        torch._foreach_copy_(list(own.values()), list(model.values()))
+        with nullcontext() if self.policy == "ema" else self.snapshots_in():
+            if self.module is None:
+                self.module = self._copy()
+                return
+            own, model = self._pairs()
+            torch._foreach_copy_(list(own.values()), list(model.values()))
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -73,7 +73,8 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
         notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
         notes += request.recipe_choices
-        pins = PinsCallback(request.pruning, regularizer)
+        metric = (task.main_metric, task.greater_is_better)
+        pins = PinsCallback(request.pruning, regularizer, metric=metric)
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []

@@ -1,0 +1,47 @@
+"""Evaluations of a Trainer that knows nothing of pruning: they see the masked model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from pins_ext.pruning.pruner import Pruner
+
+
+class EvaluationView:
+    """Opens `Pruner.masked_view` at the first forward pass in eval mode without gradients; `close` ends it.
+
+    A Trainer has no event before an evaluation. A forward pass in training mode closes the view, too.
+
+    Args:
+        pruner: whose model is watched.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = pruner
+        self._stack = ExitStack()
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_forward(module: nn.Module, args: Any) -> None:
+            # A copy of the model, as a teacher is, has this hook, too.
+            if module is not pruner.model:
+                return
+            if module.training:
+                self.close()
+            elif not torch.is_grad_enabled() and not pruner.masks.in_view:
+                self._stack.enter_context(pruner.masked_view())
+
+        # A function, not a method: a deep copy of the model keeps it and copies nothing of the pruner.
+        self._handle = pruner.model.register_forward_pre_hook(before_forward)
+
+    def close(self) -> None:
+        """Put the weights back."""
+        self._stack.close()
+
+    def detach(self) -> None:
+        """Close, and watch the model no more."""
+        self.close()
+        self._handle.remove()
