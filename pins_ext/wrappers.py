@@ -21,8 +21,8 @@ def _inside_ddp(model: nn.Module) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile puts into it, around the model or around any part of it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's name without what torch.compile and activation checkpointing put into it, anywhere."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -46,5 +46,9 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters are DTensors, or flattened by FullyShardedDataParallel."""
-    flattened = any("FullyShardedDataParallel" in type(m).__name__ for m in module.modules())
-    return flattened or any(hasattr(p, "placements") for p in module.parameters())
+    return is_flattened(module) or any(hasattr(p, "placements") for p in module.parameters())
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel, the first FSDP, has put the parameters into flat vectors."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in module.modules())

@@ -40,12 +40,21 @@ class Ranks:
         self._group = _group_of(everyone, covered[everyone]) if self.size > 1 else None
         self._device = torch.device(covered[everyone].device_type) if self.size > 1 else None
         first = min(everyone, default=0)
-        self.owned = tuple(i for i, t in enumerate(tensors) if self.size == 1 or _is_first(t, first))
+        self.owned = owned = tuple(i for i, t in enumerate(tensors) if self.size == 1 or _is_first(t, first))
+        self._owned = frozenset(owned)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        # Process groups can't be copied, and a copy of the tensors lies on the same ranks.
+        return self
 
     @property
     def alone(self) -> bool:
         """Whether there is one process: then nothing is ever sent."""
         return self.size == 1
+
+    def counts(self, i: int) -> bool:
+        """Whether this rank counts the tensor at this place."""
+        return i in self._owned
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, the same on each.

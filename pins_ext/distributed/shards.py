@@ -6,8 +6,8 @@ unevenly before (pytorch#161368).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,44 @@ def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory; a plain tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """The part of a parameter's gradient that belongs to this rank's part of the parameter."""
+    grad = parameter.grad
+    if grad is None or not is_dtensor(grad):
+        return grad
+    placements = cast("DTensor", parameter).placements
+    # Sums that are still to be made, of a replicated weight in a tensor-parallel layer.
+    return local(grad if grad.placements == placements else grad.redistribute(placements=placements))
+
+
+def like(parameter: Tensor, part: Tensor) -> Tensor:
+    """This rank's part as the tensor of which all parts are one: a DTensor where the parameter is one."""
+    if not is_dtensor(parameter):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        # Without them an uneven cut gets another shape.
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def layout_of(parameters: Mapping[str, Tensor]) -> ops.Layout:
+    """The places of this rank's parts among all weights, by the parameters' names.
+
+    Raises:
+        ValueError: see shard_of.
+    """
+    shards = [shard_of(name, p) for name, p in parameters.items()]
+    return ops.Layout.of([local(p) for p in parameters.values()], shards)
 
 
 def shard_of(name: str, tensor: Tensor) -> ops.Shard | None:

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.rehearsal import is_rehearsal
 from pins_ext.optim.scaling import Scaling
 
 _Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -38,6 +41,7 @@ class FusedOptimizer(Optimizer):
         self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._left_listener = False  # a copy, of one that had a listener
         self._eager_step = torch.compiler.disable(self._step)
+        self._ranks: tuple[tuple[int, ...], Ranks] | None = None
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -65,7 +69,7 @@ class FusedOptimizer(Optimizer):
             self._refuse_unsupported(group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        for name in ("listener", "grad_clip"):
+        for name in ("listener", "grad_clip", "_ranks"):
             self.__dict__.setdefault(name, None)
         for name in ("_norm_layouts", "_plain"):
             self.__dict__.setdefault(name, {})
@@ -95,6 +99,9 @@ class FusedOptimizer(Optimizer):
                 raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
             with torch.enable_grad():
                 loss = closure()
+        if is_rehearsal(self):
+            self._rehearse()
+            return loss
         try:
             # torch.compile breaks its graph here: a listener's decisions are the host's, other ones in every step.
             (self._step if self.listener is None else self._eager_step)(self.listener)
@@ -127,7 +134,8 @@ class FusedOptimizer(Optimizer):
         As torch.nn.utils.clip_grad_norm_ over this optimizer's parameters, but for one read of the gradients instead of
         a read and a write: norm and factor stay on the device, and the next step multiplies. `.grad` stays unclipped.
         The factor serves the next step alone; `zero_grad` drops it, and a second call replaces it. With a gradient
-        scaler, call `scaler.unscale_(optimizer)` first, as for torch's.
+        scaler, call `scaler.unscale_(optimizer)` first, as for torch's. The norm of sharded gradients is that of the
+        whole ones: every rank calls this.
 
         Args:
             max_norm: largest 2-norm that the gradients keep; of all of them together.
@@ -141,24 +149,42 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a sparse gradient.
         """
         check_not_negative(max_norm=max_norm)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        ranks = self._ranks_of(parameters)
         batches: dict[Any, list[Tensor]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.layout != torch.strided:
-                        raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                    batches.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad.contiguous())
-        if not batches:
-            return torch.zeros(())
-        sums, layouts = [], {}
+        for i, p in enumerate(parameters):
+            if (grad := local_gradient(p)) is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            # Of replicas one counts; the others keep the same device and dtype, so that every rank sums alike.
+            part = grad.contiguous() if ranks.counts(i) else grad.new_empty(0)
+            batches.setdefault((grad.device, grad.dtype), []).append(part)
+        sums, layouts = [torch.zeros(1, dtype=torch.float64)], {}
         for grads in batches.values():
             key = tuple(g.numel() for g in grads)
             layout = layouts[key] = self._norm_layouts.get(key) or ops.Layout.of(grads)
             sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks))
         self._norm_layouts = layouts
-        device = sums[0].device
-        norm, self.grad_clip = ops.clip_factor(sum(s.to(device) for s in sums), float(max_norm))
+        device = sums[-1].device
+        total = ranks.sum(torch.stack([s.to(device) for s in sums]).sum(0))
+        norm, self.grad_clip = ops.clip_factor(total, float(max_norm))
         return norm.reshape(())
+
+    def _ranks_of(self, parameters: list[Tensor]) -> Ranks:
+        """The processes that hold the parameters; asked anew where those are new."""
+        key = tuple(id(p) for p in parameters)
+        if self._ranks is None or self._ranks[0] != key:
+            self._ranks = (key, Ranks(parameters))
+        return self._ranks[1]
+
+    def _rehearse(self) -> None:
+        """Make the state that a first step will need, and leave it and the weights at the beginning."""
+        for group in self.param_groups:
+            names = self._moments(group)
+            for p in group["params"]:
+                if names and p.grad is not None:
+                    self._initialise(p, names)
 
     def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
         """Parameters with a gradient and their groups, those that one kernel call can take together: pruned, plain.
@@ -184,29 +210,31 @@ class FusedOptimizer(Optimizer):
         live = {}
         for parameters, owners in batches:
             key = tuple(id(p) for p in parameters)
-            live[key] = self._plain.get(key) or PruningArguments.none(ops.Layout.of(parameters))
+            layout = None if key in self._plain else ops.Layout.of([local(p) for p in parameters])
+            live[key] = self._plain[key] if layout is None else PruningArguments.none(layout)
             self._run(parameters, owners, live[key])
         self._plain = live
 
     def _run(self, parameters: list[Tensor], owners: list[dict[str, Any]], pruning: PruningArguments) -> None:
         """Check tensors, count the step, run the kernel; the owners agree on their moments."""
         name, device = type(self).__name__, parameters[0].device
-        grads = []
-        for p in parameters:
-            assert p.grad is not None
-            if not p.is_contiguous():
-                raise ValueError(f"{name} needs contiguous parameters, got strides {p.stride()}")
-            if p.grad.layout != torch.strided:
+        parts, grads = [local(p) for p in parameters], []
+        for p, part in zip(parameters, parts, strict=True):
+            grad = local_gradient(p)
+            assert grad is not None
+            if not part.is_contiguous():
+                raise ValueError(f"{name} needs contiguous parameters, got strides {part.stride()}")
+            if grad.layout != torch.strided:
                 raise RuntimeError(f"{name} does not support sparse gradients")
-            grads.append(p.grad.contiguous())
+            grads.append(grad.contiguous())
         scaling = Scaling.of(self, device)
         names = self._moments(owners[0])
         if names:
             for p in parameters:
                 self._initialise(p, names)
             self._count(parameters, scaling.found_inf)
-        moments = {key: [self.state[p][key] for p in parameters] for key in names}
-        self._kernel(parameters, moments, grads, self._hyper(parameters, owners), pruning, scaling)
+        moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
+        self._kernel(parts, moments, grads, self._hyper(parameters, owners), pruning, scaling)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
@@ -278,7 +306,8 @@ def _exported(state: dict[str, Any]) -> dict[str, Any]:
         return state
     step = float(state["step"]) - float(state.get("skipped", 0))
     moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
-    return {"step": torch.tensor(step), **moments} if step > 0 else {}
+    # No step but skipped ones: torch's have no state then.
+    return {"step": torch.tensor(step), **moments} if step > 0 or "skipped" not in state else {}
 
 
 def check_not_negative(**values: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pins_ext.distributed.shards import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -25,5 +28,11 @@ class Scaling:
     @staticmethod
     def of(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> Scaling:
         """What was set on this optimizer, on this device if one is named."""
-        values = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf", "grad_clip"))
+        names = ("grad_scale", "found_inf", "grad_clip")
+        values = (_whole(getattr(optimizer, name, None)) for name in names)
         return Scaling(*(v.reshape(1).to(device or v.device) if isinstance(v, Tensor) else None for v in values))
+
+
+def _whole(value: Any) -> Any:
+    """A DTensor's value, with what the ranks have still to sum."""
+    return value.full_tensor() if is_dtensor(value) else value

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
+from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.rates import Rate
+from pins_ext.optim.rehearsal import is_rehearsal
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
@@ -72,10 +74,15 @@ class Slot(ABC):
         masks: Masks,
     ) -> None:
         self.optimizer, self.indices, self.part = optimizer, tuple(indices), part
-        self.names, self.importance, self.masks = names, importance, masks
+        self.names = names
+        self.bind(importance, masks)
+        self.reset()
+
+    def bind(self, importance: Importance, masks: Masks) -> None:
+        """Follow these from now on: before the first step parameters may have been replaced by shards of them."""
+        self.importance, self.masks = importance, masks
         self.parameters = importance.parameters
         self._subsets = ops.Subsets(importance.layout)
-        self.reset()
 
     @abstractmethod
     def attach(self, driver: StepDriver) -> None:
@@ -132,8 +139,7 @@ class Slot(ABC):
 
     def apply_masks(self, indices: Sequence[int]) -> None:
         """Zero the pruned weights of some of its tensors, and their optimizer states if the configuration says so."""
-        tensors: list[Tensor] = [self.parameters[i] for i in indices]
-        self.masks.apply(tensors, indices, self._subsets.of(indices))
+        self.masks.apply([local(self.parameters[i]) for i in indices], indices, self._subsets.of(indices))
         if not self.importance.config.mask_optimizer_state:
             return
         states: dict[str, list[tuple[int, Tensor]]] = {}
@@ -141,7 +147,7 @@ class Slot(ABC):
             p = self.parameters[i]
             for name, state in self.optimizer.state[p].items():
                 if isinstance(state, Tensor) and state.shape == p.shape:
-                    states.setdefault(name, []).append((i, state))
+                    states.setdefault(name, []).append((i, local(state)))
         for entries in states.values():
             places, of_name = zip(*entries, strict=True)
             self.masks.apply(list(of_name), places, self._subsets.of(places))
@@ -168,11 +174,13 @@ class Slot(ABC):
     def _score_gradient(self, i: int) -> Tensor | None:
         """The gradient that scores a parameter, as it is."""
         given = self.step.gradients
-        return self.parameters[i].grad if given is None else given.get(self.names[i])
+        if given is None:
+            return local_gradient(self.parameters[i])
+        return local(given[self.names[i]]) if self.names[i] in given else None
 
     def _gradient(self, i: int) -> Tensor:
         """The gradient that scores a parameter, as the kernels take it; a missing one is zero."""
-        p, grad = self.parameters[i], self._score_gradient(i)
+        p, grad = local(self.parameters[i]), self._score_gradient(i)
         if grad is None:
             return torch.zeros_like(p)
         if grad.layout != torch.strided:
@@ -185,6 +193,7 @@ class HookedSlot(Slot):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.rehearsed = False  # whether the step under way is none, see is_rehearsal
         self._handles: list[Any] = []
 
     def attach(self, driver: StepDriver) -> None:
@@ -211,7 +220,7 @@ class HookedSlot(Slot):
         """See Slot; weights that were stepped go into the shadow, the others were masked before."""
         if self.stepped and self.importance.shadow:
             stepped = [i for i in self.indices if self.parameters[i].grad is not None]
-            weights, shadow = [self.parameters[i] for i in stepped], [self.importance.shadow[i] for i in stepped]
+            weights, shadow = [local(self.parameters[i]) for i in stepped], [self.importance.shadow[i] for i in stepped]
             if self.scaling.found_inf is not None:
                 skipped = self.scaling.found_inf != 0
                 weights = [torch.where(skipped, old, new) for old, new in zip(shadow, weights, strict=True)]
@@ -230,10 +239,14 @@ class FusedSlot(Slot):
     optimizer: FusedOptimizer
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
         self._driver: StepDriver | None = None
-        self._places = {id(self.parameters[i]): i for i in self.indices}
         self._passed: set[int] = set()
+        super().__init__(*args)
+
+    def bind(self, importance: Importance, masks: Masks) -> None:
+        """See Slot."""
+        super().bind(importance, masks)
+        self._places = {id(self.parameters[i]): i for i in self.indices}
 
     def attach(self, driver: StepDriver) -> None:
         """See Slot."""
@@ -347,14 +360,18 @@ def slot_of(optimizer: Optimizer, *args: Any) -> Slot:
     return (FusedSlot if isinstance(optimizer, FusedOptimizer) else HookedSlot)(optimizer, *args)
 
 
-def _before(driver: StepDriver, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    slot.rehearsed = is_rehearsal(optimizer)
+    if slot.rehearsed:
+        return
     if any(callable(value) for value in (*args, *kwargs.values())):
         raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
     driver.begin_step(slot)
 
 
-def _after(driver: StepDriver, slot: Slot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    driver.end_step(slot)
+def _after(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not slot.rehearsed:
+        driver.end_step(slot)
 
 
 def _taken(optimizer: Optimizer) -> bool:

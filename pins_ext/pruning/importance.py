@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import local
 from pins_ext.optim.rates import Rate, rates_on
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.config import PruneConfig
@@ -40,7 +43,16 @@ def _float32(rate: Rate) -> Rate:
 
 
 class Importance:
-    """States of n tensors, one tensor each of the parameter's shape, and the operators that advance them.
+    """States of n tensors, one each of the shape of this rank's part, and the operators that advance them.
+
+    The states are made when they are first asked for: until training begins, a model may yet be cut into shards.
+
+    Args:
+        parameters: the pruned tensors, DTensors or plain.
+        config: which states there are.
+        layout: of this rank's parts.
+        parts: see the attribute.
+        ranks: the processes that hold the tensors.
 
     Attributes:
         ipt: mean of the instant scores of the window under way (movement: their sum); empty for magnitude.
@@ -53,22 +65,49 @@ class Importance:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], config: PruneConfig, layout: ops.Layout, parts: Sequence[Sequence[int]]
+        self,
+        parameters: Sequence[Tensor],
+        config: PruneConfig,
+        layout: ops.Layout,
+        parts: Sequence[Sequence[int]],
+        ranks: Ranks,
     ) -> None:
-        self.config, self.layout = config, layout
+        self.config, self.layout, self.ranks = config, layout, ranks
         self.parameters = list(parameters)
-        device, kept = layout.places.device, state_names(config)
-
-        def states(name: str) -> list[Tensor]:
-            return [torch.zeros(p.shape, dtype=config.dtype, device=device) for p in parameters] if name in kept else []
-
-        self.ipt, self.exp_avg_ipt, self.exp_avg_unc = states("ipt"), states("exp_avg_ipt"), states("exp_avg_unc")
-        self.shadow = [p.detach().clone() for p in parameters] if "shadow" in kept else []
+        device = layout.places.device
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
+        self._seen_by_all = False
         self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
         self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @cached_property
+    def _states(self) -> dict[str, list[Tensor]]:
+        parts = [local(p) for p in self.parameters]
+        kept = state_names(self.config)
+        states = {name: [torch.zeros_like(p, dtype=self.config.dtype) for p in parts] for name in kept}
+        return states | ({"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {})
+
+    @property
+    def ipt(self) -> list[Tensor]:
+        """See the class."""
+        return self._states.get("ipt", [])
+
+    @property
+    def exp_avg_ipt(self) -> list[Tensor]:
+        """See the class."""
+        return self._states.get("exp_avg_ipt", [])
+
+    @property
+    def exp_avg_unc(self) -> list[Tensor]:
+        """See the class."""
+        return self._states.get("exp_avg_unc", [])
+
+    @property
+    def shadow(self) -> list[Tensor]:
+        """See the class."""
+        return self._states.get("shadow", [])
 
     @property
     def criterion(self) -> str:
@@ -107,7 +146,7 @@ class Importance:
     def score(self) -> Operands:
         """Kind and operands of the score that the selection reads: ops.SCORES, a, b."""
         if not self.config.rule.instant:
-            return self.config.rule.name, self.shadow or self.parameters, []
+            return self.config.rule.name, self.shadow or [local(p) for p in self.parameters], []
         if not self.config.smoothed:
             return "identity", self.ipt, []
         if self.config.beta2 == 1:
@@ -137,7 +176,8 @@ class Importance:
             step: pruner step.
             scaling: gradient scaling under way.
         """
-        weights = [(self.shadow or self.parameters)[i] for i in indices]
+        shadow = self.shadow
+        weights = [shadow[i] if shadow else local(self.parameters[i]) for i in indices]
         rates = rates_on(lr, layout.places.device).float()
         if callable(self.config.criterion):
             grads = [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
@@ -168,8 +208,18 @@ class Importance:
         return c.float().contiguous()
 
     def count_accepted(self, part: int, scaling: Scaling, scored: bool) -> None:
-        """One more gradient in a part's window, unless it was not finite; scored: any weight had one of its own."""
+        """One more gradient in a part's window, unless it was not finite.
+
+        Args:
+            part: whose.
+            scaling: of the step.
+            scored: whether any weight on this rank had a gradient of its own; where experts are spread, not every rank
+                has one in every step.
+        """
         accepted = self.accepted[part]
+        if not self._seen_by_all:
+            scored = self.ranks.any(scored)
+            self._seen_by_all = scored and scaling.found_inf is None
         finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).to(accepted.dtype)
         accepted += finite
         if scored:
@@ -182,23 +232,34 @@ class Importance:
             step: pruner step.
             counted: count the new scores in the same pass; needs all weights in one part.
         """
-        bracket, counts = counted or (None, None)
         for (indices, layout), accepted in zip(self.parts, self.accepted, strict=True):
-            torch.ops.pins_ext.fold_(
-                [self.exp_avg_ipt[i] for i in indices],
-                [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
-                [self.ipt[i] for i in indices],
-                layout.places,
-                layout.chunks,
-                accepted,
-                self.rng(step, _FOLD),
-                self.config.beta1,
-                self.config.beta2,
-                bracket=bracket,
-                counts=counts,
-            )
+            if counted is None or len(self.ranks.owned) == len(indices):
+                self._fold(indices, layout, accepted, step, counted)
+            else:
+                # Another rank counts the tensors that it holds, too.
+                others = [i for i in indices if not self.ranks.counts(i)]
+                self._fold(self.ranks.owned, layout.subset(self.ranks.owned), accepted, step, counted)
+                self._fold(others, layout.subset(others), accepted, step, None)
             accepted.zero_()
         self.folded |= self.seen
+
+    def _fold(
+        self, indices: Sequence[int], layout: ops.Layout, accepted: Tensor, step: int, counted: Counted | None
+    ) -> None:
+        bracket, counts = counted or (None, None)
+        torch.ops.pins_ext.fold_(
+            [self.exp_avg_ipt[i] for i in indices],
+            [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
+            [self.ipt[i] for i in indices],
+            layout.places,
+            layout.chunks,
+            accepted,
+            self.rng(step, _FOLD),
+            self.config.beta1,
+            self.config.beta2,
+            bracket=bracket,
+            counts=counts,
+        )
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]; float32 states are not rounded and need none."""

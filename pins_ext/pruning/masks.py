@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import local
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Counted, Importance, Operands
 from pins_ext.pruning.scopes import Scopes
@@ -22,13 +24,14 @@ class Masks:
     """One bit a weight (1 = keep), and what chose it.
 
     Args:
-        parameters: the pruned tensors.
-        layout: theirs.
+        parameters: the pruned tensors, DTensors or plain.
+        layout: of this rank's parts.
         scopes: which weights compete.
         config: mask policy, ties.
+        ranks: the processes that hold the tensors.
 
     Attributes:
-        bits: per tensor, uint8 [ops.mask_bytes].
+        bits: per tensor, of this rank's part, uint8 [ops.mask_bytes].
         cutoff: int64 [n, 2], or [1, 2] for all tensors: (order key, tie index); weights before it, in the order of
             (score, global index), are pruned.
         frozen: whether the masks never change again.
@@ -36,11 +39,13 @@ class Masks:
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig) -> None:
-        self.layout, self.scopes, self.config = layout, scopes, config
-        self.selection = Selection(scopes, layout)
+    def __init__(
+        self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig, ranks: Ranks
+    ) -> None:
+        self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
+        self.selection = Selection(scopes, layout, ranks)
         device = layout.places.device
-        self.bits = [ops.new_mask(p) for p in parameters]
+        self.bits = [ops.new_mask(local(p)) for p in parameters]
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.frozen = False
         self.applied = False
@@ -72,7 +77,7 @@ class Masks:
         if wanted == self._chosen_for:
             return
         score = importance.score()
-        cutoff = self.selection.cutoffs(score, ratio, counted)
+        cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None)
         if self.scopes.exact:
             # Before any score is known an exact count could only be met by position; the lowest cutoff prunes nothing.
             # The released rule, strictly below zero, prunes nothing by itself.
@@ -91,9 +96,9 @@ class Masks:
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> int:
         """Keep for good what is not zero. Returns the number of kept weights; one synchronisation."""
         cutoff = ops.to_device(torch.tensor([[_ZERO, 0]]), self.layout.places.device)
-        self._pack(("magnitude", list(parameters), []), cutoff)
+        self._pack(("magnitude", [local(p) for p in parameters], []), cutoff)
         self.frozen = True
-        return int(self._stats[:, 0].sum())
+        return self.counts()[0]
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
@@ -116,20 +121,22 @@ class Masks:
         torch.autograd.graph.increment_version(tensors)
 
     def pruned(self) -> list[int]:
-        """Weights that the mask prunes, per tensor; one synchronisation."""
-        sizes = self.scopes.sizes
-        kept = [ops.unpack_bits(bits, (n,)).sum() for bits, n in zip(self.bits, sizes, strict=True)]
-        return [n - k for n, k in zip(sizes, torch.stack(kept).tolist(), strict=True)]
+        """Weights that the mask prunes, per tensor, on all ranks; one synchronisation."""
+        # Past the weights, bits are zero.
+        kept = torch.stack([ops.unpack_bits(bits, (8 * len(bits),)).sum() for bits in self.bits])
+        counted = [self.ranks.counts(i) for i in range(len(self.bits))]
+        kept = self.ranks.sum(kept * torch.tensor(counted).to(kept.device))
+        return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]
 
     def keep(self, i: int, shape: Sequence[int]) -> Tensor:
-        """Boolean mask of one tensor (True = keep); a copy."""
+        """Boolean mask of this rank's part of one tensor, of its shape (True = keep); a copy."""
         return ops.unpack_bits(self.bits[i], shape)
 
     # ---- what is told and saved -------------------------------------------------------------------------------------
 
     def counts(self) -> tuple[int, int, int]:
         """Of the last selection: kept weights, flipped bits, NaN scores; one synchronisation."""
-        kept, flipped, nan = self._stats.sum(0).tolist()
+        kept, flipped, nan = self.ranks.sum(self._stats[list(self.ranks.owned)].sum(0)).tolist()
         return kept, flipped, nan
 
     def threshold(self) -> float | None:

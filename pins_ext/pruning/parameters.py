@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from pins_ext.distributed.shards import is_dtensor, local
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.wrappers import is_sharded, named_parameters, plain_name
+from pins_ext.wrappers import is_flattened, named_parameters, plain_name
 
 # Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
 # are small as well, and what they are merged into has zeros of its own. Routers choose experts: in most models they are
@@ -22,14 +23,14 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
     """The parameters to prune, by name, in the model's order; each piece of memory once.
 
     Raises:
-        ValueError: a sharded model (FSDP, DTensor), a pattern that matches nothing, nothing left to prune, a frozen
-            parameter that was asked for, parameters of several devices or dtypes, a non-contiguous parameter, or two
-            that overlap in memory.
+        ValueError: a model of FSDP 1, a pattern that matches nothing, nothing left to prune, a frozen parameter that
+            was asked for, parameters of several devices or dtypes, a non-contiguous parameter, or two that overlap in
+            memory.
     """
-    if is_sharded(model):
+    if is_flattened(model):
         raise ValueError(
-            "the model's parameters are sharded (FSDP or DTensor), which a Pruner does not follow yet: train on one "
-            "device or with DistributedDataParallel"
+            "FullyShardedDataParallel (FSDP 1) makes flat vectors of the weights, in which nothing can be pruned: use "
+            "FSDP 2 (torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in accelerate's configuration)"
         )
     parameters, names = dict(named_parameters(model)), _all_names(model)
     for pattern in (*config.include, *config.exclude):
@@ -77,7 +78,7 @@ def _default_names(model: nn.Module) -> list[str]:
 
     visit(model, "", False)
     blocks_only = any(in_block for _, in_block in found)
-    return [name for name, in_block in found if in_block or not blocks_only]
+    return [plain_name(name) for name, in_block in found if in_block or not blocks_only]
 
 
 def _is_matrix(module: nn.Module, name: str, p: nn.Parameter) -> bool:
@@ -101,7 +102,7 @@ def _check_uniform(parameters: dict[str, nn.Parameter]) -> None:
             raise ValueError(f"prunable parameters must share one dtype: {first} is {like.dtype}, {name} is {p.dtype}")
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {p.dtype}; float32, bfloat16 and float16 parameters can be pruned")
-        if not p.is_contiguous():
+        if not local(p).is_contiguous():
             raise ValueError(
                 f"{name} is not contiguous (strides {tuple(p.stride())}); make it so before you build the optimizer: "
                 f"p.data = p.data.contiguous()"
@@ -124,8 +125,10 @@ def _without_aliases(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parame
 def overlapping(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Contiguous tensors of one dtype that share memory with an earlier one: their names, and the earlier one's."""
     end, last = 0, ""
-    places = {name: _address(p) for name, p in parameters.items()}
-    for name, p in sorted(parameters.items(), key=lambda item: places[item[0]]):
+    # A DTensor shares nothing with another parameter: what cuts the model copies.
+    plain = {name: p for name, p in parameters.items() if not is_dtensor(p)}
+    places = {name: _address(p) for name, p in plain.items()}
+    for name, p in sorted(plain.items(), key=lambda item: places[item[0]]):
         if last and places[name] < end:
             yield name, last
         else:

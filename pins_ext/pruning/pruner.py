@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import layout_of, like, local
 from pins_ext.pruning import checkpoint, inspection
 from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
 from pins_ext.pruning.config import PruneConfig
@@ -71,14 +72,12 @@ class Pruner:
         self.model, self.config = model, config
         self.schedule = Schedule.of(config, total_steps)
         parameters = prunable_parameters(model, config)
-        self.names, self.parameters = list(parameters), list(parameters.values())
-        layout = ops.Layout.of(self.parameters)
-        self.n_weights = layout.total
-        scopes = Scopes(self.names, [p.numel() for p in self.parameters], config)
+        self.names = list(parameters)
+        self.n_weights = sum(p.numel() for p in parameters.values())
+        self._scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        parts = divide(self.names, self.parameters, optimizers)
-        self.importance = Importance(self.parameters, config, layout, [indices for _, indices in parts])
-        self.masks = Masks(self.parameters, layout, scopes, config)
+        parts = divide(self.names, list(parameters.values()), optimizers)
+        self._bind(parameters, [indices for _, indices in parts])
         self.slots = [
             slot_of(owner, indices, part, self.names, self.importance, self.masks)
             for part, (owner, indices) in enumerate(parts)
@@ -88,6 +87,7 @@ class Pruner:
         self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
         self.before_mask: Callable[[], None] | None = None
         self._now: _Now | None = None
+        self._settled = False
         for slot in self.slots:
             slot.attach(self)
         for conflict in conflicts(config, self.schedule):
@@ -112,6 +112,36 @@ class Pruner:
         copied.load_state_dict(self.state_dict())
         copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
         return copied
+
+    def _bind(self, parameters: Mapping[str, Tensor], parts: Sequence[Sequence[int]]) -> None:
+        """Begin with these parameters: which optimizer owns which (parts) and the number of weights are known."""
+        self.parameters = list(parameters.values())
+        layout, ranks = layout_of(parameters), Ranks(self.parameters)
+        self.importance = Importance(self.parameters, self.config, layout, parts, ranks)
+        self.masks = Masks(self.parameters, layout, self._scopes, self.config, ranks)
+
+    def _settle(self) -> None:
+        """Before the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
+
+        Raises:
+            RuntimeError: they are not the same ones any more, or their optimizers have not got them.
+        """
+        self._settled = True
+        parameters = prunable_parameters(self.model, self.config)
+        if all(a is b for a, b in zip(parameters.values(), self.parameters, strict=False)):
+            return
+        if list(parameters) != self.names or self.n_weights != sum(p.numel() for p in parameters.values()):
+            raise RuntimeError("the model's parameters changed since the Pruner was made: make a new one")
+        for slot in self.slots:
+            owned = {id(p) for group in slot.optimizer.param_groups for p in group["params"]}
+            if missing := [self.names[i] for i in slot.indices if id(parameters[self.names[i]]) not in owned]:
+                raise RuntimeError(
+                    f"{missing[0]} was replaced in the model since the Pruner was made, and its optimizer has the old "
+                    f"one: build optimizer and Pruner after the model is sharded"
+                )
+        self._bind(parameters, [slot.indices for slot in self.slots])
+        for slot in self.slots:
+            slot.bind(self.importance, self.masks)
 
     @classmethod
     def from_sparse(
@@ -156,6 +186,8 @@ class Pruner:
                 "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
             )
         begin = time.perf_counter()
+        if not self._settled:
+            self._settle()
         now = self._now
         if now and slot in now.slots and any(other.stepped for other in now.slots[now.slots.index(slot) :]):
             # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
@@ -270,7 +302,7 @@ class Pruner:
         self.masks.frozen = True
 
     def mask(self, name: str) -> Tensor:
-        """Boolean mask of one parameter (True = keep), of its shape; a copy.
+        """Boolean mask of one parameter (True = keep), of its shape, a DTensor where the parameter is one; a copy.
 
         Raises:
             ValueError: the parameter is not pruned.
@@ -278,7 +310,7 @@ class Pruner:
         if name not in self.names:
             raise ValueError(f"{name!r} is not pruned; Pruner.names lists what is, such as {self.names[0]!r}")
         i = self.names.index(name)
-        return self.masks.keep(i, self.parameters[i].shape)
+        return like(self.parameters[i], self.masks.keep(i, local(self.parameters[i]).shape))
 
     def masked_view(self) -> AbstractContextManager[None]:
         """The masked model, within a `with`: the last mask is applied, and afterwards the weights are as they were.
@@ -289,7 +321,7 @@ class Pruner:
         return masked(self.parameters, self.masks)
 
     def stats(self) -> dict[str, Any]:
-        """Statistics of the model and of its last selection; costs a few synchronisations.
+        """Statistics of the model and of its last selection; costs a few synchronisations. Every rank must ask.
 
         Returns:
             step; target_sparsity (what the schedule asks for at this step); ms (host time spent in pruning since the
@@ -306,7 +338,7 @@ class Pruner:
         return plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights)
 
     def verify(self) -> dict[str, Any]:
-        """Check that the model, its optimizer and the masks agree.
+        """Check that the model, its optimizer and the masks agree. Every rank must ask.
 
         Returns:
             final_sparsity (what the schedule ends at; of a mask that was frozen, what it prunes), and what

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.select import select
 from pins_ext.pruning.importance import Counted, Operands
 from pins_ext.pruning.scopes import Scopes
 
@@ -17,32 +19,42 @@ class Selection:
 
     Args:
         scopes: which weights compete, and how many are pruned.
-        layout: of the pruned tensors.
+        layout: of this rank's parts of the pruned tensors.
+        ranks: the processes that hold them.
     """
 
-    def __init__(self, scopes: Scopes, layout: ops.Layout) -> None:
-        self.scopes, self.layout = scopes, layout
-        self._regions = [layout.subset(region) for region in scopes.regions]
+    def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks) -> None:
+        self.scopes, self.layout, self.ranks = scopes, layout, ranks
+        self._regions = [layout.subset(self._owned(region)) for region in scopes.regions]
         regions = {i: r for r, region in enumerate(scopes.regions) for i in region}
         at = torch.tensor([regions[i] for i in range(len(regions))], dtype=torch.int64)
         self._region_of = ops.to_device(at, layout.places.device)
         # Bounds on densities also need each tensor alone.
         self._alone = [layout.subset([i]) for i in range(len(scopes.sizes))] if scopes.bounded else []
 
-    def cutoffs(self, score: Operands, remaining_ratio: float, counted: Counted | None = None) -> Tensor:
+    def _owned(self, region: Sequence[int]) -> list[int]:
+        """The tensors of a region that this rank counts."""
+        return [i for i in region if self.ranks.counts(i)]
+
+    def cutoffs(
+        self, score: Operands, remaining_ratio: float, counted: Counted | None = None, before: Tensor | None = None
+    ) -> Tensor:
         """Cutoff of each tensor, int64 [n, 2] or [1, 2] for all: (order key, tie index), see ops.select.
 
         Args:
             score: kind and operands of the score.
             remaining_ratio: share kept.
             counted: a counting pass already made over all weights (one region without bounds only).
+            before: the last cutoffs, which the new ones are near.
         """
         scopes, wanted = self.scopes, self.scopes.n_prune(remaining_ratio)
         if scopes.is_global:
-            return self._select(scopes.regions[0], self.layout, score, wanted[0], counted).reshape(1, 2)
+            return self._select(scopes.regions[0], self._regions[0], score, wanted[0], counted, before).reshape(1, 2)
         if not scopes.bounded:
             regions = zip(scopes.regions, self._regions, wanted, strict=True)
-            return torch.stack([self._select(r, at, score, n) for r, at, n in regions])[self._region_of]
+            near = [before[region[0], None] if before is not None else None for region in scopes.regions]
+            found = [self._select(r, at, score, n, None, b) for (r, at, n), b in zip(regions, near, strict=True)]
+            return torch.stack(found)[self._region_of]
         table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
         for region, count in zip(scopes.regions, wanted, strict=True):
             self._fill_bounded(region, score, count, table)
@@ -60,7 +72,7 @@ class Selection:
         keep = scopes.size(region) - count
         keep = min(max(keep, sum(least[i] for i in free)), sum(most[i] for i in free))
         while free:
-            cutoff = self._select(free, self.layout.subset(free), score, scopes.size(free) - keep)
+            cutoff = self._select(free, self.layout.subset(self._owned(free)), score, scopes.size(free) - keep)
             table[free] = cutoff
             kept = dict(zip(free, self._kept(free, score, cutoff), strict=True))
             low = [i for i in free if kept[i] < least[i]]
@@ -70,7 +82,8 @@ class Selection:
             settled = (low if missing >= surplus else []) + (high if surplus >= missing else [])
             for i in settled:
                 share = least[i] if kept[i] < least[i] else most[i]
-                table[i] = self._select([i], self._alone[i], score, scopes.sizes[i] - share)
+                alone = self.layout.subset(self._owned([i]))
+                table[i] = self._select([i], alone, score, scopes.sizes[i] - share)
                 keep -= share
                 free.remove(i)
             if missing == surplus:
@@ -83,22 +96,32 @@ class Selection:
         score: Operands,
         count: int,
         counted: Counted | None = None,
+        before: Tensor | None = None,
     ) -> Tensor:
+        """The cutoff of a region; layout: of the tensors in it that this rank counts."""
         kind, a, b = score
         target = ops.to_device(torch.tensor(count), layout.places.device)
-        a, b = ([x[i] for i in region] if x else [] for x in (a, b))
+        a, b = ([x[i] for i in self._owned(region)] if x else [] for x in (a, b))
         bracket, counts = counted or (None, None)
+        if not self.ranks.alone:
+            if bracket is None and before is not None:
+                bracket = ops.bracket_around(before)
+            total = self.scopes.size(region)
+            return select(self.ranks, a, b, layout, kind, target, total, self.scopes.exact, bracket, counts)
         return torch.ops.pins_ext.select(
             a, b, layout.places, layout.chunks, kind, target, self.scopes.exact, bracket=bracket, counts=counts
         )
 
     def _kept(self, region: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
         """Weights of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
+        # A tensor that another rank counts has zeros here.
         kind, a, b = score
         stats = torch.zeros(len(region), 3, dtype=torch.int64, device=cutoff.device)
         for row, i in zip(stats.split(1), region, strict=True):
+            if not self.ranks.counts(i):
+                continue
             layout, bits = self._alone[i], ops.new_mask(a[i])
             torch.ops.pins_ext.pack_(
                 [bits], row, [a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind, cutoff.reshape(1, 2)
             )
-        return stats[:, 0].tolist()
+        return self.ranks.sum(stats[:, 0]).tolist()

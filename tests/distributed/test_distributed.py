@@ -12,9 +12,7 @@ from typing import Any
 import distributed_job
 import pytest
 import torch
-from bert import CONFIG, STEPS, model
-
-from pins_ext import Pruner
+from bert import STEPS
 
 RANKS = 2
 
@@ -87,18 +85,3 @@ def test_what_needs_one_process_says_so(ranks: list[dict[str, Any]]) -> None:
             in told["refused"]["PinsTrainer"]
         )
         assert "runs in one process" in told["refused"]["pins-ext train"]
-
-
-def test_sharded_parameters_are_refused() -> None:
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        net = fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
-        optimizer = torch.optim.AdamW(net.parameters())
-        with pytest.raises(ValueError, match=r"sharded \(FSDP or DTensor\).*or with DistributedDataParallel"):
-            Pruner(net, optimizer, CONFIG, total_steps=STEPS)
-    finally:
-        destroy_process_group()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pins_ext import ops, reference
+from pins_ext.distributed.ranks import Ranks
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import Selection
@@ -22,7 +23,7 @@ def prune(scores: list[Tensor], config: PruneConfig, ratio: float) -> list[Tenso
     """Keep masks chosen by the selection."""
     names = [f"layer.{i}.weight" for i in range(len(scores))]
     layout = ops.Layout.of(scores)
-    selection = Selection(Scopes(names, [len(s) for s in scores], config), layout)
+    selection = Selection(Scopes(names, [len(s) for s in scores], config), layout, Ranks(scores))
     table = selection.cutoffs(("identity", scores, []), ratio)
     table = table.expand(len(scores), 2)
     return [
