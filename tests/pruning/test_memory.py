@@ -89,8 +89,9 @@ def test_the_state_of_every_known_optimizer(name: str, tmp_path: Path) -> None:
     # Stacks of matrices, too.
     model.experts = nn.Parameter(torch.zeros(3, 4, 5))
     optimizer: torch.optim.Optimizer
-    if name == "adamw":
-        optimizer = PinsAdamW(model.parameters())
+    own = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
+    if name in own:
+        optimizer = own[name](model.parameters())
     else:
         args = TrainingArguments(str(tmp_path), optim=name, use_cpu=True, report_to="none")
         optimizer = Trainer(model, args).create_optimizer()
