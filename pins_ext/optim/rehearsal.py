@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local
+from pins_ext.optim import rates
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     rate of 0, to know what its state will be. Such a step is not one of training. One synchronisation and, with
     several ranks, one collective where the learning rate is 0 and there is no state yet.
     """
-    if optimizer.state or any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
+    if optimizer.state or any(rates.host_rate(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
         return False
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [local(p.grad) for p in parameters if p.grad is not None]
