@@ -247,7 +247,9 @@ class PinsCallback(TrainerCallback):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The Trainer has put the best model's weights back; its masks belong to them.
-            self.pruner.load(Path(state.best_model_checkpoint) / PRUNER_FILE)
+            step = state.best_global_step
+            origin = {"run": self._run, "step": step} if step is not None else None
+            self.pruner.load(Path(state.best_model_checkpoint) / PRUNER_FILE, origin)
         self.final = self.pruner.finalize()
         self._stats = (None, {})
 
@@ -328,11 +330,12 @@ class PinsCallback(TrainerCallback):
 
     def save(self, folder: Path, step: int) -> None:
         """Write what resuming needs into a checkpoint folder; the file that tells where it came from is last."""
+        origin = {"run": self._run, "step": step}
         if self.pruner is not None:
-            self.pruner.save(folder / PRUNER_FILE)
+            self.pruner.save(folder / PRUNER_FILE, origin)
         if self.self_regularizer is not None:
-            self.self_regularizer.save(folder / TEACHER_FILE)
-        write_file(folder / ORIGIN_FILE, json.dumps({"run": self._run, "step": step}))
+            self.self_regularizer.save(folder / TEACHER_FILE, origin)
+        write_file(folder / ORIGIN_FILE, json.dumps(origin))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         """Load from the checkpoint that the Trainer resumed from.
@@ -353,12 +356,12 @@ class PinsCallback(TrainerCallback):
             )
         self._run = runs[-1]
         if self.pruner is not None:
-            self.pruner.load(folder / PRUNER_FILE)
+            self.pruner.load(folder / PRUNER_FILE, origin)
             self.at_target = abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
             if not self.at_target:
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.self_regularizer is not None:
-            self.self_regularizer.load(folder / TEACHER_FILE)
+            self.self_regularizer.load(folder / TEACHER_FILE, origin)
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pins_ext import ops
 from pins_ext.files import tensor_file
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
+from pins_ext.wrappers import plain_name
 
 FORMAT = "pins_ext.pruner"
 VERSION = 2
@@ -56,20 +58,8 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
         raise ValueError(
             f"not a pruner state of this version: {state.get('format')!r} version {state.get('version')!r}"
         )
-    theirs, mine = dict(state["config"]), own["config"]
-    differences = [f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]]
-    if state["total_steps"] != own["total_steps"]:
-        differences.append(f"total_steps: {state['total_steps']} there, {own['total_steps']} here")
-    saved = state["tensors"]
-    if sorted(saved) != sorted(own["tensors"]):
-        odd = sorted(set(saved) ^ set(own["tensors"]))
-        differences.append(f"{len(odd)} states exist on one side only, {odd[0]} first")
-    for name in set(saved) & set(own["tensors"]) - {_CUTOFF}:
-        there, here = saved[name], own["tensors"][name]
-        if there.shape != here.shape or there.dtype != here.dtype:
-            differences.append(
-                f"{name}: {there.dtype} {tuple(there.shape)} there, {here.dtype} {tuple(here.shape)} here"
-            )
+    saved = {plain_name(str(name)): tensor for name, tensor in _mapping(state, "tensors").items()}
+    differences = [*_other_settings(state, own), *_other_tensors(saved, own["tensors"]), *_impossible(state, saved)]
     if differences:
         raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
     for name, tensor in own["tensors"].items():
@@ -78,13 +68,63 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
     masks.load_state(state, saved[_CUTOFF])
 
 
-def write(path: Path, state: Mapping[str, Any]) -> None:
+def _other_settings(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    theirs, mine = _mapping(state, "config"), own["config"]
+    yield from (f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k])
+    if (total := state.get("total_steps")) != own["total_steps"]:
+        yield f"total_steps: {total} there, {own['total_steps']} here"
+
+
+def _other_tensors(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> Iterator[str]:
+    if odd := sorted(set(saved) ^ set(own)):
+        yield f"{len(odd)} states exist on one side only, {odd[0]} first"
+    for name in sorted(set(saved) & set(own)):
+        there, here = saved[name], own[name]
+        if not isinstance(there, Tensor):
+            yield f"{name}: no tensor"
+        elif there.dtype != here.dtype or (name != _CUTOFF and there.shape != here.shape):
+            yield f"{name}: {there.dtype} {tuple(there.shape)} there, {here.dtype} {tuple(here.shape)} here"
+
+
+def _impossible(state: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+    """What no pruner can have written."""
+    tensors = {name: tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+    if not _is_count(state.get("step")):
+        yield f"step: {state.get('step')!r}"
+    yield from (f"{k}: {state.get(k)!r}" for k in ("frozen", "masked") if not isinstance(state.get(k), bool))
+    chosen_for = state.get("selected_for", "missing")
+    if chosen_for is not None and not (
+        isinstance(chosen_for, list) and len(chosen_for) > 1 and all(map(_is_count, chosen_for))
+    ):
+        yield f"selected_for: {chosen_for!r}"
+    for name, tensor in tensors.items():
+        counts = name.startswith("accepted/") and tensor.dtype == torch.float32
+        if counts and not bool(((tensor >= 0) & (tensor.frac() == 0)).all()):
+            yield f"{name}: {tensor.tolist()}"
+    if _CUTOFF in tensors and tensors[_CUTOFF].dtype == torch.int64:
+        cutoff, n = tensors[_CUTOFF], sum(name.startswith("mask/") for name in tensors)
+        if cutoff.shape not in ((1, 2), (n, 2)):
+            yield f"{_CUTOFF}: shape {tuple(cutoff.shape)}"
+        elif not bool(((cutoff >= 0) & (cutoff[:, :1] <= ops.MAX_KEY + 1)).all()):
+            yield f"{_CUTOFF}: {cutoff.tolist()[:3]}"
+
+
+def _mapping(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = state.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def write(path: Path, state: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> None:
     """Write what `gather` returned; `path` holds the old state or the new one, never a part."""
     data = {name: value for name, value in state.items() if name != "tensors"}
-    tensor_file.write(path, FORMAT, data, state["tensors"])
+    tensor_file.write(path, FORMAT, data, state["tensors"], origin)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read and check what `write` wrote."""
-    data, tensors = tensor_file.read(path, FORMAT)
-    return data | {"tensors": tensors}
+def read(path: Path, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read and check what `write` wrote, see `tensor_file.read`."""
+    data, tensors = tensor_file.read(path, FORMAT, origin)
+    return (data if isinstance(data, dict) else {}) | {"tensors": tensors}

@@ -364,18 +364,32 @@ class Pruner:
         """Go on from a state_dict of a Pruner of the same model and configuration.
 
         Raises:
-            ValueError: another configuration, other parameters or shapes; the message lists the differences.
+            ValueError: another configuration, other parameters or shapes, or values that no pruner can have; the
+                message lists them, and nothing has changed.
         """
         checkpoint.restore(state, self.state_dict(), self.masks)
         self.step = state["step"]
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading."""
-        checkpoint.write(Path(path), self.state_dict())
+    def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
+        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading.
 
-    def load(self, path: str | Path) -> None:
-        """Read what `save` wrote. Raises ValueError for a damaged or foreign file or another configuration."""
-        self.load_state_dict(checkpoint.read(Path(path)))
+        Args:
+            path: where to.
+            origin: what the file belongs to, such as a run and a step of it; `load` compares it.
+        """
+        checkpoint.write(Path(path), self.state_dict(), origin)
+
+    def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
+        """Read what `save` wrote; when it is refused, nothing has changed.
+
+        Args:
+            path: the file.
+            origin: what it must belong to; a file of an earlier version doesn't say, which is warned of.
+
+        Raises:
+            ValueError: a file that is damaged, foreign, of another origin or of another configuration.
+        """
+        self.load_state_dict(checkpoint.read(Path(path), origin))
 
     def detach(self) -> None:
         """Let go of the optimizers; the weights stay as they are."""

@@ -361,14 +361,27 @@ class SelfRegularizer:
         self.teacher.load_state_dict(meta, state["tensors"])
         self._task_gradient.clear()
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading."""
-        state = self.state_dict()
-        tensor_file.write(path, _FORMAT, state["meta"], state["tensors"])
+    def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
+        """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading.
 
-    def load(self, path: str | Path) -> None:
-        """Read what `save` wrote. Raises ValueError for a file that is damaged, foreign, or of other settings."""
-        meta, tensors = tensor_file.read(path, _FORMAT)
+        Args:
+            path: where to.
+            origin: what the file belongs to, such as a run and a step of it; `load` compares it.
+        """
+        state = self.state_dict()
+        tensor_file.write(path, _FORMAT, state["meta"], state["tensors"], origin)
+
+    def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            origin: what it must belong to; a file of an earlier version doesn't say, which is warned of.
+
+        Raises:
+            ValueError: a file that is damaged, foreign, of another origin or of other settings.
+        """
+        meta, tensors = tensor_file.read(path, _FORMAT, origin)
         self.load_state_dict({"meta": meta, "tensors": tensors})
 
     def _settings(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bert import (
 )
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from pins_ext.files import tensor_file
 from pins_ext.integrations.callback import (
     ORIGIN_FILE,
     PRUNER_FILE,
@@ -31,6 +33,7 @@ from pins_ext.integrations.callback import (
     optimizer,
     refuse_unsupported,
 )
+from pins_ext.pruning.checkpoint import FORMAT
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 
@@ -183,3 +186,26 @@ def test_ways_of_training_that_would_go_wrong_are_refused(tmp_path: Path) -> Non
     args.fsdp = True  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"FSDP is not supported.*DistributedDataParallel"):
         refuse_unsupported(args)
+
+
+@pytest.mark.parametrize("other", ["step", "run"])
+def test_a_pruner_file_of_another_step_or_run_is_refused(tmp_path: Path, other: str) -> None:
+    stock(model(), arguments(tmp_path / "a"), PinsCallback(CONFIG)).train()
+    stock(model(), arguments(tmp_path / "b"), PinsCallback(CONFIG)).train()
+    folder = tmp_path / "a" / "checkpoint-8"
+    theirs = tmp_path / ("b/checkpoint-8" if other == "run" else "a/checkpoint-4")
+    shutil.copy(theirs / PRUNER_FILE, folder / PRUNER_FILE)
+    resumed = stock(model(), arguments(tmp_path / "a"), PinsCallback(CONFIG))
+    with pytest.raises(ValueError, match=f"{PRUNER_FILE} belongs to .*'step': {4 if other == 'step' else 8}"):
+        resumed.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_pruner_file_that_does_not_say_is_taken_with_a_warning(tmp_path: Path) -> None:
+    whole = stock(model(), arguments(tmp_path / "a"), PinsCallback(CONFIG))
+    whole.train()
+    path = tmp_path / "a" / "checkpoint-8" / PRUNER_FILE
+    tensor_file.write(path, FORMAT, *tensor_file.read(path, FORMAT))
+    resumed = stock(model(), arguments(tmp_path / "a"), PinsCallback(CONFIG))
+    with pytest.warns(UserWarning, match="doesn't say what it belongs to"):
+        resumed.train(resume_from_checkpoint=str(path.parent))
+    assert_same(weights(resumed), weights(whole))
