@@ -15,18 +15,20 @@ from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.record import RunRecord
 from pins_ext.runs.request import Request
 from pins_ext.runs.run import finished, run
+from pins_ext.runs.sparse_ending import end_sparse
 from pins_ext.runs.summary import print_summary
 from pins_ext.tasks import Task
 
 
 def compare(request: Request, console: Console) -> None:
-    """Train the three, print the table, write the report that shows them side by side.
+    """Train the three, print the table, write the report that shows them side by side, and run the pruned one sparse.
 
     Raises:
         UsageError: the output folder holds something else. Whatever `run` raises.
     """
     root = Path(request.run.output_dir)
     requests = three(request)
+    assert request.pruning is not None
     _check_place(root, requests, request.overwrite)
     for each in requests.values():
         RunFolder(Path(each.run.output_dir).absolute(), each.overwrite).check(resume=each.resume is not None)
@@ -41,6 +43,7 @@ def compare(request: Request, console: Console) -> None:
     write_file(root / REPORT, render(records))
     print_summary(records, [Path(each.run.output_dir) for each in requests.values()], console)
     console.print(f"report  {root / REPORT}", soft_wrap=True)
+    end_sparse(root / str(request.pruning.criterion), console)
 
 
 def three(request: Request) -> Mapping[str, Request]:

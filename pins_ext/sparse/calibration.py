@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,6 +121,17 @@ def measure(
             for into, result in zip(found, times, strict=True):
                 result.append(statistics.median(into) * 1e6)
     return tuple(times[0]), tuple(times[1])
+
+
+def measure_calls(calls: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Seconds of each call: medians of rounds in which they take turns; a first round warms up."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for call, into in zip(calls, found, strict=True):
+            begin = time.perf_counter()
+            call()
+            into.append(time.perf_counter() - begin)
+    return [statistics.median(times[1:]) for times in found]
 
 
 def _repeats(layer: nn.Module, x: Tensor) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_models import characters, decoder_config, word_pieces
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from pins_ext.cli.main import main
+from pins_ext.runs.sparse_ending import end_sparse
 from pins_ext.sparse.format import load_sparse
 from pins_ext.sparse.linear import SparseLinear
 
@@ -162,6 +164,21 @@ def test_a_model_that_is_not_pruned_runs_densely_and_says_so(
     assert "computed densely: no linear layer has 70% zeros" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "dense")]) == 0
     assert "note: no tensor has enough zeros" in capsys.readouterr().out
+
+
+def test_a_comparison_ends_with_the_pruned_model_run_sparse(tmp_path: Path) -> None:
+    folder = saved("classification", tmp_path / "pins")
+    for _ in range(2):
+        console = Console(record=True, width=120)
+        end_sparse(folder, console)
+        said = console.export_text()
+        assert "pins exported and run" in said
+        assert "\n  dense " in said
+        assert "\n  sparse " in said
+    assert torch.equal(
+        load_sparse(tmp_path / "pins.sparse").classifier.weight,
+        AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight,
+    )
 
 
 def test_run_computes_on_sparse_layers(
