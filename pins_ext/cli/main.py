@@ -27,6 +27,7 @@ COMMANDS = {
     "export": ("pins_ext.cli.export", "a checkpoint in sparse form, small on disk, or dense again"),
     "run": ("pins_ext.cli.run", "classify, tag, answer or generate with a pruned model, on its sparse weights"),
     "report": ("pins_ext.cli.report", "the HTML report of a run, or of several side by side"),
+    "inspect": ("pins_ext.cli.inspect", "the zeros of any safetensors checkpoint: sparsity, patterns, size"),
     "verify": ("pins_ext.cli.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.cli.doctor", "what this installation can do, and what falls back to what"),
     "bench": ("pins_ext.bench", "time the operators against PyTorch's"),

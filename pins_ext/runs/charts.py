@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -300,6 +300,22 @@ def _draw_churn(axes: Axes, record: RunRecord, color: str) -> bool:
 def _tensors(record: RunRecord) -> Picture | None:
     """Sparsity per tensor: a map of layer by kind where the names are numbered, bars otherwise."""
     shares = {name: tensor.sparsity for name, tensor in record.final.tensors.items() if tensor.weights}
+    svg = sparsity_map(shares, record.label)
+    if svg is None:
+        return None
+    title = f"Sparsity per tensor, {record.label}"
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    told = f"{title}: from {100 * shares[least]:.0f} % in {least} to {100 * shares[most]:.0f} % in {most}"
+    return Picture(title, "Darker: more of the tensor was pruned.", svg, told)
+
+
+def sparsity_map(shares: Mapping[str, float], salt: str) -> str | None:
+    """Sparsity per tensor as SVG: a map of layer by kind where the names are numbered, bars otherwise.
+
+    Args:
+        shares: of zeros, by the tensor's name; None is drawn without any.
+        salt: makes the ids of one picture differ from those of another.
+    """
     if not shares:
         return None
     numbered = {name: re.search(r"\.(\d+)\.", name) for name in shares}
@@ -308,14 +324,9 @@ def _tensors(record: RunRecord) -> Picture | None:
         layers = sorted({int(match[1]) for match in numbered.values() if match})
         cells = {(_kind(name), int(match[1])): shares[name] for name, match in numbered.items() if match}
         size = (_WIDTH, 0.9 + 0.3 * len(kinds))
-        svg = _svg(lambda figure: _draw_map(figure, cells, kinds, layers), size, record.label)
-    else:
-        size = (_WIDTH, 0.8 + 0.2 * len(shares))
-        svg = _svg(lambda figure: _draw_bars(figure, shares), size, record.label)
-    title = f"Sparsity per tensor, {record.label}"
-    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-    told = f"{title}: from {100 * shares[least]:.0f} % in {least} to {100 * shares[most]:.0f} % in {most}"
-    return Picture(title, "Darker: more of the tensor was pruned.", svg, told) if svg else None
+        return _svg(lambda figure: _draw_map(figure, cells, kinds, layers), size, salt)
+    size = (_WIDTH, 0.8 + 0.2 * len(shares))
+    return _svg(lambda figure: _draw_bars(figure, shares), size, salt)
 
 
 def _kind(name: str) -> str:
@@ -340,7 +351,7 @@ def _draw_map(figure: Figure, cells: dict[tuple[str, int], float], kinds: list[s
     return True
 
 
-def _draw_bars(figure: Figure, shares: dict[str, float]) -> bool:
+def _draw_bars(figure: Figure, shares: Mapping[str, float]) -> bool:
     axes = figure.subplots()
     axes.barh(range(len(shares)), list(shares.values()), color=COLORS[0], height=0.7)
     axes.set_yticks(range(len(shares)), list(shares))

@@ -1,0 +1,268 @@
+"""What zeros a checkpoint has: how many, in which patterns, and what they would save. Read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pins_ext.sparse.encoding import DTYPES, NAMES, SPARSE_DTYPES, Entry
+from pins_ext.sparse.format import SparseCheckpoint
+from pins_ext.sparse.index import SparseFormatError
+from pins_ext.sparse.source import is_sparse
+
+GROUPS = {4: 0.5, 8: 0.9, 16: 0.9}
+"""M of the patterns N:M that are looked for, and the share of a tensor's zeros that the pattern must ask for. 2:4 is what
+GPUs have kernels for.
+"""
+
+BLOCKS = (4, 8, 16, 32, 64)
+"""Edges of the square blocks that are looked for."""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_EXPLAINED = 0.99
+"""Share of a tensor's zeros that must lie in empty blocks, rows or columns for these to be its pattern."""
+
+_CHUNK_WEIGHTS = 1 << 23
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class SurveyError(ValueError):
+    """Something is no checkpoint that can be read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TensorSurvey:
+    """What was found in one tensor.
+
+    Attributes:
+        name: in the checkpoint.
+        shape: its sizes.
+        dtype: of its elements.
+        weights: how many elements; 0 for what holds no weights, such as integers.
+        zeros: elements that are 0, of either sign.
+        not_finite: elements that are NaN or infinite.
+        dead_rows: rows without a non-zero; a row is the last dimension.
+        dead_columns: columns without a non-zero, over all leading dimensions.
+        patterns: in words, the tightest first.
+        dense_bytes: as it is stored in an ordinary file.
+        packed_bytes: with a bit for each zero (`save_sparse`), where that is smaller.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int = 0
+    zeros: int = 0
+    not_finite: int = 0
+    dead_rows: int = 0
+    dead_columns: int = 0
+    patterns: tuple[str, ...] = ()
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that is zero."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+def survey(path: str | Path) -> Iterator[TensorSurvey]:
+    """Look at every tensor of a checkpoint, one at a time.
+
+    Args:
+        path: a .safetensors file, a folder of such files as transformers and others write them, or a sparse checkpoint
+            of `save_sparse`.
+
+    Yields:
+        What was found, in the order of the files.
+
+    Raises:
+        SurveyError: there is nothing that can be read.
+    """
+    try:
+        yield from _survey(Path(path))
+    except (SafetensorError, SparseFormatError, OSError) as error:
+        raise SurveyError(f"{path} can't be read: {error}") from error
+
+
+def _survey(path: Path) -> Iterator[TensorSurvey]:
+    if path.is_dir() and is_sparse(path):
+        for name, tensor in SparseCheckpoint(path).tensors():
+            yield _look(name, tuple(tensor.shape), iter([tensor]))
+        return
+    for file in files_of(path):
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (a reader, not a dict)
+                sliced = reader.get_slice(name)
+                shape = tuple(sliced.get_shape())
+                yield _look(name, shape, _slices(reader, sliced, name, shape))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        SurveyError: there are none.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise SurveyError(f"{path} is no .safetensors file; convert a pickle (.bin, .pt), which runs code")
+        return [path]
+    if not path.is_dir():
+        raise SurveyError(f"there is no {path}")
+    if (path / _INDEX).is_file():
+        return _shards(path)
+    files = [path / _WHOLE] if (path / _WHOLE).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SurveyError(f"{path} holds no .safetensors file")
+    return files
+
+
+def _shards(folder: Path) -> list[Path]:
+    try:
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SurveyError(f"{folder / _INDEX} is no index of a checkpoint") from error
+    files = [folder / str(name) for name in sorted(map(str, names))]
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise SurveyError(f"{folder} lacks {file.name}, which {_INDEX} names")
+    return files
+
+
+def _slices(reader: Any, sliced: Any, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The tensor in parts of whole rows, so that one of any size fits into memory."""
+    if len(shape) < 2 or not prod(shape):
+        yield reader.get_tensor(name)
+        return
+    # Blocks and groups of rows must not be cut.
+    unit = BLOCKS[-1] if len(shape) == 2 else 1
+    rows = max(unit, _CHUNK_WEIGHTS // prod(shape[1:]) // unit * unit)
+    for begin in range(0, shape[0], rows):
+        yield sliced[begin : begin + rows]
+
+
+@dataclass
+class _Counts:
+    """Sums over the parts of one tensor."""
+
+    shape: tuple[int, ...]
+    zeros: int = 0
+    not_finite: int = 0
+    dead_rows: int = 0
+    live_columns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = prod(self.shape[:-1]), self.shape[-1]
+        matrix = len(self.shape) >= 2
+        # Along a row, and down a column.
+        self.along = {m: 0 for m in GROUPS if matrix and columns % m == 0}
+        self.down = {m: 0 for m in GROUPS if matrix and self.shape[-2] % m == 0}
+        self.empty = {b: 0 for b in BLOCKS if matrix and columns % b == 0 and self.shape[-2] % b == 0}
+        self.rows, self.columns = rows, columns
+
+    def add(self, part: Tensor) -> None:
+        """Count a part of whole rows."""
+        zeros = part.numel() - int(torch.count_nonzero(part))
+        self.zeros += zeros
+        finite = torch.isfinite(part)
+        self.not_finite += 0 if bool(finite.all()) else part.numel() - int(finite.sum())
+        if not zeros:
+            # A dense part ends the search: most tensors of most checkpoints are.
+            self.along, self.down = {}, {}
+            self.live_columns = torch.ones(self.columns, dtype=torch.bool)
+            return
+        live = (part != 0).reshape(-1, self.columns)
+        self.dead_rows += int((~live.any(1)).sum())
+        some = live.any(0)
+        self.live_columns = some if self.live_columns is None else self.live_columns | some
+        rows = len(live)
+        for m, most in tuple(self.along.items()):
+            self.along[m] = max(most, int(live.view(rows, -1, m).sum(-1, dtype=torch.uint8).max()))
+        for m, most in tuple(self.down.items()):
+            self.down[m] = max(most, int(live.view(-1, m, self.columns).sum(1, dtype=torch.uint8).max()))
+        # A full group shows that there is no such pattern.
+        self.along = {m: n for m, n in self.along.items() if n < m}
+        self.down = {m: n for m, n in self.down.items() if n < m}
+        for b in self.empty:
+            self.empty[b] += int((~live.view(rows // b, b, -1, b).any(3).any(1)).sum())
+
+    @property
+    def dead_columns(self) -> int:
+        return 0 if self.live_columns is None else self.columns - int(self.live_columns.sum())
+
+    def patterns(self) -> list[str]:
+        """The patterns that hold, in words."""
+        if not self.zeros:
+            return []
+        if self.zeros == self.rows * self.columns:
+            return ["all zero"]
+        share = self.zeros / (self.rows * self.columns)
+        found = [*_groups(self.along, "rows", share), *_groups(self.down, "columns", share)]
+        lines = self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
+        if lines >= _EXPLAINED * self.zeros:
+            return [*found, "whole rows and columns"]
+        blocks = [b for b, empty in self.empty.items() if empty * b * b >= _EXPLAINED * self.zeros]
+        return [*found, *([f"blocks of {blocks[-1]} x {blocks[-1]}"] if blocks else [])]
+
+
+def _groups(most: dict[int, int], axis: str, sparsity: float) -> list[str]:
+    """The tightest N:M: of every M in a row, or column, at most N are not zero.
+
+    Zeros without structure leave few long groups full, by chance: a pattern asks for most of the zeros there are.
+    """
+    held = [(n / m, m, n) for m, n in most.items() if 0 < n < m and 1 - n / m >= GROUPS[m] * sparsity]
+    return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
+
+
+def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor]) -> TensorSurvey:
+    first = next(parts)
+    dtype = NAMES.get(first.dtype, str(first.dtype).removeprefix("torch."))
+    size = prod(shape) * first.element_size()
+    if not first.dtype.is_floating_point or not prod(shape):
+        return TensorSurvey(name, shape, dtype, dense_bytes=size, packed_bytes=size)
+    counts = _Counts(shape if shape else (1,))
+    present = 0
+    for part in chain([first], parts):
+        # Eight-bit floats know no comparison.
+        readable = part if dtype in DTYPES else part.float()
+        counts.add(readable)
+        present += int(torch.count_nonzero(part.contiguous().view(_BITS[part.element_size()])))
+    packed = size
+    if dtype in SPARSE_DTYPES and len(shape) >= 2:
+        packed = min(size, Entry(shape, dtype, "rows", dtype, present).bytes)
+    patterns = tuple(counts.patterns()) if len(shape) >= 2 else ()
+    return TensorSurvey(
+        name, shape, dtype, prod(shape), counts.zeros, counts.not_finite, counts.dead_rows, counts.dead_columns,
+        patterns, size, packed,
+    )  # fmt: skip
+
+
+def together(found: Sequence[TensorSurvey]) -> dict[str, Any]:
+    """Sums over tensors: weights, zeros and sparsity of all and of the pruned matrices, and bytes on disk."""
+    pruned = [each for each in found if len(each.shape) >= 2 and each.packed_bytes < each.dense_bytes]
+    weights, zeros = sum(each.weights for each in found), sum(each.zeros for each in found)
+    inside, gone = sum(each.weights for each in pruned), sum(each.zeros for each in pruned)
+    return {
+        "tensors": len(found),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else 0.0,
+        "pruned_tensors": len(pruned),
+        "pruned_weights": inside,
+        "pruned_zeros": gone,
+        "pruned_sparsity": gone / inside if inside else 0.0,
+        "not_finite": sum(each.not_finite for each in found),
+        "dense_bytes": sum(each.dense_bytes for each in found),
+        "packed_bytes": sum(each.packed_bytes for each in found),
+    }
