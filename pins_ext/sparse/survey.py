@@ -20,8 +20,9 @@ from pins_ext.sparse.index import SparseFormatError
 from pins_ext.sparse.source import is_sparse
 
 GROUPS = {4: 0.5, 8: 0.9, 16: 0.9}
-"""M of the patterns N:M that are looked for, and the share of a tensor's zeros that the pattern must ask for. 2:4 is what
-GPUs have kernels for.
+"""M of the patterns N:M that are looked for, and the share of a tensor's zeros that the pattern must ask for.
+
+2:4 is what GPUs have kernels for.
 """
 
 BLOCKS = (4, 8, 16, 32, 64)
