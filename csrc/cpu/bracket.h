@@ -1,6 +1,7 @@
 // A counting pass: keys below a bracket and a histogram of those inside, summed over threads.
 #pragma once
 
+#include <algorithm>
 #include <mutex>
 
 #include "work.h"
@@ -36,12 +37,17 @@ void count_chunks(const Work& work, const Tensor& bracket, const Tensor& counts,
   const size_t bins = ((bounds.hi - bounds.lo) >> bounds.shift) + size_t{1};
   std::mutex mutex;
   torch::stable::parallel_for(0, work.size, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> own(bins);
-    Tally tally{0, own.data()};
-    for (int64_t i = begin; i < end; ++i) f(work.chunks[i], bounds, tally);
-    const std::lock_guard<std::mutex> lock(mutex);
-    total[0] += tally.below;
-    for (size_t i = 0; i < bins; ++i) total[1 + i] += own[i];
+    // 32 bits: half as much of the cache, and enough for so many chunks.
+    constexpr int64_t kChunksAtOnce = (int64_t{1} << 31) / kChunk;
+    std::vector<uint32_t> own(bins);
+    for (int64_t first = begin; first < end; first += kChunksAtOnce) {
+      Tally tally{0, own.data()};
+      for (int64_t i = first; i < std::min(end, first + kChunksAtOnce); ++i) f(work.chunks[i], bounds, tally);
+      const std::lock_guard<std::mutex> lock(mutex);
+      total[0] += tally.below;
+      for (size_t i = 0; i < bins; ++i) total[1 + i] += own[i];
+      std::fill(own.begin(), own.end(), 0);
+    }
   });
 }
 

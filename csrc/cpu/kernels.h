@@ -69,7 +69,7 @@ struct Bracket {
 // Keys counted against a bracket: those below it, and a histogram of those inside.
 struct Tally {
   int64_t below;
-  int64_t* bins;
+  uint32_t* bins;  // of less than 2^32 weights
 };
 
 struct Pack {
@@ -112,6 +112,7 @@ struct Kernels {
   void (*fold)(const Fold&);
   void (*keys[kScoreCount])(const Scores&, uint32_t* keys);
   void (*count[kScoreCount])(const Scores&, const Bracket&, Tally&);
+  int64_t (*inside[kScoreCount])(const Scores&, const Bracket&, uint32_t* keys, uint16_t* places);
   void (*pack[kScoreCount])(const Scores&, const Pack&, PackStats&);
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);

@@ -109,14 +109,6 @@ void count_(const Tensor& counts, const Tensors& a, const Tensors& b, const Tens
   });
 }
 
-// How many keys of a chunk lie inside the bounds, without a histogram.
-int64_t inside(const Work& work, const Scored& scored, const Chunk& chunk, const Bracket& bounds) {
-  int64_t bins[2] = {0, 0};
-  Tally tally{0, bins};
-  kernels().count[scored.kind](scored.at(work, chunk), {bounds.lo, bounds.hi, 31}, tally);
-  return bins[0] + bins[1];
-}
-
 // Keys and global indices of the weights inside the bracket, in any order; past the size nothing is written.
 void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, const Tensors& b, const Tensor& places,
               const Tensor& chunks, const std::string& score, const Tensor& bracket, const OptionalTensor& factors,
@@ -138,17 +130,15 @@ void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, c
     for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
       // More than fit: the caller has to narrow the bracket, and the rest need not be read.
       if (total.load(std::memory_order_relaxed) > size) return;
-      const int64_t count = inside(work, scored, chunk, bounds);
+      uint32_t keys[kChunk];
+      uint16_t places_in_chunk[kChunk];
+      const int64_t count = kernels().inside[scored.kind](scored.at(work, chunk), bounds, keys, places_in_chunk);
       if (count == 0) return;
       const int64_t begin = total.fetch_add(count, std::memory_order_relaxed);
       if (begin + count > size) return;
-      const Run run = work.run(chunk);
-      std::vector<uint32_t> keys(run.count);
-      kernels().keys[scored.kind](scored.at(work, chunk), keys.data());
-      for (int64_t i = 0, slot = begin; i < run.count; ++i) {
-        if (keys[i] < bounds.lo || keys[i] > bounds.hi) continue;
-        keys_at[slot] = keys[i];
-        index_at[slot++] = global_index(work.places[chunk.tensor], chunk.offset + i);
+      for (int64_t i = 0; i < count; ++i) {
+        keys_at[begin + i] = keys[i];
+        index_at[begin + i] = global_index(work.places[chunk.tensor], chunk.offset + places_in_chunk[i]);
       }
     });
   }
@@ -178,7 +168,7 @@ Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& places, const
   if (checked.rank <= 0) return result;
   const uint32_t key = checked.bounds.lo;
   const auto count = kernels().count[scored.kind];
-  std::vector<int64_t> equal(work.size);
+  std::vector<uint32_t> equal(work.size);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t i) {
     Tally tally{0, &equal[i]};
     count(scored.at(work, chunk), {key, key, 0}, tally);

@@ -34,9 +34,23 @@ struct Pending {
   uint32_t keys[kPending];
   int64_t size = 0;
 
-  void flush(const Bracket& bracket, int64_t* bins) {
+  void flush(const Bracket& bracket, uint32_t* bins) {
     for (int64_t i = 0; i < size; ++i) ++bins[(keys[i] - bracket.lo) >> bracket.shift];
     size = 0;
+  }
+
+  // Of 64 keys those whose bit is set.
+  void append(const uint32_t* word_keys, uint64_t inside) {
+#if defined(PINS_AVX512)
+    for (int i = 0; i < 4; ++i, inside >>= 16) {
+      const __mmask16 mask = static_cast<__mmask16>(inside);
+      // Compressed in a register: compressing into memory is microcode on some CPUs.
+      _mm512_storeu_si512(keys + size, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(word_keys + 16 * i)));
+      size += __builtin_popcount(mask);
+    }
+#else
+    for (; inside; inside &= inside - 1) keys[size++] = word_keys[__builtin_ctzll(inside)];
+#endif
   }
 };
 
@@ -60,11 +74,34 @@ void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
         tally.bins[0] += __builtin_popcountll(inside);
         continue;
       }
-      for (; inside; inside &= inside - 1) pending.keys[pending.size++] = word_keys[__builtin_ctzll(inside)];
-      if (pending.size > kPending - kWord) pending.flush(bracket, tally.bins);
+      if (inside) pending.append(word_keys, inside);
+      if (pending.size > kPending - 2 * kWord) pending.flush(bracket, tally.bins);
     }
   }
   pending.flush(bracket, tally.bins);
+}
+
+// The keys inside the bracket and their places in the run, at most a chunk; returns how many.
+template <Score score>
+int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uint16_t* places) {
+  static_assert(kChunk <= 1 << 16, "a place in a chunk has 16 bits");
+  Buffer a_buffer, b_buffer;
+  Bits block;
+  int64_t size = 0;
+  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
+    const int64_t n = block_size(scores.run, at);
+    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    for (int64_t start = 0; start < n; start += kWord) {
+      const uint32_t* word_keys = block.values + start;
+      uint64_t found = up_to(word_keys, bracket.hi) & ~below(word_keys, bracket.lo) & low_bits(n - start);
+      for (; found; found &= found - 1) {
+        const int i = __builtin_ctzll(found);
+        keys[size] = word_keys[i];
+        places[size++] = static_cast<uint16_t>(at + start + i);
+      }
+    }
+  }
+  return size;
 }
 
 // Bit = keep. Pruned: key below the threshold's, or equal to it and before the tie index.

@@ -21,7 +21,8 @@ CALLS_PER_PROCESS = 12_000
 
 
 def test_every_operator_is_fuzzed() -> None:
-    assert set(operator_fuzz.GENERATORS) == set(CALLS)
+    """But those that are Python on the CPU."""
+    assert set(operator_fuzz.GENERATORS) == set(CALLS) - {"bracket_of", "narrow", "settle", "cutoff"}
 
 
 @pytest.fixture(scope="module")
