@@ -39,10 +39,10 @@ def _store_bracket(bracket_ptr, lo, hi, rank, resolved):
 
 @triton.jit(do_not_specialize=["size", "total"])
 def _bracket_of_kernel(bracket_ptr, ordered_ptr, position_ptr, size, total):
-    """The keys within six standard deviations of a sample's rank; ordered_ptr: int64 [size], sorted keys."""
+    """The keys within four standard deviations of a sample's rank; ordered_ptr: int64 [size], sorted keys."""
     m = size.to(tl.float32)
     share = tl.div_rn(tl.load(position_ptr).to(tl.float32), total.to(tl.float32))
-    spread = 6 * tl.sqrt_rn(tl.maximum(share * (1 - share) * m, 1.0)) + 2
+    spread = 4 * tl.sqrt_rn(tl.maximum(share * (1 - share) * m, 1.0)) + 2
     first = tl.minimum(tl.maximum((share * m - spread).to(tl.int32), 0), size - 1)
     last = tl.minimum(tl.maximum((share * m + spread).to(tl.int32) + 1, 0), size - 1)
     rank = tl.full([], 0, tl.int64)

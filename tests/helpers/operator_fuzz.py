@@ -209,6 +209,16 @@ def _sparse_linear(p: Problem) -> Call:
     return {"x": x, **packed, "bias": bias, "out_features": weight.shape[0]}
 
 
+def _sparse_linear_int8(p: Problem) -> Call:
+    codes = (_pruned_weight(p) * 20).to(torch.int8)
+    names = ("values", "columns", "rows", "counts", "starts")
+    packed = dict(zip(names, torch.ops.pins_ext.sparse_pack(codes), strict=True))
+    x = torch.randn(p.dice.choice((0, 1, 7, 40)), codes.shape[1], generator=p.torch)
+    bias = torch.ones(codes.shape[0]) if p.dice.random() < 0.5 else None
+    scales, sums = torch.ones(codes.shape[0]), codes.sum(1, dtype=torch.int32)
+    return {"x": x, **packed, "scales": scales, "sums": sums, "bias": bias, "vnni": p.dice.random() < 0.5}
+
+
 GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "accumulate_": _accumulate,
     "fold_": _fold,
@@ -225,6 +235,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "sum_of_squares": _sum_of_squares,
     "sparse_pack": _sparse_pack,
     "sparse_linear": _sparse_linear,
+    "sparse_linear_int8": _sparse_linear_int8,
 }
 
 
@@ -259,7 +270,8 @@ def _cell(x: Tensor, dice: random.Random) -> Tensor:
         if x.is_floating_point():
             flat[dice.randrange(x.numel())] = dice.choice((0.0, -1.0, float("nan"), float("inf"), 1e30))
         else:
-            flat[dice.randrange(x.numel())] = dice.choice(UGLY)
+            limits = torch.iinfo(x.dtype) if x.dtype != torch.bool else torch.iinfo(torch.uint8)
+            flat[dice.randrange(x.numel())] = min(max(dice.choice(UGLY), limits.min), limits.max)
         return flat.view(x.shape)
     return x
 
