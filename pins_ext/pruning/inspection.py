@@ -103,11 +103,16 @@ def surprises(before: int, pruned: Mapping[str, tuple[int, int]], schedule: Sche
     """
     n, after = sum(size for _, size in pruned.values()), sum(count for count, _ in pruned.values())
     if (after - before) / n > _JUMP:
+        why = f"The run is too short for windows of {schedule.delta_t} steps"
+        if step < schedule.final_start:
+            why = (
+                "Where training was to end here, total_steps is too large: it counts optimizer steps, one for all the "
+                "batches whose gradients are accumulated"
+            )
         yield (
             f"finalize pruned in one go what the schedule spreads over training: sparsity jumped from {before / n:.1%} "
             f"to {after / n:.1%} after {step:,} of {schedule.total:,} steps, of which {schedule.final_start:,} lead to "
-            f"the final sparsity. Where training was to end here, total_steps is too large: it counts optimizer steps, "
-            f"one for all the batches whose gradients are accumulated"
+            f"the final sparsity. {why}"
         )
     wanted = 1 - schedule.final_ratio
     if wanted - after / n > _JUMP:

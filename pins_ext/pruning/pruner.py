@@ -101,8 +101,8 @@ class Pruner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
         """A pruner of the copies of the model and of the optimizers, which are made along if they were not yet."""
-        if self._now is not None:
-            raise RuntimeError("a Pruner can't be copied within a step")
+        if self._now is not None or self.masks.in_view:
+            raise RuntimeError("a Pruner can't be copied within a step or inside masked_view")
         model = copy.deepcopy(self.model, memo)
         optimizers = [copy.deepcopy(slot.optimizer, memo) for slot in self.slots]
         with warnings.catch_warnings():

@@ -34,6 +34,8 @@ from pins_ext.integrations.callback import (
     refuse_unsupported,
 )
 from pins_ext.pruning.checkpoint import FORMAT
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 
@@ -209,3 +211,14 @@ def test_a_pruner_file_that_does_not_say_is_taken_with_a_warning(tmp_path: Path)
     with pytest.warns(UserWarning, match="doesn't say what it belongs to"):
         resumed.train(resume_from_checkpoint=str(path.parent))
     assert_same(weights(resumed), weights(whole))
+
+
+def test_a_run_too_short_for_its_schedule_says_so(tmp_path: Path) -> None:
+    short = stock(
+        model(), arguments(tmp_path, max_steps=3, save_strategy="no"), PinsCallback(PruneConfig(sparsity=0.8))
+    )
+    with (
+        pytest.warns(ConflictWarning, match="no mask falls between warm-up and cool-down"),
+        pytest.warns(UserWarning, match=r"jumped from 0\.0% to 80\.0% after 3 of 3 steps.*too short for windows of 10"),
+    ):
+        short.train()

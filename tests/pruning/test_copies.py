@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import CONFIG, STEPS, exact, same, start, train, zeros
 
+from pins_ext import PruneConfig
 from pins_ext.optim import PinsAdamW, PinsSGD
 
 OPTIMIZERS = [PinsAdamW, PinsSGD, partial(torch.optim.AdamW, fused=True)]
@@ -30,6 +31,25 @@ def test_a_copy_of_all_three_is_pruned_like_the_original(optimizer_class: Any, o
     train(original[0], original[1], STEPS, skip=22)
     assert same(model, original[0])
     assert pruner.finalize()["zeros"] == exact(pruner) == zeros(pruner)
+
+
+@pytest.mark.parametrize("criterion", ["pins-update", "movement", "magnitude"])
+def test_a_copy_is_pruned_alike_by_every_kind_of_state(criterion: str) -> None:
+    config = PruneConfig(criterion=criterion, sparsity=0.8, delta_t=5, warmup=5, cooldown=20)
+    original = start(config)
+    train(original[0], original[1], 22)
+    model, optimizer, pruner = copy.deepcopy(original)
+    train(model, optimizer, STEPS, skip=22)
+    train(original[0], original[1], STEPS, skip=22)
+    assert same(model, original[0])
+    assert pruner.finalize()["zeros"] == exact(pruner)
+
+
+def test_a_masked_view_is_not_copied() -> None:
+    model, optimizer, pruner = start()
+    train(model, optimizer, 22)
+    with pruner.masked_view(), pytest.raises(RuntimeError, match="inside masked_view"):
+        copy.deepcopy((model, optimizer, pruner))
 
 
 @pytest.mark.parametrize("optimizer_class", [PinsAdamW, PinsSGD])
