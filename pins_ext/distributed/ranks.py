@@ -24,6 +24,7 @@ class Ranks:
     Attributes:
         size: how many processes.
         owned: places of the tensors whose part this rank counts.
+        writes: whether this is the one rank that writes files.
 
     Raises:
         ValueError: DTensors on meshes that no single one of them covers.
@@ -40,6 +41,7 @@ class Ranks:
         self._group = _group_of(everyone, covered[everyone]) if self.size > 1 else None
         self._device = torch.device(covered[everyone].device_type) if self.size > 1 else None
         first = min(everyone, default=0)
+        self.writes = self.alone or dist.get_rank() == first
         self.owned = owned = tuple(i for i, t in enumerate(tensors) if self.size == 1 or _is_first(t, first))
         self._owned = frozenset(owned)
 

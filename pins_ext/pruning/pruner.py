@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pins_ext.distributed import states
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import layout_of, like, local
 from pins_ext.pruning import checkpoint, inspection
@@ -356,28 +357,47 @@ class Pruner:
         return report | {"final_sparsity": target}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs, as plain data and tensors (not copied): never part of the optimizer's state."""
+        """All that resuming needs, as plain data and tensors (not copied): never part of the optimizer's state.
+
+        The states of sharded parameters are put together from all ranks, as one process has them: every rank asks, gets
+        all, and any number of ranks can go on from it.
+        """
+        state = self._own_state()
+        state["tensors"] = states.whole(state["tensors"], self.names, self.parameters, self.masks.ranks)
+        return state
+
+    def _own_state(self) -> dict[str, Any]:
         total = self.schedule.total
         return checkpoint.gather(self.config, total, self.step, self.names, self.importance, self.masks)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict of a Pruner of the same model and configuration.
+        """Go on from a state_dict of a Pruner of the same model and configuration, of any number of ranks.
 
         Raises:
             ValueError: another configuration, other parameters or shapes, or values that no pruner can have; the
                 message lists them, and nothing has changed.
         """
-        checkpoint.restore(state, self.state_dict(), self.masks)
+        if not self._settled:
+            self._settle()
+        if "tensors" in state:
+            state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
+        checkpoint.restore(state, self._own_state(), self.masks)
         self.step = state["step"]
 
     def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading.
 
+        Of sharded parameters every rank calls this, and one writes.
+
         Args:
             path: where to.
             origin: what the file belongs to, such as a run and a step of it; `load` compares it.
         """
-        checkpoint.write(Path(path), self.state_dict(), origin)
+        state, ranks = self.state_dict(), self.masks.ranks
+        if ranks.writes:
+            checkpoint.write(Path(path), state, origin)
+        # The others may read it at once.
+        ranks.any(False)
 
     def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Read what `save` wrote; when it is refused, nothing has changed.

@@ -1,0 +1,71 @@
+"""States of all ranks as one process has them, and this rank's part of such states: a checkpoint knows no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import is_dtensor, local, shard_of
+
+_MASK = "mask"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def whole(
+    states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Put together what every rank has of each state; every rank calls it and gets all of it.
+
+    Args:
+        states: by kind/parameter, of this rank's parts; masks as bits, anything else of the part's shape.
+        names: of the pruned parameters.
+        parameters: the pruned parameters.
+        ranks: the processes that hold them.
+    """
+    if ranks.alone:
+        return dict(states)
+    places = {name: i for i, name in enumerate(names)}
+    found = dict(states)
+    for key, state in states.items():
+        kind, _, name = key.partition("/")
+        if name in places and is_dtensor(parameters[places[name]]):
+            found[key] = _whole(kind, state, places[name], name, parameters[places[name]], ranks)
+    return found
+
+
+def _whole(kind: str, state: Tensor, i: int, name: str, parameter: Tensor, ranks: Ranks) -> Tensor:
+    shape = tuple(local(parameter).shape)
+    part = ops.unpack_bits(state, shape).to(torch.uint8) if kind == _MASK else state
+    # Bits are summed with zeros as integers: a float's -0 would come back as +0.
+    full = torch.zeros(parameter.shape, dtype=torch.int32, device=part.device)
+    if ranks.counts(i):
+        full[_box(name, parameter)] = part.contiguous().view(_BITS[part.element_size()]).to(torch.int32)
+    bits = ranks.sum(full).to(_BITS[part.element_size()])
+    return ops.pack_bits(bits.bool()) if kind == _MASK else bits.view(part.dtype)
+
+
+def parts(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of whole states; one of another shape than its parameter is left as it is."""
+    by_name = dict(zip(names, parameters, strict=True))
+    found = dict(states)
+    for key, state in states.items():
+        kind, _, name = key.partition("/")
+        p = by_name.get(name)
+        if p is None or not is_dtensor(p):
+            continue
+        if kind == _MASK and len(state) == ops.mask_bytes(p.numel()):
+            found[key] = ops.pack_bits(ops.unpack_bits(state, p.shape)[_box(name, p)])
+        elif state.shape == p.shape:
+            found[key] = state[_box(name, p)]
+    return found
+
+
+def _box(name: str, parameter: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies."""
+    shard = shard_of(name, parameter)
+    assert shard is not None
+    return tuple(slice(s, s + n) for s, n in zip(shard.start, local(parameter).shape, strict=True))
