@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test lint format test-slow gpu-check bench docs wheel release clean
+.PHONY: help install demo demo-short quick test lint format test-slow gpu-check bench docs wheel release clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,13 +34,16 @@ demo: install ## the main job: fine-tune and prune a pretrained transformer to 8
 demo-short: install ## the same in about a minute, for a quick look and for CI: too few steps for good numbers
 	$(BIN)/pins-ext train --max-steps 30 --output-dir runs/demo-short --overwrite
 
-GPU_CODE_CHECKS := tests/triton/test_triton_compile.py tests/cuda/test_cuda_compile.py tests/cuda/test_cuda_host.py
+# Anything but GPU code, which is chosen for each process: interpreted, emulated, or compiled for a GPU.
+HOST_TESTS := not slow and not interpret and not ptx and not gpu
+
+quick: install ## the core and the operators, for every edit
+	$(BIN)/python -m pytest -q -m "$(HOST_TESTS)" tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
 
 test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -v --tb=short -m "interpret"
-	$(BIN)/python -m pytest -v --tb=short $(GPU_CODE_CHECKS)
-	$(BIN)/python -m pytest -q --ptx 90 -m "not slow" tests
-	$(BIN)/python -m pytest -q -m "not interpret and not ptx and not slow" $(GPU_CODE_CHECKS:%=--ignore=%)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --tb=short -m "interpret and not slow" tests
+	$(BIN)/python -m pytest -q --tb=short --ptx 90 -m "not slow" tests
+	$(BIN)/python -m pytest -q --tb=short -m "$(HOST_TESTS)"
 
 CPP_FILES = $(shell git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
 
@@ -56,8 +59,8 @@ format: install ## format Python, C++ and CUDA
 
 test-slow: install ## selection over 2.2 G weights, long kills and resumes, GPU code in random orders: minutes, 16 GB
 	$(BIN)/python -m pytest -q -m "slow and not ptx"
-	$(BIN)/python -m pytest -q --ptx 80 --ptx-orders 2 tests
-	$(BIN)/python -m pytest -q --ptx 90 --ptx-orders 2 tests
+	$(BIN)/python -m pytest -q --ptx 80 --ptx-orders 2 -m "slow or not slow" tests
+	$(BIN)/python -m pytest -q --ptx 90 --ptx-orders 2 -m "slow or not slow" tests
 
 gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network): build, gpu tests, sanitizer, benchmarks
 	$(PYTHON) bench/gpu_check.py

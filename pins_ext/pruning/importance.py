@@ -220,7 +220,7 @@ class Importance:
         if not self._seen_by_all:
             scored = self.ranks.any(scored)
             self._seen_by_all = scored and scaling.found_inf is None
-        finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).to(accepted.dtype)
+        finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).float()
         accepted += finite
         if scored:
             self.seen |= finite > 0
