@@ -21,6 +21,12 @@ pytest_plugins = ["ptx_emulator.plugin"]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "hostile rounds (tests/house/test_fuzz.py)")
+    group.addoption("--fuzz-seed", type=int, help="repeat the rounds of this seed; a new one by default")
+    group.addoption("--fuzz-share", type=float, default=1.0, help="share of the rounds to make")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, visibly, what this process or machine cannot run."""
     for item in items:

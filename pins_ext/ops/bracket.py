@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from pins_ext.triton_kernels.table import check_shape
+
 BINS = 65536
 """Bins of a counting pass: two passes resolve any bracket of 32-bit keys to one key."""
 
@@ -40,6 +42,8 @@ def bracket_of(keys: Tensor, position: Tensor, total: int) -> Tensor:
         position: int64 [], rank of the weight looked for.
         total: how many weights compete.
     """
+    check_shape("keys", keys, torch.int64, (keys.numel(),), keys)
+    check_shape("position", position, torch.int64, (), keys)
     m, share = keys.numel(), int(position) / total
     spread = 4 * math.sqrt(max(1.0, share * (1 - share) * m)) + 2
     first, last = (min(max(i, 0), m - 1) for i in (math.floor(share * m - spread), math.ceil(share * m + spread)))
@@ -74,6 +78,9 @@ def narrow(bracket: Tensor, counts: Tensor, position: Tensor) -> Tensor:
         counts: int64 [1 + BINS], keys below the bracket and in its bins.
         position: int64 [], rank of the weight looked for.
     """
+    check_shape("bracket", bracket, torch.int64, (5,), bracket)
+    check_shape("counts", counts, torch.int64, (1 + BINS,), bracket)
+    check_shape("position", position, torch.int64, (), bracket)
     lo, hi, shift, _, resolved = bracket.tolist()
     if resolved:
         return bracket.clone()
@@ -100,6 +107,9 @@ def settle(bracket: Tensor, candidates: Tensor, found: Tensor) -> tuple[Tensor, 
     Returns:
         The bracket, and the tie index, int64 [1]: 0 where no weight with the key is pruned, or nothing is settled.
     """
+    check_shape("bracket", bracket, torch.int64, (5,), bracket)
+    check_shape("candidates", candidates, torch.int64, (2, candidates.shape[-1]), bracket)
+    check_shape("found", found, torch.int64, (1,), bracket)
     n = int(found)
     if not 0 < n <= candidates.shape[1]:
         return bracket.clone(), torch.zeros_like(found)
@@ -122,6 +132,9 @@ def cutoff(bracket: Tensor, tie: Tensor, n_prune: Tensor, total: int, exact: boo
         total: how many weights compete.
         exact: whether ties are broken by index; otherwise weights strictly below the key are pruned.
     """
+    check_shape("bracket", bracket, torch.int64, (5,), bracket)
+    check_shape("tie", tie, torch.int64, (1,), bracket)
+    check_shape("n_prune", n_prune.reshape(1), torch.int64, (1,), bracket)
     key, wanted = int(bracket[0]), int(n_prune)
     if wanted <= 0 or (not exact and key == MAX_KEY):
         return torch.zeros(2, dtype=torch.int64)
