@@ -125,7 +125,7 @@ class Masks:
         # Past the weights, bits are zero.
         kept = torch.stack([ops.unpack_bits(bits, (8 * len(bits),)).sum() for bits in self.bits])
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
-        kept = self.ranks.sum(kept * torch.tensor(counted).to(kept.device))
+        kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]
 
     def keep(self, i: int, shape: Sequence[int]) -> Tensor:
