@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import EXIT_OK, CommandError, UsageError
+from pins_ext.studies.diagnosis.options import DiagnosisOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,32 +37,6 @@ _HELP = {
     "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",
     "overwrite": "write into an output folder that is not empty",
 }
-
-
-def _flag(default: Any, help: str, least: int) -> Any:
-    return field(default=default, metadata={"help": help, "least": least})
-
-
-@dataclass(frozen=True)
-class DiagnosisOptions:
-    """How much is measured.
-
-    Raises:
-        ValueError: a number below its least.
-    """
-
-    loss_batches: int = _flag(2, "batches of --per-device-eval-batch-size that the loss is measured on", 1)
-    masks: int = _flag(12, "new masks to look at, evenly spread over the run", 1)
-    random_masks: int = _flag(4, "random masks of the same size beside each", 1)
-    exchange_masks: int = _flag(1, "of those masks, how many to try exchanges at; 0: none", 0)
-    exchanges: int = _flag(16, "groups of weights to exchange, near the threshold and anywhere", 2)
-    exchange_pairs: int | None = _flag(None, "pairs in a group; if not given, as few as stand out from rounding", 1)
-
-    def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value, least = getattr(self, each.name), each.metadata["least"]
-            if value is not None and value < least:
-                raise ValueError(f"--{each.name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,13 +25,16 @@ examples:
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "numpy", "matplotlib", "rich")
 
 TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
+CPU_ONLY = "none, there pruned layers stay dense"
 
 OPERATORS = {
-    **dict.fromkeys(("accumulate_", "fold_", "sample", "count_", "collect_", "tie_index", "pack_"), TRITON),
+    **dict.fromkeys(("accumulate_", "fold_", "fold_moments_", "sample", "bracket_of", "count_", "narrow"), TRITON),
+    **dict.fromkeys(("collect_", "settle", "cutoff", "tie_index", "pack_"), TRITON),
     "select": DRIVER,
-    **dict.fromkeys(("masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
+    **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
+    **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),
 }
-"""Every operator on tensors, and what runs it on a GPU. On a CPU all are C++."""
+"""Every operator on tensors, and what runs it on a GPU. On a CPU all but the driver are C++."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     broken = False
     for finding in examine(given.get("model")):
         mark = {"ok": " ok  ", "note": "note ", "broken": "BROKEN"}[finding.verdict]
-        print(f"{mark:<7}{finding.topic:<15}{finding.text}", flush=True)
+        print(f"{mark:<7}{finding.topic:<20}{finding.text}", flush=True)
         broken |= finding.verdict == "broken"
     print("\nbroken: see above" if broken else "\nready")
     return EXIT_FAILED if broken else EXIT_OK
@@ -126,9 +129,9 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
     """One line per operator: what runs it on a CPU and on a GPU, and what happens where nothing does."""
     triton = _triton_problem()
     for name, kind in OPERATORS.items():
-        cpu = "C++" if _has_kernel(name, "CPU") else "no kernel"
+        cpu = "no kernel" if not _has_kernel(name, "CPU") else kind if kind == DRIVER else "C++"
         problem = None
-        if not _has_kernel(name, "CUDA"):
+        if kind != CPU_ONLY and not _has_kernel(name, "CUDA"):
             problem = "this build has no CUDA kernels, rebuild with nvcc and PINS_EXT_CUDA=1"
         elif kind == TRITON and triton is not None:
             problem = triton
@@ -152,7 +155,7 @@ def _gpu(available: bool) -> Iterator[Finding]:
 
     if available:
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-        missing = [name for name in OPERATORS if not _has_kernel(name, "CUDA")]
+        missing = [name for name, kind in OPERATORS.items() if kind != CPU_ONLY and not _has_kernel(name, "CUDA")]
         text = f"{names}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
         if missing:
             yield Finding("gpu", f"{text}; no kernel for {', '.join(missing)}: models can't be pruned on it", "broken")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,9 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pins_ext.files import random_state
 from pins_ext.runs.prepare import Prepared
 from pins_ext.studies.diagnosis.changes import Diagnosis
-
-if TYPE_CHECKING:
-    from pins_ext.cli.diagnose import DiagnosisOptions
+from pins_ext.studies.diagnosis.options import DiagnosisOptions
 
 
 class DiagnoseCallback(TrainerCallback):
