@@ -46,3 +46,17 @@ def test_it_runs_in_two_processes() -> None:
 def test_it_is_short(name: str) -> None:
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
     assert f"pins_ext.examples.{name}" in pins_ext.examples.__doc__
+
+
+def test_it_runs_under_fsdp() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "-m", "pins_ext.examples.fsdp_loop"],
+        env=os.environ | cpu, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    zeros, weights = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+)", result.stdout)[-1])
+    assert zeros == weights - round(0.2 * weights)
+    first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout))
+    assert last < first
