@@ -3,10 +3,9 @@
 torchrun --nproc-per-node 2 -m pins_ext.examples.fsdp_loop
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,22 +22,26 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = LlamaConfig(vocab_size=256, num_hidden_layers=2, pad_token_id=0, **sizes)
-    model = LlamaForCausalLM(config).to(device)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    model.to(device)
 
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in model.get_submodule("model.layers").children():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
     optimizer = pins_ext.optim.PinsAdamW(model.parameters(), lr=3e-3)  # any torch optimizer will do
-    pruner = pins_ext.Pruner(model, optimizer, pins_ext.PruneConfig(sparsity=0.8, delta_t=3), total_steps=STEPS)
+    pruning = pins_ext.PruneConfig(sparsity=0.8, delta_t=3, min_density=0.05)  # of every tensor
+    pruner = pins_ext.Pruner(model, optimizer, pruning, total_steps=STEPS)
 
     for step in range(STEPS):
         torch.manual_seed(step * dist.get_world_size() + dist.get_rank())
