@@ -24,7 +24,8 @@ class StoppedError(KeyboardInterrupt):
     """The user, or the machine's scheduler, asked to stop. No `except Exception` on the way takes it for a failure.
 
     Args:
-        message: where things stand and how to go on. signal: the signal's number; 2 for Ctrl-C.
+        message: where things stand and how to go on.
+        signal: the signal's number; 2 for Ctrl-C.
     """
 
     def __init__(self, message: str, signal: int = 2) -> None:

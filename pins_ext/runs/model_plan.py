@@ -36,7 +36,8 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
     """A page to read; takes seconds for any size of model.
 
     Args:
-        request: names the model, its dtype, the optimizer and the teacher. pruning: what is pruned and how.
+        request: names the model, its dtype, the optimizer and the teacher.
+        pruning: what is pruned and how.
         ranks, replicas: see pins_ext.pruning.memory.memory.
 
     Raises:

@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
         """A titled group with a flag for every field of a dataclass.
 
         Args:
-            skip: fields without a flag. parse: how to read a field whose type doesn't say it.
+            skip: fields without a flag.
+            parse: how to read a field whose type doesn't say it.
         """
         group = self.add_argument_group(title)
         hints = get_type_hints(cls)
@@ -141,7 +142,8 @@ def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
     """A YAML or JSON file that holds one mapping.
 
     Args:
-        name: what to call the file in errors. content: what it must map.
+        name: what to call the file in errors.
+        content: what it must map.
 
     Raises:
         UsageError: unreadable, or something else than a mapping.

@@ -35,7 +35,9 @@ class Prepared:
     """All of a run, before its first step.
 
     Attributes:
-        model_name: as asked for. total_steps: optimizer steps. notes: what a reader of the results should know.
+        model_name: as asked for.
+        total_steps: optimizer steps.
+        notes: what a reader of the results should know.
     """
 
     request: Request
@@ -52,7 +54,9 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
     """Load, build and check.
 
     Args:
-        folder: for the Trainer's checkpoints. task: one that is loaded and tokenised already. callbacks: further ones.
+        folder: for the Trainer's checkpoints.
+        task: one that is loaded and tokenised already.
+        callbacks: further ones.
 
     Raises:
         UsageError: anything about the request that can't be done; nothing has been trained yet.
@@ -194,7 +198,7 @@ def _refuse_late_choice(request: Request, args: transformers.TrainingArguments, 
     every = epoch if args.eval_strategy == "epoch" else math.ceil(steps * total_steps) if steps < 1 else int(steps)
     if every >= total_steps:
         raise UsageError(
-            f"--teacher best: the first evaluation is due at step {every} of {total_steps}, too late to learn from "
+            f"--teacher best: the first evaluation comes at step {every} of {total_steps}, too late to learn from "
             "the model that it chooses: give --eval-strategy steps and fewer --eval-steps"
         )
 

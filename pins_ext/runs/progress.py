@@ -29,7 +29,8 @@ class Watch(TrainerCallback):
     """Loss, sparsity and threshold as they are logged.
 
     Args:
-        console: where to; a live bar is drawn only if it is a terminal. label: the run's name.
+        console: where to; a live bar is drawn only if it is a terminal.
+        label: the run's name.
     """
 
     def __init__(self, console: Console, label: str) -> None:

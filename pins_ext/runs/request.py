@@ -115,7 +115,8 @@ class Request:
         run, task, regularizer, pruning: our flags; pruning is None where the sparsity asked for is 0.
         training: TrainingArguments by name, the Trainer's own defaults left out.
         overwrite, resume: what to do with what is there; resume is NEWEST or a checkpoint's folder.
-        given: names of the flags that were given, in a file or typed. tokens: those flags as they would be typed.
+        given: names of the flags that were given, in a file or typed.
+        tokens: those flags as they would be typed.
         recipe: the name of the recipe in use, if there is one.
     """
 

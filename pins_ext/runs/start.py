@@ -17,7 +17,9 @@ class SayWhatStarts(TrainerCallback):
     It comes after the callback that prunes, whose pruner exists from the start of training on.
 
     Args:
-        prepared: the run. console: where to. said: notes that an earlier run has printed already.
+        prepared: the run.
+        console: where to.
+        said: notes that an earlier run has printed already.
     """
 
     def __init__(self, prepared: Prepared, console: Console, said: tuple[str, ...] = ()) -> None:

@@ -91,7 +91,8 @@ def evaluate_answers(found: Mapping[str, str], gold: Mapping[str, Sequence[str]]
     """Computes f1 and exact match of answers as SQuAD does, from 0 to 100.
 
     Args:
-        found: question -> answer, empty for none. gold: question -> right answers, none for an unanswerable one.
+        found: question -> answer, empty for none.
+        gold: question -> right answers, none for an unanswerable one.
     """
     from torchmetrics.functional.text import squad
 

@@ -175,7 +175,7 @@ def test_options_refuse_what_they_cannot_read() -> None:
         (("--resume", "nowhere"), "nowhere holds no readable checkpoint.json"),
         (("--optimizer", "best"), "best"),
         (("--teacher", "best", "--eval-strategy", "no"), "--teacher best decides by evaluations on the way"),
-        (("--teacher", "best", "--eval-steps", "12"), "the first evaluation is due at step 12 of 12"),
+        (("--teacher", "best", "--eval-steps", "12"), "the first evaluation comes at step 12 of 12"),
         (("--early-stopping", "2", "--eval-strategy", "no"), "--early-stopping decides by evaluations"),
         (("--min-density", "0.9"), "min_density"),
     ],

@@ -182,5 +182,5 @@ def test_data_to_text_faults(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"devset\.csv\.gz:2: ref must be a text"):
         load_task(TaskArguments(task="e2e", data_dir=str(tmp_path)))
     (tmp_path / "devset.csv.gz").write_bytes(gzip.compress(b"text,label\na,b\n"))
-    with pytest.raises(TaskError, match="the columns mr and ref are due; it has text, label"):
+    with pytest.raises(TaskError, match="the columns mr and ref are missing; it has text, label"):
         load_task(TaskArguments(task="e2e", data_dir=str(tmp_path)))

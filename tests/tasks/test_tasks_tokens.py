@@ -55,7 +55,7 @@ def test_layouts(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("new\tB-place\nyork\n", r"a\.conll:2: a word and its tag are due.* got 'york'"),
+        ("new\tB-place\nyork\n", r"a\.conll:2: expected a word and its tag.* got 'york'"),
         ("new\tplace\n", r"a\.conll:1: .*O, B-type or I-type"),
         ("new\tS-place\n", r"a\.conll:1: "),
         ("\n\n", "holds no sentences"),

@@ -23,8 +23,10 @@ class Cell:
     """One training run of a grid.
 
     Attributes:
-        method, seed: of the grid. axes: the varied flags that this method doesn't set itself, with their values here.
-        flags: of `pins-ext train`, as they would be typed, without the folder. folder: of its result.
+        method, seed: of the grid.
+        axes: the varied flags that this method doesn't set itself, with their values here.
+        flags: of `pins-ext train`, as they would be typed, without the folder.
+        folder: of its result.
         request: what those flags ask for.
     """
 

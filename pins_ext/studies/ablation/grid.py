@@ -24,8 +24,10 @@ class Grid:
     """What a grid file asks for. Flags are named as on the command line, with dashes and without the leading two.
 
     Attributes:
-        name: the file's, without its suffix. about: what the grid answers.
-        base: flags of every run. methods: name to the flags that make the method.
+        name: the file's, without its suffix.
+        about: what the grid answers.
+        base: flags of every run.
+        methods: name to the flags that make the method.
         vary: flag to the values it takes; every combination of them is run with every method.
         seeds: of training; a run per method, combination and seed.
         reference: the method that differences are taken to.

@@ -107,7 +107,8 @@ def in_process_of_its_own(arguments: Sequence[str], log: IO[str], show: Callable
     """Run `pins-ext` with these arguments in a new process.
 
     Args:
-        log: where to write what it prints. show: called with each line.
+        log: where to write what it prints.
+        show: called with each line.
 
     Returns:
         Its exit code; that of a process ended by a signal is negative.

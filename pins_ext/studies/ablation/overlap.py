@@ -21,7 +21,9 @@ class Overlap:
     """Weights that two pruned models keep.
 
     Attributes:
-        weights: prunable ones. first, second: kept by each of the two. common: by both.
+        weights: prunable ones.
+        first, second: kept by each of the two.
+        common: by both.
         by_tensor: common ones to expect if each kept as many of every tensor as it does, at random within the tensor.
     """
 
@@ -99,7 +101,8 @@ def overlaps(folders: Mapping[str, Path], tensors: Iterable[str]) -> dict[tuple[
     """The overlap of every two models.
 
     Args:
-        folders: of the saved models, by method. tensors: names of the prunable ones.
+        folders: of the saved models, by method.
+        tensors: names of the prunable ones.
     """
     from safetensors import safe_open
 

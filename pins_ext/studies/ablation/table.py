@@ -20,7 +20,8 @@ class Line:
     """A row of the table with its records.
 
     Attributes:
-        records: of the finished cells, by seed. metric: the main one, as in the records.
+        records: of the finished cells, by seed.
+        metric: the main one, as in the records.
         non_zeros: kept prunable weights, by seed.
     """
 

@@ -46,7 +46,8 @@ class Change:
         kind: "criterion" or "random", a set of as many weights drawn at random.
         extent: "new", the weights that the last mask kept (random: drawn among those); "whole", all pruned weights
             (random: drawn among all); "step", the optimizer's step and then all pruned weights.
-        weights: how many are zeroed. predicted, measured: change of the loss.
+        weights: how many are zeroed.
+        predicted, measured: change of the loss.
         predicted_sgd: extent "step": the prediction if the step were one of SGD along the training gradient.
         fractions: criterion's "new" and "whole": measured change when the weights go only this part of their way.
         noise: standard deviation of a measured change from rounding alone.
@@ -94,14 +95,20 @@ class Diagnosis:
     have made their step already when a change is measured.
 
     Args:
-        pruner: of the run. loss: loss of its model on one batch. batches: of equal size, to measure on.
-        masks: new masks to look at, evenly spread over the run. random_masks: random sets per mask and extent.
-        exchange_masks: of those masks, how many to try exchanges at; 0 none. exchanges: groups per stratum there.
+        pruner: of the run.
+        loss: loss of its model on one batch.
+        batches: of equal size, to measure on.
+        masks: new masks to look at, evenly spread over the run.
+        random_masks: random sets per mask and extent.
+        exchange_masks: of those masks, how many to try exchanges at; 0 none.
+        exchanges: groups per stratum there.
         exchange_pairs: pairs of weights in a group; None: as few as stand out from rounding.
-        seed: of everything drawn. report: told in a line what is under way.
+        seed: of everything drawn.
+        report: called with a line that says what is under way.
 
     Attributes:
-        steps: pruner steps (from 0) that will be looked at. changes, observations, exchanges: what was found so far.
+        steps: pruner steps (from 0) that will be looked at.
+        changes, observations, exchanges: what was found so far.
     """
 
     def __init__(

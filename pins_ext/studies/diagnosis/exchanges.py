@@ -42,7 +42,9 @@ class Stratum:
     """Exchanges of groups of one kind.
 
     Attributes:
-        name: one of STRATA. pairs: in each group. groups: the exchanges.
+        name: one of STRATA.
+        pairs: in each group.
+        groups: the exchanges.
         together: change of the loss when all groups are exchanged at once: with independent weights, their sum.
         lowering_together: the same for those groups alone that lower the loss; None where there is none.
     """
@@ -78,8 +80,10 @@ class Exchanges:
     """All exchanges tried at one mask.
 
     Attributes:
-        step: optimizer step, from 1. noise: of a loss value. mask_change, random_change: what this mask, and random
-            masks of its size on average, do to the loss. strata: by kind.
+        step: optimizer step, from 1.
+        noise: of a loss value.
+        mask_change, random_change: what this mask, and random masks of its size on average, do to the loss.
+        strata: by kind.
     """
 
     step: int
@@ -98,7 +102,9 @@ def draw(bits: Sequence[Tensor], sizes: Sequence[int], n: int, generator: torch.
     """Draw n weights among those whose bit is set; every tensor gives the same share of its own, to the rounding.
 
     Args:
-        bits: packed, per tensor. sizes: weights per tensor. n: at most as many as there are.
+        bits: packed, per tensor.
+        sizes: weights per tensor.
+        n: at most as many as there are.
 
     Yields:
         Per tensor the flat indices drawn, int64 on the bits' device, in random order.
@@ -116,8 +122,10 @@ class Exchanger:
     """Tries exchanges on a model whose mask has just been applied.
 
     Args:
-        pruner: whose masks and scores. loss: its weights are masked; those it keeps are not.
-        noise: of a loss value. generator: for what is drawn.
+        pruner: whose masks and scores.
+        loss: its weights are masked; those it keeps are not.
+        noise: of a loss value.
+        generator: for what is drawn.
     """
 
     def __init__(self, pruner: Pruner, loss: FixedLoss, noise: float, generator: torch.Generator) -> None:
@@ -134,8 +142,9 @@ class Exchanger:
         """Exchange group after group, then all at once.
 
         Args:
-            name: one of STRATA. groups: how many. pairs: in each, fewer where there are not so many; None: as few as
-                stand out from rounding.
+            name: one of STRATA.
+            groups: how many.
+            pairs: in each, fewer where there are not so many; None: as few as stand out from rounding.
 
         Returns:
             What was found; None where the mask keeps or prunes fewer weights than there are groups.
@@ -246,7 +255,9 @@ def try_exchanges(
     """Mask the weights, try exchanges in every stratum; the weights come back by `loss.restore`.
 
     Args:
-        noise, generator: see Exchanger. groups, pairs: see Exchanger.stratum. report: told what is under way.
+        noise, generator: see Exchanger.
+        groups, pairs: see Exchanger.stratum.
+        report: told what is under way.
     """
     with torch.no_grad():
         for p, bits in zip(loss.parameters, pruner.masks.bits, strict=True):

@@ -20,8 +20,10 @@ class FixedLoss:
     at a time.
 
     Args:
-        model: the model. parameters: its prunable parameters, contiguous.
-        loss: loss of the model on one batch, a scalar. batches: of equal size; what `loss` takes.
+        model: the model.
+        parameters: its prunable parameters, contiguous.
+        loss: loss of the model on one batch, a scalar.
+        batches: of equal size; what `loss` takes.
 
     Attributes:
         kept: copies of the parameters that `restore` brings back; empty before `keep`.

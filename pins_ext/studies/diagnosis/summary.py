@@ -37,7 +37,9 @@ class Agreement:
     """How predicted and measured changes of one kind go together over the masks.
 
     Attributes:
-        n: changes. clear: those that stand out from rounding. predicted, measured: means over all.
+        n: changes.
+        clear: those that stand out from rounding.
+        predicted, measured: means over all.
         ratio, same_sign: median of predicted / measured and share of equal signs, over the clear ones, if there are.
         pearson, spearman: correlations over all; None where fewer than three changes, or equal ones, have none.
     """

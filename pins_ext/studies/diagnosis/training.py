@@ -19,10 +19,13 @@ class DiagnoseCallback(TrainerCallback):
     """Starts a `Diagnosis` when training begins; it comes after the callback that prunes.
 
     Args:
-        prepared: the run. options: how much is measured. console: for a line per mask.
+        prepared: the run.
+        options: how much is measured.
+        console: for a line per mask.
 
     Attributes:
-        examples: how many the loss is measured on. diagnosis: the running one, from the start of training on.
+        examples: how many the loss is measured on.
+        diagnosis: the running one, from the start of training on.
 
     Raises:
         ValueError: there is no training example.

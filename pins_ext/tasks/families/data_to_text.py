@@ -36,7 +36,8 @@ class DataToTextTask(CausalTask):
     one generated text per meaning representation, against all its references.
 
     Attributes:
-        num_beams: of the search; 1 is greedy. max_new_tokens: longest generated text.
+        num_beams: of the search; 1 is greedy.
+        max_new_tokens: longest generated text.
     """
 
     num_beams: int = 1

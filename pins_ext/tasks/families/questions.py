@@ -185,7 +185,8 @@ def best_span(
 
     Args:
         start, end: logits [at least length]; what follows the window is padding.
-        offsets: int [length, 2], negative outside of the context. max_length: of a span, in tokens.
+        offsets: int [length, 2], negative outside of the context.
+        max_length: of a span, in tokens.
     """
     context = np.flatnonzero(offsets[:, 0] >= 0)
     first, last = (context[np.argsort(-scores[context], kind="stable")[:n_best]] for scores in (start, end))

@@ -32,7 +32,9 @@ class EntitySet:
     """A published data set.
 
     Attributes:
-        hub: where it lies. kinds: of entities, in the order of its tag ids. licence: its terms.
+        hub: where it lies.
+        kinds: of entities, in the order of its tag ids.
+        licence: its terms.
     """
 
     hub: HubSet
@@ -59,7 +61,9 @@ class Sentences:
     """A file's or a split's sentences.
 
     Attributes:
-        origin: for messages. words, tags: per sentence. lines: where each sentence begins, from 1.
+        origin: for messages.
+        words, tags: per sentence.
+        lines: where each sentence begins, from 1.
     """
 
     origin: str
@@ -147,7 +151,7 @@ def read_conll(path: str | Path) -> Sentences:
             tag = columns[-1].strip()
             if len(columns) < 2 or not (tag == NO_ENTITY or (tag[:2] in ("B-", "I-") and tag[2:])):
                 raise TaskError(
-                    f"{path}:{number}: a word and its tag are due, O, B-type or I-type, with a tab or a space between; "
+                    f"{path}:{number}: expected a word and its tag (O, B-type or I-type), with a tab or space between; "
                     f"got {line[:60]!r}"
                 )
             lines[-1] = lines[-1] or number

@@ -67,7 +67,7 @@ def read_pairs(path: Path) -> Dataset:
     table = read_table(path)
     columns = next((pair for pair in (("mr", "ref"), _HUB_COLUMNS) if set(pair) <= set(table.columns)), None)
     if columns is None:
-        raise TaskError(f"{path}: the columns mr and ref are due; it has {', '.join(table.columns)}")
+        raise TaskError(f"{path}: the columns mr and ref are missing; it has {', '.join(table.columns)}")
     if not table.rows:
         raise TaskError(f"{path} holds no examples")
     for line, row in table.rows:

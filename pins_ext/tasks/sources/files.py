@@ -44,7 +44,8 @@ class Table:
     """A file's rows.
 
     Attributes:
-        path: of the file. columns: in the file's order.
+        path: of the file.
+        columns: in the file's order.
         rows: (line number from 1, column -> value); values of csv and tsv are strings.
         skipped: incomplete rows left out.
     """
@@ -162,7 +163,7 @@ def _delimited_table(
         elif skip_incomplete:
             skipped += 1
         else:
-            raise TaskError(f"{path}:{line}: {len(record)} fields where {len(columns)} are due ({', '.join(columns)})")
+            raise TaskError(f"{path}:{line}: {len(record)} fields instead of {len(columns)} ({', '.join(columns)})")
     return Table(path, columns, rows, skipped)
 
 
@@ -173,7 +174,7 @@ def _json_table(path: Path, text: str, lines_only: bool) -> Table:
     columns: dict[str, None] = {}
     for line, row in rows:
         if not isinstance(row, dict):
-            raise TaskError(f"{path}:{line}: an object with the columns as keys is due, got {str(row)[:40]!r}")
+            raise TaskError(f"{path}:{line}: expected an object with the columns as keys, got {str(row)[:40]!r}")
         columns.update(dict.fromkeys(row))
     return Table(path, tuple(columns), rows)
 
@@ -206,7 +207,7 @@ def _json_document(path: Path, text: str) -> list[tuple[int, Any]]:
         raise TaskError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     rows = document.get("data") if isinstance(document, dict) else document
     if not isinstance(rows, list):
-        raise TaskError(f'{path}: a list of objects is due, or an object with such a list under "data"')
+        raise TaskError(f'{path}: expected a list of objects, or an object with such a list under "data"')
     return list(enumerate(rows, start=1))
 
 

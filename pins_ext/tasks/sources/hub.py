@@ -26,7 +26,8 @@ class HubSet:
     """Where a data set lies.
 
     Attributes:
-        repository: owner/name. revision: a commit, which keeps results comparable, or PARQUET.
+        repository: owner/name.
+        revision: a commit, which keeps results comparable, or PARQUET.
         config: one of the repository's configurations.
     """
 
