@@ -18,6 +18,7 @@ class Criterion:
         instant: whether every gradient gives each weight an instant score, which the kernels compute and gather over
             windows; otherwise the score is read from the weights, as the operators' score kind of the same name does.
         smoothed: whether windows are averaged (PLATON, Zhang et al. 2022); otherwise their sum is the score.
+        reads_moments: whether the score is made of AdamW's own moments.
         reads_update: whether the instant score needs the weight that the optimizer produces.
         zero_at_zero: whether a weight at exactly zero scores 0, so that under strict masks it could never return by its
             own score.
@@ -27,6 +28,7 @@ class Criterion:
     name: str
     instant: bool = True
     smoothed: bool = True
+    reads_moments: bool = False
     reads_update: bool = False
     zero_at_zero: bool = False
     warning: str = ""
@@ -41,6 +43,8 @@ CRITERIA = {
         Criterion("platon", zero_at_zero=True),
         Criterion("movement", smoothed=False, zero_at_zero=True),
         Criterion("magnitude", instant=False, smoothed=False, zero_at_zero=True),
+        Criterion("fisher", instant=False, smoothed=False, reads_moments=True, zero_at_zero=True),
+        Criterion("moments", instant=False, reads_moments=True),
     )
 }
 

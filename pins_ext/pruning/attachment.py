@@ -21,6 +21,7 @@ from pins_ext.optim.rehearsal import is_rehearsal
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
+from pins_ext.pruning.moments import check_moments
 from pins_ext.wrappers import unwrapped_optimizer
 
 
@@ -31,12 +32,14 @@ class Step:
     Attributes:
         t: pruner step.
         gradients: by parameter name, what scores the weights in place of the parameters' own gradients; None: those.
+        scored: whether importance is taken in it, see PruneConfig.importance_every.
         masks_in_pass: whether the step ends with pruned weights at zero and the masks are final already, so that an
             optimizer's pass can apply them.
     """
 
     t: int
     gradients: Mapping[str, Tensor] | None
+    scored: bool
     masks_in_pass: bool
 
 
@@ -101,7 +104,7 @@ class Slot(ABC):
 
     def reset(self) -> None:
         """No step is under way."""
-        self.step = Step(0, None, False)
+        self.step = Step(0, None, False, False)
         self.scaling = Scaling()
         self.stepped = False
         self._scored = False  # whether any of its tensors has a gradient that scores it
@@ -113,6 +116,9 @@ class Slot(ABC):
         self.reset()
         self.step, self.scaling = step, Scaling.of(self.optimizer)
         self._scored = any(self._score_gradient(i) is not None for i in self.indices)
+        rule = self.importance.config.rule
+        if rule.reads_moments:
+            check_moments(rule.name, self.names[self.indices[0]], self.parameters[self.indices[0]], self.optimizer)
         if not self._scores_in_pass and not self.importance.scores_after_step:
             self._accumulate(self.indices, self.scaling)
 
@@ -164,7 +170,11 @@ class Slot(ABC):
 
     def _accumulate(self, indices: Sequence[int], scaling: Scaling) -> None:
         """Take the gradients of this step into the window."""
-        if not self.importance.ipt or self.masks.frozen:
+        if self.masks.frozen or not self.step.scored:
+            return
+        if not self.importance.ipt:
+            # The optimizer's moments are the window: it is enough to know that they took this gradient in.
+            self._in_window |= self.importance.config.rule.reads_moments
             return
         rates = self.learning_rates()
         lr, grads = [rates[i] for i in indices], [self._gradient(i) for i in indices]
@@ -290,7 +300,7 @@ class FusedSlot(Slot):
         indices = [self._places[id(p)] for p in parameters]
         self._passed.update(indices)
         importance = self.importance
-        scored = self._scores_in_pass and bool(importance.ipt) and not self.masks.frozen
+        scored = self._scores_in_pass and self.step.scored and bool(importance.ipt) and not self.masks.frozen
         return PruningArguments(
             layout=self._subsets.of(indices),
             masks=[self.masks.bits[i] for i in indices] if self._masks_in_pass else [],
@@ -305,7 +315,7 @@ class FusedSlot(Slot):
     def end_pass(self) -> None:
         """See StepListener; a pruned parameter that got no gradient has a zero in its window, and stays masked."""
         left = [i for i in self.indices if i not in self._passed]
-        if self._scores_in_pass:
+        if self._scores_in_pass and self.step.scored:
             self._in_window = True
             if left:
                 self._accumulate(left, self.scaling)

@@ -34,7 +34,7 @@ def gather(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "config": json.loads(json.dumps(config.to_dict())),  # as it will come back from a file
+        "config": _plain(config),
         "total_steps": total_steps,
         "step": step,
         **masks.state(),
@@ -69,7 +69,8 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
 
 
 def _other_settings(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    theirs, mine = _mapping(state, "config"), own["config"]
+    # A state of a version that did not know an option yet was made with what is its default now.
+    theirs, mine = _plain(PruneConfig()) | dict(_mapping(state, "config")), own["config"]
     yield from (f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k])
     if (total := state.get("total_steps")) != own["total_steps"]:
         yield f"total_steps: {total} there, {own['total_steps']} here"
@@ -107,6 +108,11 @@ def _impossible(state: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[
             yield f"{_CUTOFF}: shape {tuple(cutoff.shape)}"
         elif not bool(((cutoff >= 0) & (cutoff[:, :1] <= ops.MAX_KEY + 1)).all()):
             yield f"{_CUTOFF}: {cutoff.tolist()[:3]}"
+
+
+def _plain(config: PruneConfig) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(config.to_dict()))
 
 
 def _mapping(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:

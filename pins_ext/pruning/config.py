@@ -55,6 +55,9 @@ class PruneConfig:
     beta2: float = _option(
         0.95, "decay of the running average of its uncertainty; 1 ignores uncertainty, 0 uses the last deviation"
     )
+    importance_every: int = _option(
+        1, "take importance in every so many steps only; it divides delta_t, and other steps cost what dense ones do"
+    )
     delta_t: int = _option(10, "window in steps: importance is averaged over it and a new mask is due at its end")
     schedule: str | RatioFunction = _option("cubic", "how sparsity grows between warm-up and cool-down", SCHEDULES)
     warmup: int | float = _option(
@@ -117,6 +120,13 @@ class PruneConfig:
         self._check(_fits(self.beta1, 0, 1) and self.beta1 < 1, "beta1", "a number in [0, 1)")
         self._check(_fits(self.beta2, 0, 1), "beta2", "a number in [0, 1]")
         self._check(_is_integer(self.delta_t) and self.delta_t >= 1, "delta_t", "an integer of at least 1")
+        every = self.importance_every
+        fits = _is_integer(every) and every >= 1 and self.delta_t % every == 0
+        self._check(fits, "importance_every", f"an integer that divides delta_t ({self.delta_t})")
+        if every > 1 and not self.rule.instant:
+            raise ValueError(f"importance_every must be 1 for criterion={self.criterion!r}, which takes none in a step")
+        if self.rule.reads_moments and self.smoothed and self.beta2 == 0:
+            raise ValueError(f"beta2 must be above 0 for criterion={self.criterion!r}, which keeps no window mean")
         self._check(_is_integer(self.seed), "seed", "an integer")
         self._check(isinstance(self.mask_optimizer_state, bool), "mask_optimizer_state", "True or False")
         for name in ("warmup", "cooldown"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,25 @@ from pins_ext.distributed.shards import local
 from pins_ext.optim.rates import Rate, rates_on
 from pins_ext.optim.scaling import Scaling
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.moments import Moments
 
 _ACCUMULATE, _FOLD = 0, 1
 
-Operands = tuple[str, list[Tensor], list[Tensor]]
-"""Kind of a score (ops.SCORES) and the states it is made of."""
+
+class Operands(NamedTuple):
+    """What a score is made of.
+
+    Attributes:
+        kind: one of ops.SCORES.
+        a, b: its operands, one tensor each per pruned tensor; b is empty where there is one operand.
+        factors: float32 [n], of the score "fisher".
+    """
+
+    kind: str
+    a: list[Tensor]
+    b: list[Tensor]
+    factors: Tensor | None = None
+
 
 Counted = tuple[Tensor, Tensor]
 """A bracket of order keys and the counts of the weights inside it, see ops.select."""
@@ -62,7 +76,10 @@ class Importance:
         accepted: per part, float32 [1]: gradients in this window so far.
         seen: bool [1], whether any step has brought a gradient that was not skipped.
         folded: bool [1], whether a window with such a step has ended; before that every average is zero.
+        moments: reads the optimizers' moments, for criteria that are made of them.
     """
+
+    moments: Callable[[], Moments]
 
     def __init__(
         self,
@@ -134,26 +151,30 @@ class Importance:
     @property
     def constant_in_window(self) -> bool:
         """Whether the score changes only when a window ends."""
-        return self.config.smoothed and self.config.beta2 != 0
+        return self.config.rule.reads_moments or (self.config.smoothed and self.config.beta2 != 0)
 
     @property
     def known(self) -> Tensor:
         """Bool [1], where the states are: whether the score tells weights apart; until then it is zero everywhere."""
-        if not self.config.rule.instant:
+        if not self.config.rule.instant and not self.config.rule.reads_moments:
             return torch.ones_like(self.seen)
         return self.folded if self.config.smoothed else self.seen
 
     def score(self) -> Operands:
-        """Kind and operands of the score that the selection reads: ops.SCORES, a, b."""
-        if not self.config.rule.instant:
-            return self.config.rule.name, self.shadow or [local(p) for p in self.parameters], []
+        """What the score that the selection reads is made of."""
+        rule = self.config.rule
+        if not self.config.smoothed and not rule.instant:
+            moments = self.moments() if rule.reads_moments else None
+            second, factors = (moments.exp_avg_sq, moments.factors[:, 2].contiguous()) if moments else ([], None)
+            weights = list(self.shadow) or [local(p) for p in self.parameters]
+            return Operands(rule.name, weights, second, factors)
         if not self.config.smoothed:
-            return "identity", self.ipt, []
+            return Operands("identity", self.ipt, [])
         if self.config.beta2 == 1:
-            return "identity", self.exp_avg_ipt, []
+            return Operands("identity", self.exp_avg_ipt, [])
         if self.config.beta2 == 0:
-            return "deviation", self.exp_avg_ipt, self.ipt
-        return "product", self.exp_avg_ipt, self.exp_avg_unc
+            return Operands("deviation", self.exp_avg_ipt, self.ipt)
+        return Operands("product", self.exp_avg_ipt, self.exp_avg_unc)
 
     def accumulate(
         self,
@@ -247,18 +268,23 @@ class Importance:
         self, indices: Sequence[int], layout: ops.Layout, accepted: Tensor, step: int, counted: Counted | None
     ) -> None:
         bracket, counts = counted or (None, None)
-        torch.ops.pins_ext.fold_(
+        averages = (
             [self.exp_avg_ipt[i] for i in indices],
             [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
-            [self.ipt[i] for i in indices],
-            layout.places,
-            layout.chunks,
-            accepted,
-            self.rng(step, _FOLD),
-            self.config.beta1,
-            self.config.beta2,
-            bracket=bracket,
-            counts=counts,
+        )
+        tables = (layout.places, layout.chunks)
+        rest = (accepted, self.rng(step, _FOLD), self.config.beta1, self.config.beta2)
+        if not self.config.rule.reads_moments:
+            ipt = [self.ipt[i] for i in indices]
+            torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts)
+            return
+        moments = self.moments()
+        weights, first, second = ([x[i] for i in indices] for x in (self.parameters, *moments[:2]))
+        factors = moments.factors
+        if len(indices) < len(factors):
+            factors = factors[ops.to_device(torch.tensor(list(indices)), factors.device)]
+        torch.ops.pins_ext.fold_moments_(
+            *averages, weights, first, second, *tables, factors, *rest, bracket=bracket, counts=counts
         )
 
     def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:

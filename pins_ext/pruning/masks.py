@@ -96,7 +96,7 @@ class Masks:
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> int:
         """Keep for good what is not zero. Returns the number of kept weights; one synchronisation."""
         cutoff = ops.to_device(torch.tensor([[_ZERO, 0]]), self.layout.places.device)
-        self._pack(("magnitude", [local(p) for p in parameters], []), cutoff)
+        self._pack(Operands("magnitude", [local(p) for p in parameters], []), cutoff)
         self.frozen = True
         return self.counts()[0]
 
@@ -105,9 +105,10 @@ class Masks:
         self._chosen_for = None
 
     def _pack(self, score: Operands, cutoff: Tensor) -> None:
-        kind, a, b = score
+        kind, a, b, factors = score
         self.cutoff = cutoff
-        torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, self.layout.places, self.layout.chunks, kind, cutoff)
+        tables = (self.layout.places, self.layout.chunks)
+        torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors)
 
     def apply(self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout) -> None:
         """Zero the pruned elements of tensors that are shaped like the pruned ones at these places.

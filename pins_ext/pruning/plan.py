@@ -98,6 +98,10 @@ def conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
         found.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
     if config.needs_shadow:
         found.append(f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return")
+    if config.rule.reads_moments and config.mask_optimizer_state:
+        found.append(
+            f"{config.rule.name} scores by the optimizer's moments: a weight whose moments are cleared is gone"
+        )
     if config.rule.warning:
         found.append(f"{config.rule.name} {config.rule.warning}")
     return found

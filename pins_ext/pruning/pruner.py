@@ -23,6 +23,7 @@ from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
+from pins_ext.pruning.moments import reader
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
@@ -83,6 +84,7 @@ class Pruner:
             slot_of(owner, indices, part, self.names, self.importance, self.masks)
             for part, (owner, indices) in enumerate(parts)
         ]
+        self.importance.moments = reader(config, self.names, self.parameters, parts)
         self.step = 0
         self.seconds = 0.0
         self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
@@ -141,6 +143,8 @@ class Pruner:
                     f"one: build optimizer and Pruner after the model is sharded"
                 )
         self._bind(parameters, [slot.indices for slot in self.slots])
+        of_slots = [(slot.optimizer, slot.indices) for slot in self.slots]
+        self.importance.moments = reader(self.config, self.names, self.parameters, of_slots)
         for slot in self.slots:
             slot.bind(self.importance, self.masks)
 
@@ -219,6 +223,11 @@ class Pruner:
         """End a window and renew the masks where the step before any optimizer's is the time for it."""
         t, importance, masks = self.step, self.importance, self.masks
         gradients = self.score_gradients() if self.score_gradients is not None else None
+        if gradients is not None and self.config.rule.reads_moments:
+            raise ValueError(
+                f"criterion={self.config.criterion!r} reads the optimizer's moments, which are of the joint gradient: "
+                f"use score_gradient='joint', or another criterion"
+            )
         due = self.schedule.mask_due(t)
         if not masks.frozen:
             counted = None
@@ -229,7 +238,8 @@ class Pruner:
             if due and importance.scored_before_step:
                 masks.renew(importance, self.schedule.remaining_ratio(t), t, counted)
         final = masks.frozen or not due or importance.scored_before_step
-        return Step(t, gradients, masks.wanted(due) and final and self.before_mask is None)
+        scored = t % self.config.importance_every == 0
+        return Step(t, gradients, scored, masks.wanted(due) and final and self.before_mask is None)
 
     def _finish_step(self) -> None:
         """All optimizers that will step have stepped: choose masks that could not be chosen before, and zero."""

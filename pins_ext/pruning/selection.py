@@ -99,29 +99,42 @@ class Selection:
         before: Tensor | None = None,
     ) -> Tensor:
         """The cutoff of a region; layout: of the tensors in it that this rank counts."""
-        kind, a, b = score
-        target = ops.to_device(torch.tensor(count), layout.places.device)
-        a, b = ([x[i] for i in self._owned(region)] if x else [] for x in (a, b))
+        device, own = layout.places.device, self._owned(region)
+        target = ops.to_device(torch.tensor(count), device)
+        a, b = ([x[i] for i in own] if x else [] for x in (score.a, score.b))
         bracket, counts = counted or (None, None)
+        factors = score.factors
+        if factors is not None and len(own) < len(factors):
+            factors = factors[ops.to_device(torch.tensor(list(own)), device)]
         if not self.ranks.alone:
             if bracket is None and before is not None:
                 bracket = ops.bracket_around(before)
             total = self.scopes.size(region)
-            return select(self.ranks, a, b, layout, kind, target, total, self.scopes.exact, bracket, counts)
+            exact = self.scopes.exact
+            return select(self.ranks, a, b, layout, score.kind, target, total, exact, bracket, counts, factors)
         return torch.ops.pins_ext.select(
-            a, b, layout.places, layout.chunks, kind, target, self.scopes.exact, bracket=bracket, counts=counts
+            a,
+            b,
+            layout.places,
+            layout.chunks,
+            score.kind,
+            target,
+            self.scopes.exact,
+            factors=factors,
+            bracket=bracket,
+            counts=counts,
         )
 
     def _kept(self, region: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
         """Weights of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
         # A tensor that another rank counts has zeros here.
-        kind, a, b = score
+        kind, a, b, factors = score
         stats = torch.zeros(len(region), 3, dtype=torch.int64, device=cutoff.device)
         for row, i in zip(stats.split(1), region, strict=True):
             if not self.ranks.counts(i):
                 continue
             layout, bits = self._alone[i], ops.new_mask(a[i])
-            torch.ops.pins_ext.pack_(
-                [bits], row, [a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind, cutoff.reshape(1, 2)
-            )
+            own = None if factors is None else factors[i : i + 1]
+            operands = ([a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind)
+            torch.ops.pins_ext.pack_([bits], row, *operands, cutoff.reshape(1, 2), factors=own)
         return self.ranks.sum(stats[:, 0]).tolist()

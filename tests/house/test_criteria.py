@@ -44,6 +44,14 @@ def test_a_name_stands_in_the_places_of_the_recipe_alone(name: str) -> None:
 def test_the_table_says_what_the_formula_does(name: str) -> None:
     """Whether a zero weight scores 0, and whether the updated weight is read."""
     criterion, p, g = CRITERIA[name], torch.tensor([0.0, 0.5]), torch.tensor([0.25, 0.25])
+    if criterion.reads_moments:
+        moments = torch.ones(2)
+        if criterion.smoothed:
+            score = reference.moments(p, moments, moments, torch.tensor([0.1, 1.0, 1.0]))
+        else:
+            score = reference.score(name, p, moments)
+        assert (float(score[0]) == 0) == criterion.zero_at_zero
+        return
     if not criterion.instant:
         assert reference.score(name, p)[0] == 0
         return

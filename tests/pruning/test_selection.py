@@ -15,6 +15,7 @@ from torch import Tensor
 from pins_ext import ops, reference
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import Operands
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import Selection
 
@@ -24,7 +25,7 @@ def prune(scores: list[Tensor], config: PruneConfig, ratio: float) -> list[Tenso
     names = [f"layer.{i}.weight" for i in range(len(scores))]
     layout = ops.Layout.of(scores)
     selection = Selection(Scopes(names, [len(s) for s in scores], config), layout, Ranks(scores))
-    table = selection.cutoffs(("identity", scores, []), ratio)
+    table = selection.cutoffs(Operands("identity", scores, []), ratio)
     table = table.expand(len(scores), 2)
     return [
         reference.keep_mask(reference.order_key(s), reference.global_index(layout.places[i]), tuple(table[i].tolist()))

@@ -190,13 +190,17 @@ class Exchanger:
 
     def _nearest(self, count: int) -> list[Tensor]:
         """Of the kept and of the pruned weights those whose scores are nearest to the threshold of their tensor."""
-        kind, a, b = self.pruner.importance.score()
+        kind, a, b, factors = self.pruner.importance.score()
         if kind == "magnitude" and not self.pruner.importance.shadow:
             a = self.loss.kept
         thresholds = ops.score_of_key(self.pruner.masks.cutoff).double()
         found = [(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)) for _ in self.sides]
         for i, (base, size) in enumerate(zip(self.bases, self.sizes, strict=True)):
-            score = reference.score(kind, a[i], b[i] if b else None).double().flatten()
+            score = (
+                reference.score(kind, a[i], b[i] if b else None, 1.0 if factors is None else factors[i])
+                .double()
+                .flatten()
+            )
             distance = (score - thresholds[i if len(thresholds) > 1 else 0]).abs().nan_to_num(nan=math.inf)
             for side, bits in enumerate(self.sides):
                 at = ops.unpack_bits(bits[i], (size,)).nonzero().flatten()

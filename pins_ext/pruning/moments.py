@@ -1,0 +1,89 @@
+"""AdamW's two moments as a source of scores: what criteria that keep no window of their own read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pins_ext.optim.rates import rates_on
+from pins_ext.pruning.config import PruneConfig
+
+
+class Moments(NamedTuple):
+    """The moments of the pruned tensors as they stand before a step.
+
+    Attributes:
+        exp_avg, exp_avg_sq: one tensor each per parameter; zeros where a parameter was never stepped.
+        factors: float32 [n, 3]: learning rate of the coming step, 1 / (1 - beta1^t), 1 / (1 - beta2^t), with t the
+            steps of that parameter.
+    """
+
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    factors: Tensor
+
+
+def reader(
+    config: PruneConfig,
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    owned: Sequence[tuple[Optimizer, Sequence[int]]],
+) -> Callable[[], Moments]:
+    """What reads the moments of the pruned tensors; owned: each optimizer and the places of its tensors."""
+    owners = {i: optimizer for optimizer, indices in owned for i in indices}
+    in_order = [owners[i] for i in range(len(names))]
+    return partial(read_moments, config.rule.name, names, parameters, in_order)
+
+
+def read_moments(
+    criterion: str, names: Sequence[str], parameters: Sequence[Tensor], owners: Sequence[Optimizer]
+) -> Moments:
+    """Find the moments, without waiting for a device that counts steps itself.
+
+    Args:
+        criterion: for the message of an error.
+        names: of the pruned tensors.
+        parameters: the pruned tensors.
+        owners: the optimizer of each.
+
+    Raises:
+        ValueError: an optimizer whose state is not a plain exp_avg and exp_avg_sq of the parameter's shape.
+    """
+    groups: dict[int, dict[str, Any]] = {}
+    for optimizer in {id(o): o for o in owners}.values():
+        groups |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    rows: list[tuple[Any, ...]] = []
+    for name, p, optimizer in zip(names, parameters, owners, strict=True):
+        check_moments(criterion, name, p, optimizer)
+        state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
+        for moment, kind in zip(found, ("exp_avg", "exp_avg_sq"), strict=True):
+            moment.append(state[kind] if state else torch.zeros_like(p))
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
+    device = parameters[0].device
+    lr, beta1, beta2, step, skipped = (rates_on(column, device) for column in zip(*rows, strict=True))
+    taken = (step - skipped).clamp(min=1)
+    factors = torch.stack([lr, 1 / (1 - beta1**taken), 1 / (1 - beta2**taken)], 1)
+    return Moments(*found, factors.float())
+
+
+def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) -> None:
+    """Raise ValueError for a parameter whose optimizer has a state, but no plain moments in it; see `read_moments`."""
+    state = optimizer.state.get(p)
+    if not state:
+        return
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(kind)
+        plain = type(moment) is Tensor and moment.is_floating_point() and moment.shape == p.shape
+        if not plain:
+            got = "none" if moment is None else f"a {type(moment).__name__} of shape {tuple(moment.shape)}"
+            raise ValueError(
+                f"criterion={criterion!r} reads AdamW's moments, a plain {kind} of the parameter's shape "
+                f"{tuple(p.shape)}; {type(optimizer).__name__} has {got} for {name}: use PinsAdamW or torch.optim.AdamW"
+            )
