@@ -23,6 +23,7 @@ class Ranks:
 
     Attributes:
         size: how many processes.
+        alone: whether there is one: then nothing is ever sent.
         owned: places of the tensors whose part this rank counts.
         writes: whether this is the one rank that writes files.
 
@@ -38,6 +39,7 @@ class Ranks:
             sets = " and ".join(str(sorted(ranks)) for ranks in covered)
             raise ValueError(f"pruned parameters lie on meshes of ranks {sets}, and none of them covers the others")
         self.size = max(1, len(everyone))
+        self.alone = self.size == 1
         self._group = _group_of(everyone, covered[everyone]) if self.size > 1 else None
         self._device = torch.device(covered[everyone].device_type) if self.size > 1 else None
         first = min(everyone, default=0)
@@ -48,11 +50,6 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         # Process groups can't be copied, and a copy of the tensors lies on the same ranks.
         return self
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one process: then nothing is ever sent."""
-        return self.size == 1
 
     def counts(self, i: int) -> bool:
         """Whether this rank counts the tensor at this place."""

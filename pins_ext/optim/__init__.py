@@ -6,7 +6,7 @@ On their own they are ordinary optimizers. A `Pruner` that finds one drives its 
 from pins_ext.optim.adamw import PinsAdamW
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.scaling import Scaling
 from pins_ext.optim.sgd import PinsSGD
+from pins_ext.optim.step import Scaling
 
 __all__ = ["FusedOptimizer", "PinsAdamW", "PinsSGD", "PruningArguments", "Scaling", "StepListener"]

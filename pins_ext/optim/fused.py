@@ -15,8 +15,7 @@ from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.rehearsal import is_rehearsal
-from pins_ext.optim.scaling import Scaling
+from pins_ext.optim.step import Scaling, is_rehearsal
 
 _Batch = tuple[list[Tensor], list[dict[str, Any]]]
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
-from pins_ext.optim.rates import host_rate, rates_on
-from pins_ext.optim.scaling import Scaling
+from pins_ext.optim.step import Scaling, host_rate, rates_on
 
 
 class PinsSGD(FusedOptimizer):

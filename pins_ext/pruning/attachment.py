@@ -16,9 +16,7 @@ from pins_ext import ops
 from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
-from pins_ext.optim.rates import Rate
-from pins_ext.optim.rehearsal import is_rehearsal
-from pins_ext.optim.scaling import Scaling
+from pins_ext.optim.step import Rate, Scaling, is_rehearsal
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import check_moments

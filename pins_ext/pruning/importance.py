@@ -13,8 +13,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local
-from pins_ext.optim.rates import Rate, rates_on
-from pins_ext.optim.scaling import Scaling
+from pins_ext.optim.step import Rate, Scaling, rates_on
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.moments import Moments
 
@@ -239,7 +238,7 @@ class Importance:
         """
         accepted = self.accepted[part]
         if not self._seen_by_all:
-            scored = self.ranks.any(scored)
+            scored = scored if self.ranks.alone else self.ranks.any(scored)
             self._seen_by_all = scored and scaling.found_inf is None
         finite = torch.ones_like(accepted) if scaling.found_inf is None else (scaling.found_inf == 0).float()
         accepted += finite

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pins_ext.optim.rates import rates_on
+from pins_ext.optim.step import rates_on
 from pins_ext.pruning.config import PruneConfig
 
 

@@ -34,7 +34,7 @@ class Selection:
 
     def _owned(self, region: Sequence[int]) -> list[int]:
         """The tensors of a region that this rank counts."""
-        return [i for i in region if self.ranks.counts(i)]
+        return list(region) if self.ranks.alone else [i for i in region if self.ranks.counts(i)]
 
     def cutoffs(
         self, score: Operands, remaining_ratio: float, counted: Counted | None = None, before: Tensor | None = None

@@ -176,7 +176,7 @@ def test_no_circle_between_files() -> None:
 
 def test_few_arrows_and_no_circle_between_rooms() -> None:
     assert circle(ROOMS) == []
-    assert sum(map(len, ROOMS.values())) < 55
+    assert sum(map(len, ROOMS.values())) < 50
 
 
 def test_what_uses_the_core_does_not_know_the_specification() -> None:

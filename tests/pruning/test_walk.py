@@ -42,5 +42,5 @@ def test_a_step_touches_few_files_and_the_pruner_twice() -> None:
         entered = [caller for caller, file in calls if file == "pruning/pruner.py" and caller != "pruner.py"]
         seen.append((len({file for _, file in calls}), len(entered)))
     assert pruner.masks.chosen
-    assert max(files for files, _ in seen) <= 18
+    assert max(files for files, _ in seen) <= 16
     assert max(entered for _, entered in seen) <= 4

@@ -1,0 +1,85 @@
+"""What an optimizer's step is taken with: learning rates, gradient scaling, clipping; and steps that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import is_dtensor, local
+
+Rate = float | Tensor
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Device scalars, float32 [1], that make the gradient to use of the stored one; None where there is none.
+
+    Attributes:
+        grad_scale: torch.amp.GradScaler's: what gradients are divided by.
+        found_inf: torch.amp.GradScaler's: when it is not 0, every kernel leaves weights and states alone.
+        clip: FusedOptimizer.clip_grad_norm_'s: what gradients are multiplied by after that.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    clip: Tensor | None = None
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> Scaling:
+        """What was set on this optimizer, on this device if one is named."""
+        names = ("grad_scale", "found_inf", "grad_clip")
+        values = (_whole(getattr(optimizer, name, None)) for name in names)
+        return Scaling(*(v.reshape(1).to(device or v.device) if isinstance(v, Tensor) else None for v in values))
+
+
+def host_rate(lr: Any) -> float | None:
+    """The rate as a number; None for a tensor on another device, which reading would wait for."""
+    return None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
+def rates_on(rates: Sequence[Rate], device: torch.device) -> Tensor:
+    """The rates as one tensor, without waiting for any device.
+
+    Args:
+        rates: numbers, or scalar tensors on any device.
+        device: where they are needed.
+
+    Returns:
+        float64 [n].
+    """
+    known = [host_rate(lr) for lr in rates]
+    column = ops.to_device(torch.tensor([lr or 0.0 for lr in known], dtype=torch.float64), device)
+    for tensor in {id(lr): lr for lr, there in zip(rates, known, strict=True) if there is None}.values():
+        assert isinstance(tensor, Tensor)
+        its_own = ops.to_device(torch.tensor([lr is tensor for lr in rates]), device)
+        column = torch.where(its_own, tensor.to(device, torch.float64), column)
+    return column
+
+
+@torch.no_grad()
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether this step is taken for the sake of the state alone.
+
+    `torch.distributed.checkpoint.state_dict` steps an optimizer without state with gradients of zero and a learning
+    rate of 0, to know what its state will be. Such a step is not one of training. One synchronisation and, with
+    several ranks, one collective where the learning rate is 0 and there is no state yet.
+    """
+    if optimizer.state or any(host_rate(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    moved = any(bool(torch.count_nonzero(grad.coalesce().values() if grad.is_sparse else grad)) for grad in grads)
+    # A rank whose shards get no gradient must not think otherwise than the others.
+    return not Ranks(parameters).any(moved)
+
+
+def _whole(value: Any) -> Any:
+    """A DTensor's value, with what the ranks have still to sum."""
+    return value.full_tensor() if is_dtensor(value) else value
