@@ -6,7 +6,9 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from pins_ext import __version__, extras
 from pins_ext.runs.errors import (
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
+        with warnings.catch_warnings():
+            warnings.showwarning = _say  # type: ignore[assignment]
+            return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
     except BrokenPipeError:
         # Whoever read our output has seen enough: `pins-ext train --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (what_to_install := extras.advice(error, "train")) is not None:
             return _fail(what_to_install, EXIT_FAILED, name)
         return _fail(f"{one_line(error)}  (--debug shows where)", EXIT_FAILED, name)
+
+
+def _say(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as a line for a user, who has no use for the place in the source."""
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int, command: str = "") -> int:
