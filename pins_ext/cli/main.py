@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _say  # type: ignore[assignment]
+            warnings.showwarning = _say
             return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
     except BrokenPipeError:
         # Whoever read our output has seen enough: `pins-ext train --help | head`.
