@@ -15,12 +15,30 @@ from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
+from pins_ext.ops.cpu import cpu_capability
+from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
-from pins_ext.ops.masks import mask_bytes, new_mask, pack_bits, unpack_bits
-from pins_ext.ops.norm import clip_factor
+from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_bits, unpack_bits
+from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.rounding import rounding_key
-from pins_ext.ops.select import CANDIDATES, SAMPLES, score_of_key, select
+from pins_ext.ops.select import CANDIDATES, SAMPLES, score_of_key
+from pins_ext.ops.select import select as select_on_any_device
+from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
+
+# After the submodule `select`, whose place in this package the function of that name takes.
+from pins_ext.ops.threshold import (
+    bracket_of,
+    collect_,
+    count_,
+    cutoff,
+    narrow,
+    sample,
+    select,
+    settle,
+    tie_index,
+)
 from pins_ext.ops.transfer import to_device
+from pins_ext.ops.update import masked_adamw_, masked_sgd_
 from pins_ext.triton_kernels import register as register_triton
 
 __all__ = [
@@ -33,22 +51,44 @@ __all__ = [
     "SAMPLES",
     "SCORES",
     "Layout",
+    "PackedWeight",
     "Shard",
     "Subsets",
+    "accumulate_",
+    "apply_mask_",
     "bracket_around",
+    "bracket_of",
     "clip_factor",
+    "collect_",
+    "count_",
+    "cpu_capability",
+    "cutoff",
+    "fold_",
+    "fold_moments_",
     "mask_bytes",
+    "masked_adamw_",
+    "masked_sgd_",
+    "narrow",
     "new_mask",
+    "pack_",
     "pack_bits",
     "rounding_key",
+    "sample",
     "score_of_key",
+    "select",
+    "settle",
+    "sparse_linear",
+    "sparse_linear_int8",
+    "sparse_pack",
+    "sum_of_squares",
+    "tie_index",
     "to_device",
     "unpack_bits",
 ]
 
 _library = torch.library.Library("pins_ext", "IMPL")
 for _key in ("CPU", "CUDA"):
-    _library.impl("select", select, _key)
+    _library.impl("select", select_on_any_device, _key)
 for _op in (bracket.bracket_of, bracket.narrow, bracket.settle, bracket.cutoff):
     _library.impl(_op.__name__, _op, "CPU")
 # Triton itself is imported when the first CUDA tensor arrives.

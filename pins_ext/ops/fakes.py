@@ -24,45 +24,47 @@ def _check_devices(*args: object) -> None:
 
 
 @torch.library.register_fake("pins_ext::sample")
-def _(a, b, places, chunks, score, size, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
+def sample(a, b, places, chunks, score, size, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
     _check_devices(a, b, places, chunks, factors, pointers)
     return places.new_empty(size)
 
 
 @torch.library.register_fake("pins_ext::tie_index")
-def _(a, b, places, chunks, score, bracket, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
+def tie_index(a, b, places, chunks, score, bracket, *, factors=None, pointers=None):  # type: ignore[no-untyped-def]
     _check_devices(a, b, places, chunks, bracket, factors, pointers)
     return places.new_empty(1)
 
 
 @torch.library.register_fake("pins_ext::bracket_of")
-def _(keys, position, total):  # type: ignore[no-untyped-def]
+def bracket_of(keys, position, total):  # type: ignore[no-untyped-def]
     return keys.new_empty(5)
 
 
 @torch.library.register_fake("pins_ext::narrow")
-def _(bracket, counts, position):  # type: ignore[no-untyped-def]
+def narrow(bracket, counts, position):  # type: ignore[no-untyped-def]
     return torch.empty_like(bracket)
 
 
 @torch.library.register_fake("pins_ext::settle")
-def _(bracket, candidates, found):  # type: ignore[no-untyped-def]
+def settle(bracket, candidates, found):  # type: ignore[no-untyped-def]
     return torch.empty_like(bracket), torch.empty_like(found)
 
 
 @torch.library.register_fake("pins_ext::cutoff")
-def _(bracket, tie, n_prune, total, exact):  # type: ignore[no-untyped-def]
+def cutoff(bracket, tie, n_prune, total, exact):  # type: ignore[no-untyped-def]
     return bracket.new_empty(2)
 
 
 @torch.library.register_fake("pins_ext::select")
-def _(a, b, places, chunks, score, n_prune, exact=True, *, factors=None, bracket=None, counts=None, pointers=None):  # type: ignore[no-untyped-def]
+def select(  # type: ignore[no-untyped-def]
+    a, b, places, chunks, score, n_prune, exact=True, *, factors=None, bracket=None, counts=None, pointers=None
+):
     _check_devices(a, b, places, chunks, n_prune, factors, bracket, counts, pointers)
     return places.new_empty(2)
 
 
 @torch.library.register_fake("pins_ext::sparse_pack")
-def _(weight):  # type: ignore[no-untyped-def]
+def sparse_pack(weight):  # type: ignore[no-untyped-def]
     steps, slices, blocks = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     values, columns = weight.new_empty(steps), weight.new_empty(steps, dtype=torch.uint8)
     rows = weight.new_empty(slices, 16, dtype=torch.uint8)
@@ -71,18 +73,18 @@ def _(weight):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("pins_ext::sparse_linear")
-def _(x, values, columns, rows, counts, starts, bias, out_features):  # type: ignore[no-untyped-def]
+def sparse_linear(x, values, columns, rows, counts, starts, bias, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("pins_ext::sum_of_squares")
-def _(tensors, places, chunks, *, pointers=None):  # type: ignore[no-untyped-def]
+def sum_of_squares(tensors, places, chunks, *, pointers=None):  # type: ignore[no-untyped-def]
     _check_devices(tensors, places, chunks, pointers)
     return places.new_empty(1, dtype=torch.float64)
 
 
 @torch.library.register_fake("pins_ext::sparse_linear_int8")
-def _(x, values, columns, rows, counts, starts, scales, sums, bias, vnni=True):  # type: ignore[no-untyped-def]
+def sparse_linear_int8(x, values, columns, rows, counts, starts, scales, sums, bias, vnni=True):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 

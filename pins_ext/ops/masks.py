@@ -35,3 +35,65 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The boolean mask of this shape whose bits these are."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).flatten()[: math.prod(shape)].view(tuple(shape)).bool()
+
+
+def pack_(
+    masks: Sequence[Tensor],
+    stats: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    threshold: Tensor,
+    *,
+    factors: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> None:
+    """Write packed masks: a weight's bit is 0 where its (order key, global index) lies before the threshold.
+
+    Args:
+        masks: uint8 [n tensors of `mask_bytes`]; written.
+        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written.
+        a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
+            float16.
+        b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
+            otherwise empty.
+        places: int64 [n, 13], `Layout.places`.
+        chunks: int64 [m, 2], `Layout.chunks`.
+        score: one of `SCORES`.
+        threshold: int64 [1, 2] or [n, 2], (order key, tie index) for all tensors or for each, from `select`.
+        factors: float32 [n], of the score fisher: 1 / (1 - beta2^t) of each tensor; None for the others.
+        pointers: int64 [3, n], on a GPU: addresses of masks, a and b; None to look them up, except while a CUDA graph
+            is captured.
+
+    Raises:
+        RuntimeError: an unknown score, an argument of another dtype, shape or device, not contiguous, on the CPU a
+            threshold that is no 32-bit key, an output that shares memory with a table.
+    """
+    torch.ops.pins_ext.pack_(masks, stats, a, b, places, chunks, score, threshold, factors=factors, pointers=pointers)
+
+
+def apply_mask_(
+    params: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    *,
+    pointers: Tensor | None = None,
+) -> None:
+    """Set the weights whose bit is 0 to +0, in place; the others keep every bit.
+
+    Args:
+        params: float32, bfloat16 or float16 [n tensors], weights; written.
+        masks: uint8 [n tensors of `mask_bytes`].
+        places: int64 [n, 13], `Layout.places`.
+        chunks: int64 [m, 2], `Layout.chunks`.
+        pointers: int64 [2, n], on a GPU: addresses of params and masks; None to look them up, except while a CUDA graph
+            is captured.
+
+    Raises:
+        RuntimeError: an argument of another dtype, shape or device, not contiguous, params that autograd records or
+            that share memory with a table.
+    """
+    torch.ops.pins_ext.apply_mask_(params, masks, places, chunks, pointers=pointers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -12,7 +15,7 @@ def clip_factor(square_sum: Tensor, max_norm: float, grad_scale: Tensor | None =
     NaN, as torch's.
 
     Args:
-        square_sum: float64 [1], what `torch.ops.pins_ext.sum_of_squares` returns; of several devices or ranks, the sum.
+        square_sum: float64 [1], what `sum_of_squares` returns; of several devices or ranks, the sum.
         max_norm: largest norm that gradients keep.
         grad_scale: float32 [1], what the gradients were multiplied with; None for 1.
 
@@ -24,3 +27,24 @@ def clip_factor(square_sum: Tensor, max_norm: float, grad_scale: Tensor | None =
     if grad_scale is not None:
         norm = norm / grad_scale
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def sum_of_squares(
+    tensors: Sequence[Tensor], places: Tensor, chunks: Tensor, *, pointers: Tensor | None = None
+) -> Tensor:
+    """The sum of the squares of all elements, in an order that depends on neither threads nor device.
+
+    Args:
+        tensors: float32, bfloat16 or float16 [n tensors].
+        places: int64 [n, 13], `Layout.places`.
+        chunks: int64 [m, 2], `Layout.chunks`.
+        pointers: int64 [1, n], on a GPU: addresses of the tensors; None to look them up, except while a CUDA graph is
+            captured.
+
+    Returns:
+        float64 [1].
+
+    Raises:
+        RuntimeError: an argument of another dtype, shape or device, or not contiguous.
+    """
+    return torch.ops.pins_ext.sum_of_squares(tensors, places, chunks, pointers=pointers)

@@ -62,6 +62,7 @@ def sparse_linear_int8(
     scales: Tensor,
     sums: Tensor,
     bias: Tensor | None,
+    vnni: bool = True,
 ) -> Tensor:
     """x · (codes · scales)ᵀ + bias, with x rounded to 255 steps for each token; integer sums are exact.
 
@@ -71,6 +72,7 @@ def sparse_linear_int8(
         scales: float32 [out]: weight = code * scale of its row.
         sums: int32 [out]: sum of the codes of each row.
         bias: float32 [out], or None.
+        vnni: use the CPU's instructions for sums of bytes, where it has them; the result is the same without.
 
     Returns:
         [..., out] in the dtype of x; NaN for a token that holds NaN or an infinity.
@@ -78,4 +80,4 @@ def sparse_linear_int8(
     Raises:
         RuntimeError: arguments that don't fit each other.
     """
-    return torch.ops.pins_ext.sparse_linear_int8(x, *weight, scales, sums, bias)
+    return torch.ops.pins_ext.sparse_linear_int8(x, *weight, scales, sums, bias, vnni)
