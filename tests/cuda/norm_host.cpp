@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "../../csrc/criteria.h"
+
 namespace {
 
 #include "../../csrc/criterion.inl"
