@@ -121,7 +121,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         library.impl("select", watch.inside(select) if watch else select, "CPU", allow_override=True)
-    readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "rates")]
+    readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "step")]
     host_rate = readers[0].host_rate
     SELECT.Scored.looked = lambda self, flag: False
     for module in readers:
