@@ -20,6 +20,9 @@ from pins_ext.wrappers import plain_name
 FORMAT = "pins_ext.pruner"
 VERSION = 2
 
+_LATER_OPTIONS = ("importance_every",)
+"""Of PruneConfig: a state from before they existed was made with what is their default now."""
+
 _CUTOFF = "threshold"  # its name in the file
 
 
@@ -69,8 +72,8 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
 
 
 def _other_settings(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    # A state of a version that did not know an option yet was made with what is its default now.
-    theirs, mine = _plain(PruneConfig()) | dict(_mapping(state, "config")), own["config"]
+    later = {name: value for name, value in _plain(PruneConfig()).items() if name in _LATER_OPTIONS}
+    theirs, mine = later | dict(_mapping(state, "config")), own["config"]
     yield from (f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k])
     if (total := state.get("total_steps")) != own["total_steps"]:
         yield f"total_steps: {total} there, {own['total_steps']} here"

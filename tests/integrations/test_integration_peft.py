@@ -97,7 +97,7 @@ def test_adapters_train_unpruned_while_the_base_keeps_its_zeros(pruned: Path, tm
 
 
 def test_adapters_are_never_pruned_by_default(pruned: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no prunable parameter"):
+    with pytest.raises(ValueError, match="is to be pruned but frozen"):
         stock(adapted(pruned), arguments(tmp_path), PinsCallback(CONFIG)).train()
     net = adapted(pruned)
     for p in net.parameters():
