@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pins_ext import Pruner
-from pins_ext.optim import PinsAdamW, PinsSGD, adamw, rates, sgd
+from pins_ext.optim import PinsAdamW, PinsSGD, adamw, sgd, step
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
 
@@ -55,7 +55,7 @@ def test_a_rate_on_the_device_is_not_read(
     def host_rate(lr: Any) -> float | None:
         return None if isinstance(lr, Tensor) else float(lr)
 
-    for module in (adamw, rates, sgd):
+    for module in (adamw, sgd, step):
         if hasattr(module, "host_rate"):
             monkeypatch.setattr(module, "host_rate", host_rate)
     tensors, reads = run(optimizer_class, torch.tensor(0.01, dtype=torch.float64), options)
@@ -65,6 +65,6 @@ def test_a_rate_on_the_device_is_not_read(
 
 def test_rates_of_several_kinds_in_one_column() -> None:
     shared = torch.tensor(0.5)
-    found = rates.rates_on([0.1, shared, torch.tensor(2.0), shared], torch.device("cpu"))
+    found = step.rates_on([0.1, shared, torch.tensor(2.0), shared], torch.device("cpu"))
     assert found.dtype == torch.float64
     assert found.tolist() == [0.1, 0.5, 2.0, 0.5]
