@@ -22,7 +22,8 @@ def storages() -> dict[int, int]:
     """Bytes by address of all memory that torch tensors hold."""
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        # Subclasses are left out: a compiler's fake tensors have no memory.
+        if type(thing) in (Tensor, nn.Parameter) and thing.device.type == "cpu" and thing.layout == torch.strided:
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
             if thing.is_leaf and thing.grad is not None:
                 found[thing.grad.untyped_storage().data_ptr()] = thing.grad.untyped_storage().nbytes()
