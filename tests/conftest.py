@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A test that sets torch's threads sets them for itself alone: runs are bit-equal for equal counts."""
+    count = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
 @pytest.fixture(
     params=[
         pytest.param("cpu", marks=pytest.mark.interpret, id="interpreter"),
