@@ -49,6 +49,9 @@ def main() -> None:
     accelerator.print(f"{final['zeros']:,} of {final['weights']:,} weights are zero: sparsity {final['sparsity']:.4%}")
     accelerator.print(f"accuracy {torch.cat(right).float().mean():.4f}; a constant answer has {majority:.4f}")
     accelerator.wait_for_everyone()  # before the first one closes its connections
+    # DistributedDataParallel first: were it the last to hold its connections, closing them could wait for ever.
+    del pruner, model
+    accelerator.free_memory()
     accelerator.end_training()
 
 
