@@ -17,6 +17,11 @@ from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.step import Scaling, is_rehearsal
 
+COPY_WARNING = (
+    "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner along, "
+    "copy.deepcopy((model, optimizer, pruner)), or attach a new one"
+)
+
 _Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
@@ -87,11 +92,7 @@ class FusedOptimizer(Optimizer):
         """
         loss = None
         if self.listener is None and self._left_listener:
-            warnings.warn(
-                "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner "
-                "along, copy.deepcopy((model, optimizer, pruner)), or attach a new one",
-                stacklevel=2,
-            )
+            warnings.warn(COPY_WARNING, stacklevel=2)
         self._left_listener = False
         if closure is not None:
             if self.listener is not None:

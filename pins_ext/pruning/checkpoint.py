@@ -63,6 +63,8 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
         )
     saved = {plain_name(str(name)): tensor for name, tensor in _mapping(state, "tensors").items()}
     differences = [*_other_settings(state, own), *_other_tensors(saved, own["tensors"]), *_impossible(state, saved)]
+    names = [name for name in own["tensors"] if name.startswith("mask/")]
+    differences += _other_bits({name: saved.get(name) for name in names}, masks.sizes)
     if differences:
         raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
     for name, tensor in own["tensors"].items():
@@ -111,6 +113,20 @@ def _impossible(state: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[
             yield f"{_CUTOFF}: shape {tuple(cutoff.shape)}"
         elif not bool(((cutoff >= 0) & (cutoff[:, :1] <= ops.MAX_KEY + 1)).all()):
             yield f"{_CUTOFF}: {cutoff.tolist()[:3]}"
+
+
+def _other_bits(bits: Mapping[str, Any], sizes: Sequence[int]) -> Iterator[str]:
+    """Masks that keep weights behind the last one.
+
+    Args:
+        bits: packed masks by name, in order.
+        sizes: weights of each.
+    """
+    for (name, mask), n in zip(bits.items(), sizes, strict=True):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or mask.shape != (ops.mask_bytes(n),):
+            continue  # told already
+        if bool((mask[n // 8 + 1 :] != 0).any()) or (n % 64 and int(mask[n // 8]) >> n % 8):
+            yield f"{name}: bits behind the last of its {n:,} weights are set"
 
 
 def _plain(config: PruneConfig) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Masks:
         ranks: the processes that hold the tensors.
 
     Attributes:
+        sizes: weights of this rank's part of each tensor.
         bits: per tensor, of this rank's part, uint8 [ops.mask_bytes].
         cutoff: int64 [n, 2], or [1, 2] for all tensors: (order key, tie index); weights before it, in the order of
             (score, global index), are pruned.
@@ -45,6 +46,7 @@ class Masks:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
         self.selection = Selection(scopes, layout, ranks)
         device = layout.places.device
+        self.sizes = [local(p).numel() for p in parameters]
         self.bits = [ops.new_mask(local(p)) for p in parameters]
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.frozen = False

@@ -25,6 +25,9 @@ T = TypeVar("T")
 OWN_OPTIMIZERS = ("adamw", "adamax")
 """Values of --optimizer that the Trainer's --optim does not have."""
 
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""What the Trainer calls AdamW, which this command fuses with pruning."""
+
 NEWEST = "newest"
 """`--resume` without a checkpoint: the newest whole one."""
 
@@ -294,8 +297,8 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     own_length = bool({"max_steps", "num_train_epochs"} & set(typed))
     recommended = RECIPES[recipe].flags(own_length) if recipe is not None else {}
     # A run without pruning takes the recipe's training, and a flag that is typed wins.
-    run = dataclasses.replace(run, optimizer=given.get("optimizer", recommended.get("optimizer", run.optimizer)))
-    training = trainer_flags.DEFAULTS | recommended | typed
+    run = dataclasses.replace(run, optimizer=_optimizer(given, typed) or recommended.get("optimizer", run.optimizer))
+    training = trainer_flags.DEFAULTS | recommended | {name: typed[name] for name in typed if name != "optim"}
     pruning = _build(PruneConfig, training | given)
     parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
@@ -314,6 +317,22 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     if request.needs_evaluations and request.training.get("eval_strategy") == "no":
         raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
     return request
+
+
+def _optimizer(given: Mapping[str, Any], typed: Mapping[str, Any]) -> str | None:
+    """The optimizer that was asked for: by --optimizer, or by its name at the Trainer, --optim.
+
+    Raises:
+        UsageError: by both, and they differ.
+    """
+    ours = given.get("optimizer")
+    if "optim" not in typed:
+        return ours
+    theirs = str(getattr(typed["optim"], "value", typed["optim"]))
+    theirs = "adamw" if theirs in _ADAMW else theirs
+    if ours not in (None, theirs):
+        raise UsageError(f"--optimizer {ours} and --optim {theirs} are two names of one choice: leave one out")
+    return theirs
 
 
 def _compares(run: RunOptions, given: Collection[str]) -> bool:

@@ -183,6 +183,7 @@ def test_other_ways_of_training(tiny: Path, tmp_path: Path, more: tuple[str, ...
     assert main(["verify", str(tmp_path / "run")]) == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["final"]["zeros"] == (0 if "0" in more else 3072)
+    assert record["config"]["training"]["optimizer"] == (more[1] if more[0].startswith("--optim") else "adamw")
 
 
 @pytest.mark.parametrize("teacher", ["none", "latest"])

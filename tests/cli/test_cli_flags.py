@@ -56,6 +56,17 @@ def test_values_are_read_as_they_are_meant() -> None:
     assert parsed("--train-file", "x.csv", "--scope", '{"a": ["*"]}').pruning.scope == {"a": ("*",)}  # type: ignore[union-attr]
 
 
+def test_the_trainer_s_name_of_the_optimizer_is_no_other_choice(tmp_path: Path) -> None:
+    asked = parsed("--train-file", "x.csv", "--optim", "sgd")
+    assert asked.run.optimizer == asked.training_arguments(Path("runs")).optim == "sgd"
+    assert parsed("--recipe", "platon-mnli", "--optim", "adafactor").run.optimizer == "adafactor"
+    assert parsed("--train-file", "x.csv", "--optim", "adamw_torch").run.optimizer == "adamw"
+    with pytest.raises(UsageError, match="--optimizer adamw and --optim sgd are two names of one choice"):
+        parsed("--train-file", "x.csv", "--optim", "sgd", "--optimizer", "adamw")
+    (tmp_path / "a.yaml").write_text("train_file: x.csv\noptim: sgd\n")
+    assert parsed("--config", str(tmp_path / "a.yaml")).run.optimizer == "sgd"
+
+
 def test_flags_come_from_files_too(tmp_path: Path) -> None:
     yaml = tmp_path / "a.yaml"
     yaml.write_text(

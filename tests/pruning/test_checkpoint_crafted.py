@@ -61,6 +61,17 @@ def data(**changed: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def bit(name: str, place: int) -> Callable[[dict[str, Any]], None]:
+    """Sets a bit of a packed mask."""
+
+    def change(state: dict[str, Any]) -> None:
+        mask = state["tensors"][name].clone()
+        mask[place // 8] |= 1 << place % 8
+        state["tensors"][name] = mask
+
+    return change
+
+
 def tensor(name: str, value: Tensor) -> Callable[[dict[str, Any]], None]:
     """Replaces a tensor."""
 
@@ -97,6 +108,9 @@ CRAFTED = {
     "threshold of floats": (tensor("threshold", torch.zeros(1, 2)), r"threshold: torch\.float32"),
     "threshold negative": (tensor("threshold", torch.tensor([[-1, 0]])), r"threshold: \[\[-1, 0\]\]"),
     "threshold too high": (tensor("threshold", torch.tensor([[2**33, 0]])), r"threshold: \[\[8589934592, 0\]\]"),
+    "padding just behind the weights": (bit("mask/0.weight", 20), r"mask/0\.weight: bits behind the last of its 20"),
+    "padding at a mask's end": (bit("mask/0.weight", 63), r"mask/0\.weight: bits behind the last of its 20"),
+    "padding of whole bytes": (bit("mask/2.weight", 16), r"mask/2\.weight: bits behind the last of its 12"),
     "one state more": (tensor("ipt/other", torch.zeros(2)), "1 states exist on one side only, ipt/other"),
 }
 

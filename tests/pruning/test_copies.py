@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import CONFIG, STEPS, exact, same, start, train, zeros
 
-from pins_ext import PruneConfig
+from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW, PinsSGD
 
 OPTIMIZERS = [PinsAdamW, PinsSGD, partial(torch.optim.AdamW, fused=True)]
@@ -52,7 +52,7 @@ def test_a_masked_view_is_not_copied() -> None:
         copy.deepcopy((model, optimizer, pruner))
 
 
-@pytest.mark.parametrize("optimizer_class", [PinsAdamW, PinsSGD])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_a_copy_without_its_pruner_says_so_at_its_first_step(optimizer_class: Any) -> None:
     model, optimizer, pruner = start(CONFIG, optimizer_class)
     train(model, optimizer, 3)
@@ -65,3 +65,26 @@ def test_a_copy_without_its_pruner_says_so_at_its_first_step(optimizer_class: An
         train(copied, other, 5, skip=4)
         train(model, optimizer, 5, skip=3)
         train(*copy.deepcopy((model, optimizer)), 6, skip=5)
+
+
+def test_a_copy_gets_a_pruner_of_its_own_and_is_quiet() -> None:
+    model, optimizer, _ = start(CONFIG, partial(torch.optim.AdamW))
+    copied, other = copy.deepcopy((model, optimizer))
+    pruner = Pruner(copied, other, CONFIG, STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(copied, other, 3)
+    assert pruner.step == 3
+
+
+def test_hooks_of_the_user_s_own_stay_as_they_are() -> None:
+    model, optimizer, _ = start(CONFIG, partial(torch.optim.AdamW))
+    copied, other = copy.deepcopy((model, optimizer))
+    seen: list[Any] = []
+    other.register_step_pre_hook(lambda *called: seen.append(called))
+    with pytest.warns(UserWarning, match="prunes nothing"):
+        train(copied, other, 3)
+    assert len(seen) == 3
+    assert (
+        optimizer.state_dict()["param_groups"][0].keys() == torch.optim.AdamW([torch.zeros(1)]).param_groups[0].keys()
+    )
