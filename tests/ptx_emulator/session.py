@@ -15,6 +15,9 @@ from .module import Entry
 
 Ranges = list[tuple[int, int]]
 
+COPIED = 1 << 30
+"""Most bytes that are put back to run a launch again: past 2^31 weights they would be all of a machine's memory."""
+
 
 def extent(x: torch.Tensor) -> tuple[int, int]:
     """Start and end of a contiguous tensor's memory."""
@@ -26,7 +29,8 @@ class Session:
     """Launches of one process.
 
     Attributes:
-        orders: extra runs of every launch, blocks in random orders and warps in random turns.
+        orders: extra runs of every launch, blocks in random orders and warps in random turns; none where more than
+            COPIED bytes would have to be put back.
         random_turns: warps in random turns in the first run, too; turns: the seed.
         order_free: kernels whose memory may depend on the order of blocks.
         findings: with the test they were found in. launches: by kernel and target. coverage: by variant of a kernel,
@@ -81,12 +85,13 @@ class Session:
             self.thread_steps += result.thread_steps
             self._note(result.findings)
 
-        before = snapshot(ranges) if self.orders else []
+        again = self.orders if size(ranges) <= COPIED else 0
+        before = snapshot(ranges) if again else []
         once(random_turns=self.random_turns, seed=self.turns)
-        if not self.orders:
+        if not again:
             return
         after = snapshot(ranges)
-        for _ in range(self.orders):
+        for _ in range(again):
             restore(before)
             order = self.rng.permutation(int(np.prod(grid))).astype(np.int64)
             once(random_turns=True, seed=int(self.rng.integers(1 << 62)), order=order)
@@ -108,6 +113,12 @@ class Session:
             executed = f"{min(shares):.0%} to {max(shares):.0%} of the instructions of each executed"
             lines.append(f"{name} {target}: {n} launches of {len(shares)} variants, {executed}")
         return lines
+
+
+def size(ranges: Ranges) -> int:
+    """Bytes in them, each once."""
+    lo, hi = merged(ranges)
+    return int(sum(hi) - sum(lo))
 
 
 def snapshot(ranges: Ranges) -> list[tuple[int, bytes]]:
