@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from pins_ext.files.atomic import write_file
+from pins_ext.integrations import logs as names
 from pins_ext.integrations.evaluation import EvaluationView
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
@@ -40,24 +41,21 @@ ORIGIN_FILE = "pins_origin.json"
 TARGET_TOLERANCE = 0.01
 """How far from its final sparsity a model may be and still become the best one (released code: |r - rF| <= .01)."""
 
-MASK_ENTRY = "mask_sparsity"
-"""An entry of the Trainer's history with this key was made right after a mask was applied."""
-
-_LOGGED = ("sparsity", "target_sparsity", "nan")
-_LOGGED_OF_A_MASK = ("threshold", "churn")
-
 
 class PinsCallback(TrainerCallback):
     """Prunes the model of a Trainer, and finalizes it when training ends.
 
-    Logs carry sparsity, target_sparsity and nan (scores that are NaN), from the first mask on threshold and churn
-    (share of mask bits that the last one flipped), and what pruning cost since the last log: pruning_ms, the mean per
-    step, and pruning_share of the step's time. The history gets an entry for every new mask. A model that is not at
-    its target sparsity can neither become the best one nor use up the patience of early stopping. Every checkpoint gets
-    the pruner's own file.
+    Logs carry, each name after `pins/`: sparsity, the share of the prunable weights that the last mask prunes; zeros,
+    the share that is zero at this moment (less between two masks that let weights grow back); target_sparsity; nan
+    (scores that are NaN); from the first mask on threshold and churn (share of mask bits that the last one flipped);
+    and what pruning cost since the last log: pruning_ms, the mean per step, and pruning_share of the step's time. An
+    evaluation's log has the zeros of the model that was evaluated, eval_pins/zeros. The history gets an entry for every
+    new mask. A model that is not at its target sparsity can neither become the best one nor use up the patience of
+    early stopping. Every checkpoint gets the pruner's own file.
 
     With a self-regularizer, and without gradient accumulation, logs carry the parts of the loss as means since the last
-    log: task_loss (the cross-entropy alone) and, over the steps that had a teacher, divergence and teacher_weight.
+    log: pins/task_loss (the cross-entropy alone) and, over the steps that had a teacher, pins/divergence and
+    pins/teacher_weight.
 
     Works in one process and under DistributedDataParallel (`accelerate launch`, torchrun): every rank prunes, and the
     first writes. DeepSpeed and FSDP are refused.
@@ -140,7 +138,7 @@ class PinsCallback(TrainerCallback):
         if state.global_step > 0:
             self._restore(args, state)
         else:
-            state.log_history.append({"step": 0, "pins_run": self._run})  # type: ignore[dict-item]
+            state.log_history.append({"step": 0, names.RUN: self._run})  # type: ignore[dict-item]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,10 +163,9 @@ class PinsCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has stepped and the weights are masked: note a new mask, take a new teacher if one is due."""
         if self.pruner is not None and self.pruner.schedule.is_new_mask(self.pruner.step - 1):
-            stats, schedule, t = self.stats(), self.pruner.schedule, self.pruner.step - 1
-            entry = {"step": state.global_step, MASK_ENTRY: stats["sparsity"]}
-            entry["target_sparsity"] = 1 - schedule.remaining_ratio(t)
-            state.log_history.append(entry | {name: stats[name] for name in ("threshold", "churn")})
+            t = self.pruner.step - 1
+            entry = names.of_a_mask(self.stats(), 1 - self.pruner.schedule.remaining_ratio(t), t)
+            state.log_history.append({"step": state.global_step, **entry})
         if self.self_regularizer is not None:
             self.self_regularizer.step(state.global_step)
             # Of one batch: with gradient accumulation, losses may be parts of the step's.
@@ -194,12 +191,9 @@ class PinsCallback(TrainerCallback):
             return
         stats = self.stats()
         if "loss" in logs:
-            of_a_mask = _LOGGED_OF_A_MASK if stats["threshold"] is not None else ()
-            shown = {name: stats[name] for name in (*_LOGGED, *of_a_mask)} | self._overhead(optimizer)
-            masks = [entry for entry in state.log_history if MASK_ENTRY in entry]
-            logs.update({MASK_ENTRY: masks[-1][MASK_ENTRY]} if masks else {})
+            shown = names.of_training(stats) | self._overhead(optimizer)
         else:
-            shown = {"eval_sparsity": stats["sparsity"]}
+            shown = {names.EVALUATED_ZEROS: stats["zeros"]}
         logs.update(shown)
         state.log_history[-1].update(shown)
 
@@ -215,8 +209,8 @@ class PinsCallback(TrainerCallback):
         if self.pruner is not None:
             # The weights that a checkpoint would hold, not those that were evaluated.
             as_saved = not self.pruner.masks.in_view
-            self.at_target = as_saved and abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
-            state.log_history[-1]["at_target"] = self.at_target
+            self.at_target = as_saved and abs(self.stats()["zeros"] - self.config_sparsity) <= TARGET_TOLERANCE
+            state.log_history[-1][names.AT_TARGET] = self.at_target
             if not self.at_target:
                 self._best_before = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         if self.self_regularizer is not None and metrics:
@@ -279,7 +273,7 @@ class PinsCallback(TrainerCallback):
         """The parts of the loss apart, their means since the last log; one synchronisation."""
         means = {name: total / steps for name, (total, steps) in self._losses.items()}
         self._losses = {}
-        return dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True))
+        return names.named(dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)))
 
     def _overhead(self, optimizer: Optimizer | None) -> dict[str, float]:
         """What pruning cost per step since the last log: pruning_ms and pruning_share of the step's wall time."""
@@ -291,7 +285,7 @@ class PinsCallback(TrainerCallback):
         if self._plain_seconds is None and optimizer is not None and self.pruner is not None:
             self._plain_seconds = plain_step_seconds(optimizer, self.pruner.model)
         seconds = pruning_seconds(outside / steps, optimizer_step / steps, self._plain_seconds)
-        return {"pruning_ms": 1e3 * seconds, "pruning_share": seconds * steps / step}
+        return names.named({"pruning_ms": 1e3 * seconds, "pruning_share": seconds * steps / step})
 
     def _come_before_reporters(self) -> None:
         """Move to the front of the Trainer's callbacks.
@@ -344,7 +338,8 @@ class PinsCallback(TrainerCallback):
             ValueError: it holds no pruner state, or that of another run or step.
         """
         folder = self.resume_from or Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        runs: list[Any] = [entry["pins_run"] for entry in state.log_history if "pins_run" in entry]
+        state.log_history = names.as_named_now(state.log_history)
+        runs: list[Any] = [entry[names.RUN] for entry in state.log_history if names.RUN in entry]
         try:
             origin = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -357,7 +352,7 @@ class PinsCallback(TrainerCallback):
         self._run = runs[-1]
         if self.pruner is not None:
             self.pruner.load(folder / PRUNER_FILE, origin)
-            self.at_target = abs(self.stats()["sparsity"] - self.config_sparsity) <= TARGET_TOLERANCE
+            self.at_target = abs(self.stats()["zeros"] - self.config_sparsity) <= TARGET_TOLERANCE
             if not self.at_target:
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.self_regularizer is not None:

@@ -18,7 +18,7 @@ from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
 from pins_ext.ops.cpu import cpu_capability
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
-from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_bits, unpack_bits
+from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.rounding import rounding_key
 from pins_ext.ops.select import CANDIDATES, SAMPLES, score_of_key
@@ -76,6 +76,7 @@ __all__ = [
     "sample",
     "score_of_key",
     "select",
+    "set_bits",
     "settle",
     "sparse_linear",
     "sparse_linear_int8",

@@ -37,6 +37,15 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return ((bits[:, None] >> shifts) & 1).flatten()[: math.prod(shape)].view(tuple(shape)).bool()
 
 
+def set_bits(bits: Tensor) -> Tensor:
+    """How many weights a packed mask keeps, int64 []; `bits` as from `new_mask`, padding bits zero."""
+    words = bits.view(torch.int64)
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    # The product's highest byte is the sum of all bytes, at most 64.
+    return ((((nibbles + (nibbles >> 4)) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101) >> 56).sum()
+
+
 def pack_(
     masks: Sequence[Tensor],
     stats: Tensor,

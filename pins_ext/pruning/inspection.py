@@ -33,15 +33,17 @@ def stats(parameters: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
     """Statistics of the pruned tensors and of their last selection; a few synchronisations.
 
     Returns:
-        sparsity (share of the weights that is zero now); threshold (a score) or None before the first mask; churn
-        (share of mask bits the last selection flipped); nan (scores that are NaN: kept); frozen; per_layer (name to
-        sparsity).
+        sparsity (share of the weights that the last mask prunes, 0 before the first); zeros (share that is zero now:
+        between two masks weights may grow back); threshold (a score) or None before the first mask; churn (share of
+        mask bits the last selection flipped); nan (scores that are NaN: kept); frozen; per_layer (name to share of
+        zeros).
     """
     found = zeros(list(parameters.values()), masks.ranks)
     n = sum(p.numel() for p in parameters.values())
     _, flipped, nan = masks.counts()
     return {
-        "sparsity": sum(found) / n,
+        "sparsity": sum(masks.pruned()) / n,
+        "zeros": sum(found) / n,
         "threshold": masks.threshold(),
         "churn": flipped / n,
         "nan": nan,

@@ -125,8 +125,7 @@ class Masks:
 
     def pruned(self) -> list[int]:
         """Weights that the mask prunes, per tensor, on all ranks; one synchronisation."""
-        # Past the weights, bits are zero.
-        kept = torch.stack([ops.unpack_bits(bits, (8 * len(bits),)).sum() for bits in self.bits])
+        kept = torch.stack([ops.set_bits(bits) for bits in self.bits])
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
         kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]

@@ -17,12 +17,13 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pins_ext.integrations.logs import EVALUATED_ZEROS, plain
 from pins_ext.runs.html import percent
 
 _SECONDS_BETWEEN_LINES = 30.0
 """Between the lines that a long evaluation writes where there is no terminal."""
 
-_NOT_SHOWN = ("runtime", "per_second", "preparation_time", "sparsity")
+_NOT_SHOWN = ("runtime", "per_second", "preparation_time", EVALUATED_ZEROS)
 
 
 class Watch(TrainerCallback):
@@ -138,11 +139,11 @@ def describe(logs: dict[str, Any], brief: bool = False) -> str:
     parts = []
     if "loss" in logs:
         parts.append(f"loss {float(logs['loss']):.3f}")
-    if "sparsity" in logs:
-        # Between masks weights may grow back: what the last mask zeroed, not what is zero at this step.
-        parts.append(f"mask {percent(logs.get('mask_sparsity', logs['sparsity']))}")
-    if logs.get("threshold") is not None:
-        parts.append(f"threshold {logs['threshold']:.2e}")
+    pruning = plain(logs)
+    if "sparsity" in pruning:
+        parts.append(f"mask {percent(pruning['sparsity'])}")
+    if pruning.get("threshold") is not None:
+        parts.append(f"threshold {pruning['threshold']:.2e}")
     scores = [
         f"{name.replace('_', ' ')} {value:.3f}"
         for name, value in logs.items()
@@ -151,6 +152,6 @@ def describe(logs: dict[str, Any], brief: bool = False) -> str:
     if brief:
         return "  ".join(parts + [score.removeprefix("eval ") for score in scores if "loss" not in score][:1])
     parts += scores
-    if "eval_sparsity" in logs and "sparsity" not in logs:
-        parts.append(f"with {percent(logs['eval_sparsity'])} zeros")
+    if EVALUATED_ZEROS in logs and "sparsity" not in pruning:
+        parts.append(f"with {percent(logs[EVALUATED_ZEROS])} zeros")
     return "  ".join(parts)

@@ -180,7 +180,8 @@ class RunRecord:
         planned_steps: optimizer steps asked for.
         flags: of the command, as they were typed or stood in files.
         schedule: `target_sparsity` of some steps.
-        history: what was logged while training.
+        history: what was logged while training; `sparsity` is the last mask's and `zeros` what was zero at the step (in
+            records without `zeros`, `sparsity` is that).
         masks: one entry per new mask.
         evaluations: metrics on the way, and whether the model was `at_target`.
         versions: of the software, by package.

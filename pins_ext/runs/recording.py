@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pins_ext import __version__
-from pins_ext.integrations.callback import MASK_ENTRY
+from pins_ext.integrations.logs import NEW_MASK, plain
 from pins_ext.integrations.timing import plain_step_seconds, pruning_seconds
 from pins_ext.runs.prepare import Prepared
 from pins_ext.runs.record import (
@@ -33,9 +33,9 @@ from pins_ext.runs.record import (
     as_read,
 )
 
-_HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "target_sparsity", "nan")
+_HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "zeros", "target_sparsity", "nan")
 _LOSSES = ("task_loss", "divergence", "teacher_weight")
-_MASKS = ("target_sparsity", "threshold", "churn")
+_MASKS = ("sparsity", "target_sparsity", "threshold", "churn")
 _SCHEDULE_POINTS = 200
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "triton", "numpy")
 
@@ -75,7 +75,7 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
         config=_settings(prepared),
         schedule=_schedule(prepared),
         history=tuple(_chosen(entry, (*_HISTORY, *_LOSSES)) for entry in log if "loss" in entry),
-        masks=tuple({"sparsity": e[MASK_ENTRY], **_chosen(e, _MASKS)} for e in log if MASK_ENTRY in e),
+        masks=tuple(_chosen(entry, _MASKS) for entry in log if NEW_MASK in entry),
         evaluations=tuple(
             _chosen(entry, ("at_target", *(name for name in entry if name.startswith("eval_"))))
             for entry in log
@@ -101,7 +101,8 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
 
 def _chosen(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The step of an entry, and those of the names that it has numbers for."""
-    return {"step": entry["step"], **{name: entry[name] for name in names if isinstance(entry.get(name), (int, float))}}
+    found = {**entry, **plain(entry)}
+    return {"step": entry["step"], **{name: found[name] for name in names if isinstance(found.get(name), (int, float))}}
 
 
 def _schedule(prepared: Prepared) -> tuple[Entry, ...]:

@@ -14,6 +14,7 @@ from pins_ext.files.atomic import SaveError, newest_complete, write_file
 from pins_ext.files.plain import to_json
 from pins_ext.integrations.callback import PRUNER_FILE
 from pins_ext.integrations.finite import NonFiniteError
+from pins_ext.integrations.logs import EVALUATED_ZEROS
 from pins_ext.runs.errors import CommandError, StoppedError, UsageError, one_line
 from pins_ext.runs.folder import RunFolder
 from pins_ext.runs.html import REPORT, render
@@ -122,11 +123,12 @@ def _evaluated_already(prepared: Prepared) -> dict[str, Any] | None:
     to zero: with as many zeros as before, none has changed.
     """
     trainer, final = prepared.trainer, prepared.pins.final
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    last = next((dict(entry) for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
     if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
         return None
-    if final is not None and last.get("eval_sparsity") != final["sparsity"]:
+    if final is not None and last.get(EVALUATED_ZEROS) != final["sparsity"]:
         return None
+    last.pop(EVALUATED_ZEROS, None)
     return {name: value for name, value in last.items() if name.startswith("eval_") or name == "epoch"}
 
 

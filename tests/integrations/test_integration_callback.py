@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from pins_ext.integrations.callback import (
     optimizer,
     refuse_unsupported,
 )
+from pins_ext.integrations.logs import NEW_MASK, as_named_now
 from pins_ext.pruning.checkpoint import FORMAT
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.plan import ConflictWarning
@@ -109,17 +111,61 @@ def test_reporters_get_sparsity_threshold_churn_and_overhead(
     training = [log for log in reporter.logs if "loss" in log]
     assert len(training) == 4
     for log in training:
-        assert 0 <= log["sparsity"] <= 0.75
-        assert log["pruning_ms"] > 0
-        assert 0 < log["pruning_share"] < 1
+        assert 0 <= log["pins/zeros"] <= log["pins/sparsity"] + 0.01 <= 0.76
+        assert log["pins/pruning_ms"] > 0
+        assert 0 < log["pins/pruning_share"] < 1
         # The first mask comes with the fifth step.
-        assert ("threshold" in log) == ("churn" in log) == ("mask_sparsity" in log) == (log is not training[0])
-    assert training[-1]["threshold"] > 0
-    assert training[-1]["sparsity"] == pytest.approx(0.75, abs=1e-3)
-    assert any(0 < log["churn"] < 1 for log in training[1:])
+        assert (
+            ("pins/threshold" in log) == ("pins/churn" in log) == (log["pins/sparsity"] > 0) == (log is not training[0])
+        )
+        own = {name for name in log if not name.startswith("pins/")}
+        assert own <= {"loss", "grad_norm", "learning_rate", "epoch", "total_flos", "num_input_tokens_seen"}
+    assert training[-1]["pins/threshold"] > 0
+    assert training[-1]["pins/sparsity"] == training[-1]["pins/zeros"] == pytest.approx(0.75, abs=1e-3)
+    assert any(0 < log["pins/churn"] < 1 for log in training[1:])
     history = [{**entry} for entry in run.state.log_history if "loss" in entry]
-    assert [log["pruning_share"] for log in training] == [entry["pruning_share"] for entry in history]
-    assert all("eval_sparsity" in log for log in reporter.logs if "eval_loss" in log)
+    assert [log["pins/pruning_share"] for log in training] == [entry["pins/pruning_share"] for entry in history]
+    assert all("eval_pins/zeros" in log for log in reporter.logs if "eval_loss" in log)
+
+
+def test_between_two_masks_the_log_says_what_the_mask_prunes_and_what_is_zero(tmp_path: Path) -> None:
+    """Weights grow back in between: the mask's sparsity is that of the schedule all the same."""
+    args = arguments(tmp_path, save_strategy="no", logging_steps=1)
+    run = stock(model(), args, PinsCallback(dataclasses.replace(CONFIG, delta_t=4)))
+    run.train()
+    logged = {entry["step"]: entry for entry in run.state.log_history if "loss" in entry}
+    masks = {entry["step"]: entry for entry in run.state.log_history if NEW_MASK in entry}
+    first, *_ = masks
+    assert masks[first]["pins/sparsity"] == pytest.approx(masks[first]["pins/target_sparsity"], abs=1e-3)
+    after = logged[first + 1]
+    assert after["pins/sparsity"] == masks[first]["pins/sparsity"] > 0
+    assert after["pins/zeros"] < 0.01
+
+
+def test_the_history_of_an_earlier_version_is_read() -> None:
+    history = [
+        {"step": 0, "pins_run": "a"},
+        {"step": 4, "loss": 1.0, "sparsity": 0.1, "target_sparsity": 0.3, "pruning_ms": 2.0},
+        {"step": 5, "mask_sparsity": 0.4, "target_sparsity": 0.4, "threshold": 0.1, "churn": 0.2},
+        {"step": 5, "eval_loss": 1.0, "eval_sparsity": 0.4, "at_target": True},
+    ]
+    now = as_named_now(history)
+    assert now == [
+        {"step": 0, "pins/run": "a"},
+        {"step": 4, "loss": 1.0, "pins/zeros": 0.1, "pins/target_sparsity": 0.3, "pins/pruning_ms": 2.0},
+        {
+            "step": 5,
+            "pins/sparsity": 0.4,
+            "pins/target_sparsity": 0.4,
+            "pins/threshold": 0.1,
+            "pins/churn": 0.2,
+            NEW_MASK: 4,
+        },
+        {"step": 5, "eval_loss": 1.0, "eval_pins/zeros": 0.4, "pins/at_target": True},
+    ]
+    assert as_named_now(now) == now
+    own = [{"step": 1, "loss": 1.0, "sparsity": 0.5}]
+    assert as_named_now(own) == own  # no history of ours
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
@@ -130,7 +176,7 @@ def test_tensorboard_shows_them(tmp_path: Path) -> None:
     stock(model(), args, PinsCallback(CONFIG)).train()
     folders = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
     tags = {tag for folder in folders for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"]}
-    assert {f"train/{n}" for n in ("sparsity", "threshold", "churn", "pruning_ms", "pruning_share")} <= tags
+    assert {f"train/{n}" for n in map("pins/{}".format, ("sparsity", "zeros", "churn", "pruning_ms"))} <= tags
 
 
 def test_resuming_finds_the_checkpoint_of_this_run_or_says_so(tmp_path: Path) -> None:

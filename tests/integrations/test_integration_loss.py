@@ -76,13 +76,13 @@ def test_the_parts_of_the_loss_are_logged_apart(tmp_path: Path) -> None:
         run.train()
         logs.append([entry for entry in run.state.log_history if "loss" in entry])
     each, rare = logs
-    assert [("divergence" in entry) for entry in each] == [step > 4 for step in range(1, 11)]
+    assert [("pins/divergence" in entry) for entry in each] == [step > 4 for step in range(1, 11)]
     for entry in each:
-        whole = entry["task_loss"] + 0.7 * entry.get("divergence", 0.0)
+        whole = entry["pins/task_loss"] + 0.7 * entry.get("pins/divergence", 0.0)
         assert entry["loss"] == pytest.approx(whole, abs=1e-4)  # the Trainer rounds what it logs
-    assert rare[1]["task_loss"] == pytest.approx(sum(entry["task_loss"] for entry in each[5:]) / 5)
-    assert rare[0]["divergence"] == pytest.approx(each[4]["divergence"])
-    assert rare[1]["teacher_weight"] == pytest.approx(0.7)
+    assert rare[1]["pins/task_loss"] == pytest.approx(sum(entry["pins/task_loss"] for entry in each[5:]) / 5)
+    assert rare[0]["pins/divergence"] == pytest.approx(each[4]["pins/divergence"])
+    assert rare[1]["pins/teacher_weight"] == pytest.approx(0.7)
 
 
 def test_the_loss_of_a_language_model_is_a_sum_over_the_items_of_the_step(tmp_path: Path) -> None:

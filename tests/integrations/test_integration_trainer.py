@@ -14,7 +14,8 @@ from transformers import BertForSequenceClassification, EarlyStoppingCallback, T
 
 from pins_ext.files import random_state
 from pins_ext.files.atomic import IncompleteError, SaveError, newest_complete
-from pins_ext.integrations.callback import MASK_ENTRY, PinsCallback
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.logs import AT_TARGET, NEW_MASK
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds
 from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.optim import PinsAdamW
@@ -84,10 +85,12 @@ def test_the_final_model_has_its_sparsity_to_the_last_weight(tmp_path: Path) -> 
     assert run.pins.final is not None
     assert run.pins.final["zeros"] == pruner.n_weights - round(0.25 * pruner.n_weights)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
-    assert all({"sparsity", "target_sparsity", "pruning_ms"} <= entry.keys() for entry in logged)
-    masks = [entry for entry in run.state.log_history if MASK_ENTRY in entry]
+    assert all(
+        {"pins/sparsity", "pins/zeros", "pins/target_sparsity", "pins/pruning_ms"} <= entry.keys() for entry in logged
+    )
+    masks = [entry for entry in run.state.log_history if NEW_MASK in entry]
     assert [entry["step"] for entry in masks] == [5, 7, 9, 11, 12, 13]
-    assert all(entry[MASK_ENTRY] == pytest.approx(entry["target_sparsity"], abs=1e-3) for entry in masks)
+    assert all(entry["pins/sparsity"] == pytest.approx(entry["pins/target_sparsity"], abs=1e-3) for entry in masks)
 
 
 def test_resuming_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:
@@ -149,7 +152,7 @@ def test_only_a_model_at_its_target_becomes_the_best(tmp_path: Path) -> None:
     run.train()
     # The cool-down is the last four steps: 12 is the first evaluation at the target.
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
-    flags = {entry["step"]: entry["at_target"] for entry in run.state.log_history if "eval_loss" in entry}
+    flags = {entry["step"]: entry[AT_TARGET] for entry in run.state.log_history if "eval_loss" in entry}
     assert flags[12]
     assert not flags[8]
     best = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-12").state_dict()

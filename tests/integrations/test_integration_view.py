@@ -26,7 +26,7 @@ class Looks(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         found = kwargs["model"].pins
-        self.during.append(found.pruner.stats()["sparsity"] if found.pruner.masks.chosen else -1.0)
+        self.during.append(found.pruner.stats()["zeros"] if found.pruner.masks.chosen else -1.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.after.append(kwargs["model"].pins.pruner.masks.in_view)
@@ -51,7 +51,7 @@ def test_evaluations_see_the_mask_and_training_does_not(tmp_path: Path, kind: ty
     assert min(share for share in looks.during if share >= 0) > 0.05
     assert not any(looks.after)
     history = evaluated.state.log_history
-    logged = [e["eval_sparsity"] for e in history if "eval_sparsity" in e]
+    logged = [e["eval_pins/zeros"] for e in history if "eval_pins/zeros" in e]
     assert logged[-4:] == pytest.approx([0.75] * 4, abs=1e-3)
     # A view is not the target: between masks a checkpoint would hold a dense model.
     callback = pins(evaluated)

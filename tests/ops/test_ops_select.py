@@ -252,3 +252,6 @@ def test_pack_with_a_threshold_per_tensor() -> None:
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 63, 64, 65, 1000])
 def test_a_new_mask_keeps_everything(n: int) -> None:
     assert torch.equal(ops.new_mask(torch.empty(n)), ref.pack_bits(torch.ones(n, dtype=torch.bool)))
+    assert int(ops.set_bits(ops.new_mask(torch.empty(n)))) == n
+    keep = torch.rand(n) < 0.5
+    assert int(ops.set_bits(ref.pack_bits(keep))) == int(keep.sum())

@@ -150,7 +150,7 @@ def test_stats_and_plan_tell_what_a_user_needs() -> None:
     train(model, optimizer, STEPS)
     stats = pruner.stats()
     assert stats["step"] == STEPS
-    assert stats["sparsity"] == zeros(pruner) / pruner.n_weights
+    assert stats["zeros"] == stats["sparsity"] == zeros(pruner) / pruner.n_weights
     assert stats["threshold"] > 0
     assert stats["nan"] == 0
     assert stats["ms"] > 0
