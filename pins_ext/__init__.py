@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pins_ext import integrations, ops, optim
     from pins_ext.integrations.lora import merge_lora
     from pins_ext.pruning.config import PruneConfig
+    from pins_ext.pruning.once import prune_once
     from pins_ext.pruning.pruner import Pruner
     from pins_ext.regularization.self_regularizer import SelfRegularizer
     from pins_ext.sparse.format import load_sparse, save_sparse
@@ -27,6 +28,7 @@ _HOME = {
     "SelfRegularizer": "regularization.self_regularizer",
     "load_sparse": "sparse.format",
     "merge_lora": "integrations.lora",
+    "prune_once": "pruning.once",
     "save_sparse": "sparse.format",
     "sparsify_for_inference": "sparse.inference",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "merge_lora",
     "ops",
     "optim",
+    "prune_once",
     "save_sparse",
     "sparsify_for_inference",
 ]

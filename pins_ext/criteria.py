@@ -20,6 +20,7 @@ class Criterion:
         smoothed: whether windows are averaged (PLATON, Zhang et al. 2022); otherwise their sum is the score.
         reads_moments: whether the score is made of AdamW's own moments.
         reads_update: whether the instant score needs the weight that the optimizer produces.
+        reads_inputs: whether the score is made of the inputs of the weights' layers, which `prune_once` collects.
         zero_at_zero: whether a weight at exactly zero scores 0, so that under strict masks it could never return by its
             own score.
         warning: what a user should know before choosing it.
@@ -30,6 +31,7 @@ class Criterion:
     smoothed: bool = True
     reads_moments: bool = False
     reads_update: bool = False
+    reads_inputs: bool = False
     zero_at_zero: bool = False
     warning: str = ""
 
@@ -45,6 +47,7 @@ CRITERIA = {
         Criterion("magnitude", instant=False, smoothed=False, zero_at_zero=True),
         Criterion("fisher", instant=False, smoothed=False, reads_moments=True, zero_at_zero=True),
         Criterion("moments", instant=False, reads_moments=True),
+        Criterion("wanda", instant=False, smoothed=False, reads_inputs=True, zero_at_zero=True),
     )
 }
 

@@ -104,6 +104,15 @@ def score(kind: str, a: Tensor, b: Tensor | None = None, factor: Tensor | float 
     raise ValueError(f"score {kind!r} is unknown or lacks its second operand")
 
 
+def wanda(weight: Tensor, inputs: Tensor) -> Tensor:
+    """|w| ||x||_2 of each weight, float32 [outputs, features] (Sun et al. 2023).
+
+    Args:
+        weight: [outputs, features], as nn.Linear has it. inputs: [tokens, features], all that the layer was given.
+    """
+    return weight.float().abs() * inputs.double().square().sum(0).sqrt().float()
+
+
 # ---- selection ------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from pins_ext.runs.errors import (
 COMMANDS = {
     "train": ("pins_ext.cli.train", "fine-tune and prune a language model, evaluate, save, report"),
     "plan": ("pins_ext.cli.plan", "what train would do: tensors, memory, schedule, conflicts"),
+    "prune": ("pins_ext.cli.prune", "prune a model in one shot by a few batches, without training"),
     "ablate": ("pins_ext.cli.ablate", "train a grid of runs: mean and deviation over seeds, overlap of masks"),
     "diagnose": ("pins_ext.cli.diagnose", "how well first order predicts what pruning does to the loss"),
     "export": ("pins_ext.cli.export", "a checkpoint in sparse form, small on disk, or dense again"),

@@ -13,6 +13,12 @@ from pins_ext.criteria import CRITERIA, PRECOMPUTED, Criterion
 
 SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
 
+TRAINING_ONLY = (
+    "initial_sparsity", "beta1", "beta2", "importance_every", "delta_t", "schedule", "warmup", "cooldown",
+    "mask_policy", "regrow", "mask_optimizer_state",
+)  # fmt: skip
+"""Options that mean nothing to one-shot pruning."""
+
 _ZERO_AT_ZERO = ", ".join(c.name for c in CRITERIA.values() if c.zero_at_zero)
 
 if TYPE_CHECKING:
@@ -48,7 +54,7 @@ class PruneConfig:
     criterion: str | ScoreFunction = _option(
         "pins",
         "importance of a weight, from its value, its gradient and the learning rate; platon is |p g| as its paper "
-        "writes it, pins-update what its released code computes",
+        "writes it, pins-update what its released code computes; wanda, by its layer's inputs, is one-shot only",
         tuple(CRITERIA),
     )
     beta1: float = _option(0.85, "decay of the running average of importance, in [0, 1)")
@@ -81,7 +87,9 @@ class PruneConfig:
         ("shadow", "never"),
     )
     scope: str | Mapping[str, tuple[str, ...]] = _option(
-        "global", "weights compete globally, within each tensor (layer), or within groups of name patterns"
+        "auto",
+        "weights compete globally, within each tensor (layer), within groups of name patterns, or, one-shot only, "
+        "within each output of a layer (row); auto: row for wanda, else global",
     )
     include: tuple[str, ...] = _option(
         (), "prune the parameters whose names match these patterns, instead of the default"
@@ -112,6 +120,8 @@ class PruneConfig:
             own = f.name in ("criterion", "schedule") and callable(value)
             if choices and not own and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        if self.scope == "auto":
+            object.__setattr__(self, "scope", "row" if self.rule.reads_inputs else "global")
         percent = _fits(self.sparsity, 2, 99)
         hint = f" ({self.sparsity:g} % is {self.sparsity / 100:g})" if percent else ""
         self._check(_fits(self.sparsity, 0, 1) and self.sparsity < 1, "sparsity", f"a number in [0, 1){hint}")
@@ -134,7 +144,8 @@ class PruneConfig:
             fits = _fits(value, 0, math.inf) and (isinstance(value, int) or value < 1)
             self._check(fits, name, "a number of steps (an integer) or a share of training in [0, 1)")
         if not isinstance(self.scope, Mapping):
-            self._check(self.scope in ("global", "layer"), "scope", "global, layer, or groups of name patterns")
+            known = self.scope in ("global", "layer", "row")
+            self._check(known, "scope", "global, layer, or groups of name patterns (row in one shot)")
         else:
             self._check(len(self.scope) > 0, "scope", "at least one group")
             self._patterns("scope", tuple(self.scope))
@@ -149,6 +160,32 @@ class PruneConfig:
             object.__setattr__(self, name, densities if densities is value else {"*": float(value)})
         if self.ties == "reference" and (self.min_density or self.max_density):
             raise ValueError("min_density and max_density need an exact count: use ties='exact'")
+
+    def check_training(self) -> None:
+        """Refuse what only one-shot pruning can do.
+
+        Raises:
+            ValueError: a criterion that reads inputs, or scope="row".
+        """
+        if self.rule.reads_inputs:
+            raise ValueError(
+                f"criterion={self.criterion!r} scores weights by their layers' inputs, not seen in training: prune "
+                "in one shot with prune_once or pins-ext prune, and go on with Pruner.from_sparse"
+            )
+        if self.scope == "row":
+            raise ValueError("scope='row' is for one-shot pruning (prune_once); training takes global, layer or groups")
+
+    def check_once(self) -> None:
+        """Refuse what only training can do, so that no option is silently without effect.
+
+        Raises:
+            ValueError: an option of the schedule, of the running averages or of the masks' policy was set.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        if given := [name for name in TRAINING_ONLY if getattr(self, name) != fields[name].default]:
+            raise ValueError(
+                f"{', '.join(given)}: one-shot pruning has no schedule and no running averages; leave it out"
+            )
 
     def _check(self, holds: bool, name: str, accepts: str, *got: Any) -> None:
         if not holds:

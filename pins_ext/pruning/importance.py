@@ -55,6 +55,19 @@ def _float32(rate: Rate) -> Rate:
     return rate if isinstance(rate, Tensor) else float(struct.unpack("f", struct.pack("f", rate))[0])
 
 
+def own_score(criterion: Any, p: Tensor, g: Tensor, lr: Any) -> Tensor:
+    """The instant score of a user's function, float32, contiguous.
+
+    Raises:
+        ValueError: it returned something else than one number per weight.
+    """
+    c = criterion(p.float(), g.float(), lr)
+    if not isinstance(c, Tensor) or c.shape != p.shape:
+        got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
+        raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
+    return c.float().contiguous()
+
+
 class Importance:
     """States of n tensors, one each of the shape of this rank's part, and the operators that advance them.
 
@@ -218,14 +231,9 @@ class Importance:
         )
 
     def _own_score(self, p: Tensor, g: Tensor, lr: Any, scaling: Scaling) -> Tensor:
-        assert callable(self.config.criterion)
         g = g.float() if scaling.grad_scale is None else g.float() / scaling.grad_scale
         g = g if scaling.clip is None else g * scaling.clip
-        c = self.config.criterion(p.float(), g, lr)
-        if not isinstance(c, Tensor) or c.shape != p.shape:
-            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-            raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
-        return c.float().contiguous()
+        return own_score(self.config.criterion, p, g, lr)
 
     def count_accepted(self, part: int, scaling: Scaling, scored: bool) -> None:
         """One more gradient in a part's window, unless it was not finite.

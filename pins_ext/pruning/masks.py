@@ -87,6 +87,16 @@ class Masks:
         self._pack(score, cutoff)
         self._chosen_for = wanted
 
+    def choose(self, score: Operands, ratio: float) -> None:
+        """Choose by these scores, once.
+
+        Args:
+            score: what the score is made of.
+            ratio: share of the weights that is kept.
+        """
+        self._pack(score, self.selection.cutoffs(score, ratio))
+        self._chosen_for = (0, *self.scopes.n_prune(ratio))
+
     def counting(self) -> Counted | None:
         """A bracket around the last cutoff and room for its counts; None where no single cutoff can be narrowed so."""
         if not self.scopes.is_global or not self.chosen:

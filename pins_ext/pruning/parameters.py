@@ -19,8 +19,13 @@ _NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "lo
 _RELEASED = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
 
 
-def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.Parameter]:
+def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool = False) -> dict[str, nn.Parameter]:
     """The parameters to prune, by name, in the model's order; each piece of memory once.
+
+    Args:
+        model: the model.
+        config: which of its parameters.
+        frozen_too: also those that don't learn (requires_grad=False).
 
     Raises:
         ValueError: a model of FSDP 1, a pattern that matches nothing, nothing left to prune, a frozen parameter that
@@ -43,8 +48,9 @@ def prunable_parameters(model: nn.Module, config: PruneConfig) -> dict[str, nn.P
     else:
         chosen = set(_default_names(model))
     chosen -= {name for name in parameters if _matches(names[name], config.exclude)}
-    kept = {name: p for name, p in parameters.items() if name in chosen and p.requires_grad and p.numel() > 0}
-    frozen = [name for name in parameters if name in chosen and not parameters[name].requires_grad]
+    kept = {name: p for name, p in parameters.items() if name in chosen and p.numel() > 0}
+    frozen = [] if frozen_too else [name for name, p in kept.items() if not p.requires_grad]
+    kept = {name: p for name, p in kept.items() if name not in frozen}
     if frozen and (config.include or not kept):
         raise ValueError(
             f"{frozen[0]} is to be pruned but frozen (requires_grad=False): its importance cannot be known; "

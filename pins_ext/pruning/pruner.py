@@ -71,6 +71,7 @@ class Pruner:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], config: PruneConfig, total_steps: int
     ) -> None:
+        config.check_training()
         self.model, self.config = model, config
         self.schedule = Schedule.of(config, total_steps)
         parameters = prunable_parameters(model, config)

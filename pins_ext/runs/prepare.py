@@ -25,7 +25,7 @@ from pins_ext.optim import PinsAdamW
 from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 from pins_ext.runs.errors import UsageError
-from pins_ext.runs.request import Request
+from pins_ext.runs.request import Request, RunOptions
 from pins_ext.tasks import Task, load_task, minilm_folder
 from pins_ext.tasks.sources.hub import within_reach
 
@@ -61,17 +61,17 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
     Raises:
         UsageError: anything about the request that can't be done; nothing has been trained yet.
     """
-    _quiet()
+    quiet()
     with as_usage_errors():
         if task is None:
             task = load_task(request.task)
         source, name = _model_source(request, task)
         if task.tokenizer is None:
-            task = task.tokenized(_from_pretrained(AutoTokenizer, source, name, **task.tokenizer_kwargs))
+            task = task.tokenized(from_pretrained(AutoTokenizer, source, name, **task.tokenizer_kwargs))
         request = fitted_to(request, task)
         args = request.training_arguments(folder)
         set_seed(args.seed)
-        model, new = _load_model(request, task, source, name)
+        model, new = load_model(request.run, task, source, name)
         task.check_model(model)
         regularizer, notes = _regularizer(request, task, model)
         notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
@@ -141,13 +141,20 @@ def _model_source(request: Request, task: Task) -> tuple[str, str]:
     return str(minilm_folder()), "all-MiniLM-L6-v2 (embedded)"
 
 
-def _load_model(request: Request, task: Task, source: str, name: str) -> tuple[Any, str]:
-    """The model with the task's head, and which of its weights are new."""
-    kind, dtype = getattr(transformers, task.auto_class), getattr(torch, request.run.dtype)
-    if request.run.random_init:
-        config = _from_pretrained(AutoConfig, source, name, **task.model_kwargs())
+def load_model(asked: RunOptions, task: Task, source: str, name: str) -> tuple[Any, str]:
+    """The model with the task's head, and which of its weights are new.
+
+    Args:
+        asked: dtype and random_init.
+        task: whose head.
+        source: a folder or a name on the hub.
+        name: what to call it in errors.
+    """
+    kind, dtype = getattr(transformers, task.auto_class), getattr(torch, asked.dtype)
+    if asked.random_init:
+        config = from_pretrained(AutoConfig, source, name, **task.model_kwargs())
         return kind.from_config(config, dtype=dtype), "every weight (--random-init)"
-    model, loading = _from_pretrained(
+    model, loading = from_pretrained(
         kind, source, name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs()
     )
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -203,7 +210,7 @@ def _refuse_late_choice(request: Request, args: transformers.TrainingArguments, 
         )
 
 
-def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
+def from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
     """Load from a folder or the hub; what goes wrong names the model and, for a hub name, says what it could be."""
     try:
         with nullcontext() if os.path.isdir(source) else within_reach():
@@ -215,7 +222,7 @@ def _from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         raise UsageError(f"--model {name}{there}: {' '.join(str(error).split())[:300]}{way_out}") from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """The libraries' own bars and hints would tear the display apart."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -93,7 +93,7 @@ def _recipe(text: str) -> bool | str:
         raise argparse.ArgumentTypeError(f"there is no recipe {text!r}; there are {', '.join(RECIPES)}") from error
 
 
-_PARSERS = {
+PRUNING_PARSERS = {
     "sparsity": options.share,
     "initial_sparsity": options.share,
     "warmup": options.steps_or_share,
@@ -226,7 +226,7 @@ def parser(prog: str, about: str, examples: str, without: Iterable[str] = ()) ->
     made.add_fields("run", RunOptions, parse={"recipe": _recipe})
     _add_control(made.add_argument_group("control"), made.without)
     made.add_fields("task", TaskArguments)
-    made.add_fields("pruning", PruneConfig, skip=("seed",), parse=_PARSERS)
+    made.add_fields("pruning", PruneConfig, skip=("seed",), parse=PRUNING_PARSERS)
     made.add_fields("self-regularization", RegularizerOptions, parse={"teacher_weight": options.word_or_number})
     return made
 
@@ -290,7 +290,11 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
         run = dataclasses.replace(run, output_dir=str(place))
     recipe = _recipe_name(run, task)
     _build(RegularizerOptions, given)
-    _build(PruneConfig, (RECIPES[recipe].flags() if recipe is not None else {}) | given)
+    asked = _build(PruneConfig, (RECIPES[recipe].flags() if recipe is not None else {}) | given)
+    try:
+        asked.check_training()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if early is not None:
         _checked(early, task)
     typed = trainer_flags.parse(others, made)

@@ -206,4 +206,4 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["trian"]) == 2
     assert "did you mean train?" in capsys.readouterr().err
     assert main(["wash"]) == 2
-    assert "unknown command 'wash'; there are train, plan, ablate" in capsys.readouterr().err
+    assert "unknown command 'wash'; there are train, plan, prune, ablate" in capsys.readouterr().err

@@ -52,6 +52,10 @@ def test_the_table_says_what_the_formula_does(name: str) -> None:
             score = reference.score(name, p, moments)
         assert (float(score[0]) == 0) == criterion.zero_at_zero
         return
+    if criterion.reads_inputs:
+        assert reference.wanda(p[None], torch.ones(3, 2))[0].eq(0).tolist() == [True, False]
+        assert criterion.zero_at_zero
+        return
     if not criterion.instant:
         assert reference.score(name, p)[0] == 0
         return

@@ -19,6 +19,7 @@ ALLOWED = {
     "of": "Scaling: a scalar that a gradient scaler left on another device",
     "clip_grad_norm_": "sums of other devices",
     "rates_on": "a learning rate that lives on another device",
+    "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "load_state": "a checkpoint, once",
     "read": "a checkpoint, once",
 }

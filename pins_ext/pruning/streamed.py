@@ -1,0 +1,55 @@
+"""Gradients one at a time: each is handed over as soon as backward has it, and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TakeGradient = Callable[[int, Tensor], None]
+"""Told the place of a parameter and its gradient, which is freed when it returns."""
+
+
+class GradientStream:
+    """Follows parameters by hooks inside backward, so that no two of their gradients need to exist at once.
+
+    Args:
+        parameters: leaf tensors that require a gradient.
+        take: told of every gradient.
+
+    Attributes:
+        came: places of the parameters whose gradient has come since `begin`.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], take: TakeGradient) -> None:
+        self._take = take
+        self.came: set[int] = set()
+        self._handles: list[Any] = [
+            p.register_post_accumulate_grad_hook(partial(self._hook, i)) for i, p in enumerate(parameters)
+        ]
+
+    def begin(self) -> None:
+        """Forget which gradients have come."""
+        self.came.clear()
+
+    @torch.no_grad()
+    def _hook(self, i: int, p: Tensor) -> None:
+        grad, p.grad = p.grad, None
+        if grad is None:
+            return
+        if i in self.came:
+            raise RuntimeError(
+                "a parameter's gradient came twice in one backward, in parts, of which no score can be made: use "
+                "non-reentrant activation checkpointing (use_reentrant=False)"
+            )
+        self.came.add(i)
+        self._take(i, grad)
+
+    def detach(self) -> None:
+        """Let go of the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,114 @@
+"""`pins-ext prune`: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.small_models import characters, decoder_config
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from pins_ext.cli.main import main
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.runs import once as runs_once
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny GPT-2 and running text."""
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(decoder_config()).save_pretrained(folder / "model")
+    characters().save_pretrained(folder / "model")
+    (folder / "mine.txt").write_text("A cab in a bag is an odd thing to have on a day like this.\n" * 40)
+    return folder
+
+
+def test_it_prunes_a_classifier_by_its_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "pruned"
+    asked = ["prune", f"{tiny}/model", "--data", f"{tiny}/train.csv", "--sparsity", "0.5", "--output-dir", str(target)]
+    assert main([*asked, "--criterion", "fisher", "--batches", "3", "--batch-size", "4"]) == 0
+    said = capsys.readouterr().out
+    zeros, weights = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) weights are zero", said)[0])
+    assert zeros == weights // 2
+    assert "scored    by fisher, compared globally, 3 batches, their mean loss before pruning" in said
+    assert f"next      pins-ext inspect {target}" in said
+    tensors = load_file(target / "model.safetensors")
+    saved = {name: t for name, t in tensors.items() if ".layer." in name and t.dim() == 2}
+    assert sum(int((t == 0).sum()) for t in saved.values()) == zeros
+    for name, t in saved.items():
+        assert f"{(t == 0).float().mean():9.2%}  {name}\n" in said
+    assert main(["inspect", str(target)]) == 0
+    assert main([*asked, "--criterion", "fisher"]) == 2
+    assert "exists: choose another --output-dir" in capsys.readouterr().err
+
+
+def test_it_prunes_a_language_model_by_wanda(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "pruned"
+    asked = ["prune", f"{text}/model", "--data", f"{text}/mine.txt", "--max-length", "32", "--criterion", "wanda"]
+    assert main([*asked, "--sparsity", "0.5", "--dtype", "bfloat16", "--output-dir", str(target)]) == 0
+    assert "within each output of a layer" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.dtype == torch.bfloat16
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert ((weight == 0).sum(0) == 8).all()
+    assert len(AutoTokenizer.from_pretrained(target)("a cab")["input_ids"]) == 5
+
+
+def test_pins_without_a_rate_is_platon(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    asked = ["prune", f"{text}/model", "--data", f"{text}/mine.txt", "--max-length", "32", "--batches", "2"]
+    for more in (["--criterion", "platon"], [], ["--learning-rate", "10"]):
+        target = tmp_path / str(len(results))
+        assert main([*asked, "--sparsity", "0.5", *more, "--output-dir", str(target)]) == 0
+        results.append((load_file(target / "model.safetensors"), capsys.readouterr().out))
+    same = [all(torch.equal(t, results[0][0][name]) for name, t in tensors.items()) for tensors, _ in results]
+    assert same == [True, True, False]
+    assert ["is platon" in said for _, said in results] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ("--sparsity 0.5", "calibration data is needed"),
+        ("--data absent.csv", "absent.csv"),
+        ("--data mine.txt --batches 0", "--batches must be at least 1"),
+        ("--data mine.txt --warmup 3", "unrecognized arguments: --warmup"),
+        ("--data mine.txt --task rte", "a task of its own"),
+        ("--data mine.txt --criterion wanda --scope row --include *ln*", "no weight of nn.Linear"),
+        ("--data mine.txt --sparsity 50", "did you mean 0.5?"),
+        ("--data mine.txt --output-dir model", "is the model itself"),
+    ],
+)
+def test_what_it_refuses(
+    asked: str, reason: str, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(text)
+    assert main(["prune", "model", *asked.split()]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (text / "model.pruned").exists()
+
+
+def test_train_refuses_wanda_before_it_loads_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--criterion", "wanda"]) == 2
+    assert "pins-ext prune" in capsys.readouterr().err
+    assert main(["plan", "--task", "rte", "--scope", "row"]) == 2
+    assert "one-shot" in capsys.readouterr().err
+
+
+def test_progress_is_shown_on_a_terminal_and_in_a_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs_once, "_SECONDS_BETWEEN_LINES", -1.0)
+    for terminal in (True, False):
+        with (tmp_path / "log").open("w") as file:
+            console = Console(file=file, force_terminal=terminal, width=100)
+            with runs_once._shown(console, 2) as progress:
+                for done in (1, 2):
+                    progress("calibrating", done)
+                progress("pruning", 1)
+        said = (tmp_path / "log").read_text()
+        assert ("2/2" if terminal else "calibrating  2/2 batches\npruning  1 tensors") in said
+    assert PruneConfig(criterion="wanda").scope == "row"
