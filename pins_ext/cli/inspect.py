@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,16 @@ from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.options import Parser
 
 if TYPE_CHECKING:
+    from pins_ext.sparse.calibration import Calibration
     from pins_ext.sparse.survey import TensorSurvey
 
 _ABOUT = """Reads a checkpoint tensor by tensor, whatever its size, and says how many of its weights are zero, in each
-tensor and together; which patterns they have (N:M, square blocks, whole rows and columns); and what the checkpoint
-takes on disk, dense and with a bit for each zero (pins-ext export). Nothing is loaded but tensors: no model code runs.
+tensor and together; which patterns they have (N:M, square blocks, whole rows, columns and attention heads); and what
+the checkpoint takes on disk, dense and with a bit for each zero (pins-ext export). --speed also measures what its
+pruned matrices would gain from sparse kernels here. Nothing is loaded but tensors: no model code runs.
 
 examples:
-  pins-ext inspect runs/rte
+  pins-ext inspect runs/rte --speed
   pins-ext inspect someone/model.safetensors --picture zeros.svg
   pins-ext inspect runs/rte.sparse --json > zeros.json
 """
@@ -29,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="pins-ext inspect", description=_ABOUT)
     parser.add_argument("checkpoint", metavar="CKPT", help="a .safetensors file, or a folder that holds a checkpoint")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, and nothing else")
+    parser.add_argument(
+        "--speed", action="store_true", help="measure dense and sparse layers of these shapes and sparsities here"
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw the sparsity of every matrix, as SVG")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
@@ -49,15 +55,16 @@ def main(argv: Sequence[str]) -> int:
     except SurveyError as error:
         raise UsageError(str(error)) from error
     total = together(found)
+    calibration = _measured(found) if "speed" in given else None
     if "json" in given:
         tensors = [asdict(each) | {"sparsity": each.sparsity} for each in found]
-        print(
-            to_json(
-                {"format": "pins-ext inspection", "version": 1, "checkpoint": str(path), **total, "tensors": tensors}
-            )
-        )
+        speed = {} if calibration is None else {"speed": calibration.as_json()}
+        head = {"format": "pins-ext inspection", "version": 1, "checkpoint": str(path)}
+        print(to_json(head | total | speed | {"tensors": tensors}))
     else:
         print(_summary(total, found))
+        if calibration is not None:
+            print(_speed(calibration))
     if "picture" in given:
         _draw(found, path, Path(given["picture"]))
     return EXIT_OK
@@ -70,10 +77,31 @@ def _line(each: TensorSurvey) -> str:
     if "all zero" not in notes and "whole rows and columns" not in notes:
         notes += [f"{each.dead_rows:,} dead rows"] if each.dead_rows else []
         notes += [f"{each.dead_columns:,} dead columns"] if each.dead_columns else []
+    notes += [f"{each.dead_heads:,} dead heads"] if each.dead_heads else []
     notes += [f"{each.not_finite:,} NaN or infinite"] if each.not_finite else []
     return f"{each.sparsity:8.2%}  {shape:<18} {each.dtype:<9} {each.name}" + (
         f"  ({', '.join(notes)})" if notes else ""
     )
+
+
+def _measured(found: Sequence[TensorSurvey]) -> Calibration:
+    from pins_ext.sparse.expected_speed import expected_speed
+
+    return expected_speed(found, progress=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _speed(calibration: Calibration) -> str:
+    """The measurements, and what they come to for all pruned matrices together."""
+    from pins_ext.sparse.expected_speed import totals
+
+    if not calibration.trials:
+        return "\nspeed     no matrix has so many zeros (half of its weights) that sparse kernels could help"
+    lines = [
+        f"speed     {n} token{'s' if n > 1 else ''}: {before / 1e3:,.2f} ms in these layers dense, "
+        f"{after / 1e3:,.2f} ms sparse ({before / after:.1f} x); the rest of the model comes on top"
+        for n, (before, after) in totals(calibration).items()
+    ]
+    return "\n".join(["", calibration.table(), *lines])
 
 
 def _summary(total: dict[str, float], found: Sequence[TensorSurvey]) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pins_ext.files.atomic import write_file
 
 ROUNDS = 7
-"""Dense and sparse take turns, so that both see the same neighbours; the median of each counts."""
+"""Dense and sparse take turns, and the fastest of each counts: a busy machine only ever adds time."""
 
 SECONDS = 0.002
 """One measurement repeats a call for about this long: well above the clock's and the scheduler's grain."""
@@ -85,15 +86,18 @@ class Calibration:
         lines += [f"  {count} layer{'s' if count > 1 else ''} dense: {reason}" for reason, count in reasons.items()]
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, Any]:
+        """The measurements for JSON."""
+        trials = [asdict(trial) | {"speedup": trial.speedup, "chosen": trial.chosen} for trial in self.trials]
+        return {"machine": self.machine, "trials": trials, "dense": dict(self.dense)}
+
     def save(self, path: str | Path) -> None:
         """Write the measurements as JSON.
 
         Raises:
             SaveError: the file can't be written.
         """
-        trials = [asdict(trial) | {"speedup": trial.speedup, "chosen": trial.chosen} for trial in self.trials]
-        body = {"machine": self.machine, "trials": trials, "dense": dict(self.dense)}
-        write_file(Path(path), json.dumps(body, indent=1))
+        write_file(Path(path), json.dumps(self.as_json(), indent=1))
 
 
 def measure(
@@ -102,7 +106,7 @@ def measure(
     inputs: Sequence[Tensor],
     rounds: int = ROUNDS,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Microseconds of a call of each layer on each input: medians of interleaved rounds.
+    """Microseconds of a call of each layer on each input: the least of interleaved rounds.
 
     Args:
         dense: a layer.
@@ -119,7 +123,7 @@ def measure(
                 for layer, count, into in zip((dense, sparse), repeats, found, strict=True):
                     into.append(_timed(layer, x, count))
             for into, result in zip(found, times, strict=True):
-                result.append(statistics.median(into) * 1e6)
+                result.append(min(into) * 1e6)
     return tuple(times[0]), tuple(times[1])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pins_ext.sparse.attention_heads import HeadLayout, head_layout
 from pins_ext.sparse.encoding import DTYPES, NAMES, SPARSE_DTYPES, Entry
 from pins_ext.sparse.format import SparseCheckpoint
 from pins_ext.sparse.index import SparseFormatError
@@ -54,6 +55,7 @@ class TensorSurvey:
         not_finite: elements that are NaN or infinite.
         dead_rows: rows without a non-zero; a row is the last dimension.
         dead_columns: columns without a non-zero, over all leading dimensions.
+        dead_heads: attention heads whose whole part of this matrix is zero, where a config.json tells the heads.
         patterns: in words, the tightest first.
         dense_bytes: as it is stored in an ordinary file.
         packed_bytes: with a bit for each zero (`save_sparse`), where that is smaller.
@@ -67,6 +69,7 @@ class TensorSurvey:
     not_finite: int = 0
     dead_rows: int = 0
     dead_columns: int = 0
+    dead_heads: int = 0
     patterns: tuple[str, ...] = ()
     dense_bytes: int = 0
     packed_bytes: int = 0
@@ -97,16 +100,17 @@ def survey(path: str | Path) -> Iterator[TensorSurvey]:
 
 
 def _survey(path: Path) -> Iterator[TensorSurvey]:
+    heads = head_layout(path)
     if path.is_dir() and is_sparse(path):
         for name, tensor in SparseCheckpoint(path).tensors():
-            yield _look(name, tuple(tensor.shape), iter([tensor]))
+            yield _look(name, tuple(tensor.shape), iter([tensor]), heads)
         return
     for file in files_of(path):
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (a reader, not a dict)
                 sliced = reader.get_slice(name)
                 shape = tuple(sliced.get_shape())
-                yield _look(name, shape, _slices(reader, sliced, name, shape))
+                yield _look(name, shape, _slices(reader, sliced, name, shape), heads)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -160,7 +164,7 @@ class _Counts:
     shape: tuple[int, ...]
     zeros: int = 0
     not_finite: int = 0
-    dead_rows: int = 0
+    live_rows: list[Tensor] = field(default_factory=list)
     live_columns: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -181,10 +185,11 @@ class _Counts:
         if not zeros:
             # A dense part ends the search: most tensors of most checkpoints are.
             self.along, self.down = {}, {}
+            self.live_rows.append(torch.ones(part.numel() // max(1, self.columns), dtype=torch.bool))
             self.live_columns = torch.ones(self.columns, dtype=torch.bool)
             return
         live = (part != 0).reshape(-1, self.columns)
-        self.dead_rows += int((~live.any(1)).sum())
+        self.live_rows.append(live.any(1))
         some = live.any(0)
         self.live_columns = some if self.live_columns is None else self.live_columns | some
         rows = len(live)
@@ -199,8 +204,19 @@ class _Counts:
             self.empty[b] += int((~live.view(rows // b, b, -1, b).any(3).any(1)).sum())
 
     @property
+    def dead_rows(self) -> int:
+        return sum(int((~live).sum()) for live in self.live_rows)
+
+    @property
     def dead_columns(self) -> int:
         return 0 if self.live_columns is None else self.columns - int(self.live_columns.sum())
+
+    def dead_heads(self, name: str, heads: HeadLayout | None) -> int:
+        axis = heads.axis(name) if heads is not None and len(self.shape) == 2 else None
+        if heads is None or axis is None or self.live_columns is None:
+            return 0
+        live = torch.cat(self.live_rows) if axis == "rows" else self.live_columns
+        return 0 if len(live) % heads.size else int((~live.view(-1, heads.size).any(1)).sum())
 
     def patterns(self) -> list[str]:
         """The patterns that hold, in words."""
@@ -226,7 +242,7 @@ def _groups(most: dict[int, int], axis: str, sparsity: float) -> list[str]:
     return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
 
 
-def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor]) -> TensorSurvey:
+def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor], heads: HeadLayout | None) -> TensorSurvey:
     first = next(parts)
     dtype = NAMES.get(first.dtype, str(first.dtype).removeprefix("torch."))
     size = prod(shape) * first.element_size()
@@ -245,7 +261,7 @@ def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor]) -> TensorS
     patterns = tuple(counts.patterns()) if len(shape) >= 2 else ()
     return TensorSurvey(
         name, shape, dtype, prod(shape), counts.zeros, counts.not_finite, counts.dead_rows, counts.dead_columns,
-        patterns, size, packed,
+        counts.dead_heads(name, heads), patterns, size, packed,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repe
 CPU = torch.device("cpu")
 FEW = Limits(rounds=5, warmups=1, patience=5.0)
 Maker = Callable[[data.Problem, bool], suite.Group]
+STEMS = [f"{stem}{i}" for stem, makers in command.GROUPS.items() for i in range(len(makers))]
 MAKERS = [make for makers in command.GROUPS.values() for make in makers]
 
 
@@ -231,7 +232,7 @@ def _one_set_of_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"), [("bert-base", torch.float32), ("bert-base", torch.bfloat16), ("misaligned", torch.float32)]
 )
-@pytest.mark.parametrize("make", MAKERS, ids=str)
+@pytest.mark.parametrize("make", MAKERS, ids=STEMS)
 def test_every_case_runs(make: Maker, name: str, dtype: torch.dtype) -> None:
     group = make(problem(name, 20_000, dtype), name == "bert-base")
     cases = group.build(group.problem, group.peers)

@@ -9,7 +9,7 @@ from moment_scores import check_fisher, check_fold_moments
 
 from pins_ext import reference as ref
 
-DTYPES = [(w, m) for w in FLOATS for m in {w, torch.float32}]
+DTYPES = [(w, m) for w in FLOATS for m in dict.fromkeys((w, torch.float32))]
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -184,3 +187,76 @@ def test_it_needs_no_extra(checkpoint: Path) -> None:
 def test_an_empty_survey_adds_up() -> None:
     assert together([])["sparsity"] == 0
     assert TensorSurvey("x", (0,), "float32").sparsity == 0
+
+
+def test_dead_heads(tmp_path: Path) -> None:
+    """Rows of the projections into the heads, columns of the one out of them; the other way round in GPT-2."""
+    into, out_of, other = dense(16, 16), dense(16, 16), dense(16, 16)
+    into[4:12], out_of[:, 12:], other[4:12] = 0, 0, 0
+    into[0:3] = 0  # a part of a head
+    names = {"attention.self.query": into, "attention.output.dense": out_of, "intermediate.dense": other}
+    save_file({f"layer.0.{name}.weight": x.contiguous() for name, x in names.items()}, tmp_path / "model.safetensors")
+    found = {each.name: each.dead_heads for each in survey(tmp_path)}
+    assert set(found.values()) == {0}  # nobody said how many heads there are
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 16, "num_attention_heads": 4}))
+    found = {each.name: each.dead_heads for each in survey(tmp_path)}
+    assert found == {
+        "layer.0.attention.self.query.weight": 2,
+        "layer.0.attention.output.dense.weight": 1,
+        "layer.0.intermediate.dense.weight": 0,
+    }
+    save_file({"h.0.attn.c_attn.weight": into.T.contiguous()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 16, "n_head": 4, "model_type": "gpt2"}))
+    assert [each.dead_heads for each in survey(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("config", ["", "[1]", '{"hidden_size": "x"}', '{"hidden_size": 8}', "[" * 100_000])
+def test_a_config_that_tells_no_heads(tmp_path: Path, config: str) -> None:
+    save_file({"attn.q.weight": dense(8, 8)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    assert [each.dead_heads for each in survey(tmp_path)] == [0]
+
+
+def test_the_expected_speed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint), "--speed", "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    # Matrices with half of their weights gone; no experts, no dense ones.
+    measured = {name for trial in speed["trials"] for name in trial["layers"]}
+    halves = {name for name, x in TENSORS.items() if x.dim() == 2 and x.numel() and (x == 0).float().mean() >= 0.5}
+    assert measured == halves > {"b.two_of_four", "e.scattered"}
+    assert all(time > 0 for trial in speed["trials"] for time in (*trial["dense"], *trial["sparse"]))
+    assert main(["inspect", str(checkpoint), "--speed"]) == 0
+    assert "128 tokens:" in capsys.readouterr().out
+
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from pins_ext.cli.main import main
+
+most = 0
+def watch():
+    global most
+    while True:
+        most = max(most, int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]))
+        time.sleep(0.02)
+
+threading.Thread(target=watch, daemon=True).start()
+code = main(["inspect", sys.argv[1]])
+print(most)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_memory_allows(tmp_path: Path) -> None:
+    """4 GB are read in parts: at most 1 GB of memory of the process's own."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 20, 1 << 10], "data_offsets": [0, 1 << 32]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + (1 << 32))  # zeros that take no room on the disk
+    out = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "sparsity 100.00%" in out
+    assert int(out.split()[-1]) < 1 << 20

@@ -157,7 +157,9 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
 ARCHIVE = gzip.compress(b"text,label\n" + bytes(range(32, 127)) * 20)
 
 
-@pytest.mark.parametrize("damaged", [ARCHIVE[:-9], b"not an archive", ARCHIVE[:20] + bytes(40)])
+@pytest.mark.parametrize(
+    "damaged", [ARCHIVE[:-9], b"not an archive", ARCHIVE[:20] + bytes(40)], ids=["cut", "foreign", "zeros"]
+)
 def test_a_damaged_archive(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "a.csv.gz"
     path.write_bytes(damaged)
