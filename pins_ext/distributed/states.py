@@ -11,7 +11,7 @@ from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import is_dtensor, local, shard_of
 
-_MASK = "mask"
+_MASKS = ("mask", "fixed")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -39,13 +39,13 @@ def whole(
 
 def _whole(kind: str, state: Tensor, i: int, name: str, parameter: Tensor, ranks: Ranks) -> Tensor:
     shape = tuple(local(parameter).shape)
-    part = ops.unpack_bits(state, shape).to(torch.uint8) if kind == _MASK else state
+    part = ops.unpack_bits(state, shape).to(torch.uint8) if kind in _MASKS else state
     # Bits are summed with zeros as integers: a float's -0 would come back as +0.
     full = torch.zeros(parameter.shape, dtype=torch.int32, device=part.device)
     if ranks.counts(i):
         full[_box(name, parameter)] = part.contiguous().view(_BITS[part.element_size()]).to(torch.int32)
     bits = ranks.sum(full).to(_BITS[part.element_size()])
-    return ops.pack_bits(bits.bool()) if kind == _MASK else bits.view(part.dtype)
+    return ops.pack_bits(bits.bool()) if kind in _MASKS else bits.view(part.dtype)
 
 
 def parts(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def parts(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequen
         p = by_name.get(name)
         if p is None or not is_dtensor(p):
             continue
-        if kind == _MASK and len(state) == ops.mask_bytes(p.numel()):
+        if kind in _MASKS and len(state) == ops.mask_bytes(p.numel()):
             found[key] = ops.pack_bits(ops.unpack_bits(state, p.shape)[_box(name, p)])
         elif state.shape == p.shape:
             found[key] = state[_box(name, p)]

@@ -110,6 +110,7 @@ class Slot(ABC):
         self._scored = False  # whether any of its tensors has a gradient that scores it
         self._in_window = False  # whether these gradients are in the window and not counted yet
         self._zeroed = False  # whether the optimizer's pass has zeroed the pruned weights
+        self._fixed_zeroed = False  # whether it has zeroed those that every mask prunes
 
     def before_step(self, step: Step) -> None:
         """Gradients are in place, weights are the old ones."""
@@ -138,14 +139,25 @@ class Slot(ABC):
 
     def close(self, masked: bool) -> None:
         """The step is over for all optimizers: `masked` says whether it ends with pruned weights at zero."""
+        fixed = self.masks.fixed
         if masked and not self._zeroed:
             self.apply_masks(self.indices)
+        elif fixed is not None and not self._fixed_zeroed:
+            self.apply_masks(self.indices, fixed)
+        if fixed is not None and self.importance.shadow:
+            shadow = [self.importance.shadow[i] for i in self.indices]
+            self.masks.apply(shadow, self.indices, self._subsets.of(self.indices), fixed)
         self.reset()
         self._subsets.next_step()
 
-    def apply_masks(self, indices: Sequence[int]) -> None:
-        """Zero the pruned weights of some of its tensors, and their optimizer states if the configuration says so."""
-        self.masks.apply([local(self.parameters[i]) for i in indices], indices, self._subsets.of(indices))
+    def apply_masks(self, indices: Sequence[int], bits: list[Tensor] | None = None) -> None:
+        """Zero the pruned weights of some of its tensors, and their optimizer states if the configuration says so.
+
+        Args:
+            indices: which tensors.
+            bits: see Masks.apply.
+        """
+        self.masks.apply([local(self.parameters[i]) for i in indices], indices, self._subsets.of(indices), bits)
         if not self.importance.config.mask_optimizer_state:
             return
         states: dict[str, list[tuple[int, Tensor]]] = {}
@@ -156,7 +168,7 @@ class Slot(ABC):
                     states.setdefault(name, []).append((i, local(state)))
         for entries in states.values():
             places, of_name = zip(*entries, strict=True)
-            self.masks.apply(list(of_name), places, self._subsets.of(places))
+            self.masks.apply(list(of_name), places, self._subsets.of(places), bits)
 
     def learning_rates(self) -> dict[int, Rate]:
         """Rate of the step under way by the tensor's place; 0 for a parameter that is in no group any more."""
@@ -290,6 +302,14 @@ class FusedSlot(Slot):
         scores_late = self.importance.scores_after_step and not self._scores_in_pass
         return self.step.masks_in_pass and self.scaling.found_inf is None and not scores_late
 
+    @property
+    def _bits_in_pass(self) -> list[Tensor] | None:
+        """What the pass prunes: by the masks, or between them by what is fixed."""
+        if self._masks_in_pass:
+            return self.masks.bits
+        # Where the masks come after the pass, so does what is fixed.
+        return self.masks.fixed if self.scaling.found_inf is None else None
+
     # ---- StepListener -----------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -310,7 +330,7 @@ class FusedSlot(Slot):
         scored = self._scores_in_pass and self.step.scored and bool(importance.ipt) and not self.masks.frozen
         return PruningArguments(
             layout=self._subsets.of(indices),
-            masks=[self.masks.bits[i] for i in indices] if self._masks_in_pass else [],
+            masks=[bits[i] for i in indices] if (bits := self._bits_in_pass) is not None else [],
             ipt=[importance.ipt[i] for i in indices] if scored else [],
             shadow=[importance.shadow[i] for i in indices] if importance.shadow else [],
             accepted=importance.accepted[self.part],
@@ -330,6 +350,7 @@ class FusedSlot(Slot):
             if left:
                 self.apply_masks(left)
             self._zeroed = True
+        self._fixed_zeroed = self._bits_in_pass is not None
 
     def end_step(self) -> None:
         """See StepListener."""

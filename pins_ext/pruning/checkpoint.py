@@ -32,7 +32,8 @@ def gather(
     """All that resuming needs. `tensors` maps kind/parameter to a tensor; the rest is JSON."""
     tensors: dict[str, Tensor] = {_CUTOFF: masks.cutoff, "seen": importance.seen, "folded": importance.folded}
     tensors |= {f"accepted/{part}": accepted for part, accepted in enumerate(importance.accepted)}
-    for kind, states in (importance.tensors() | {"mask": masks.bits}).items():
+    fixed = {} if masks.fixed is None else {"fixed": masks.fixed}
+    for kind, states in (importance.tensors() | {"mask": masks.bits} | fixed).items():
         tensors |= {f"{kind}/{name}": t for name, t in zip(names, states, strict=True)}
     return {
         "format": FORMAT,
@@ -63,8 +64,9 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
         )
     saved = {plain_name(str(name)): tensor for name, tensor in _mapping(state, "tensors").items()}
     differences = [*_other_settings(state, own), *_other_tensors(saved, own["tensors"]), *_impossible(state, saved)]
-    names = [name for name in own["tensors"] if name.startswith("mask/")]
-    differences += _other_bits({name: saved.get(name) for name in names}, masks.sizes)
+    for kind in ("mask/", "fixed/"):
+        names = [name for name in own["tensors"] if name.startswith(kind)]
+        differences += _other_bits({name: saved.get(name) for name in names}, masks.sizes) if names else []
     if differences:
         raise ValueError("the saved pruner state does not fit this one:\n  " + "\n  ".join(differences))
     for name, tensor in own["tensors"].items():

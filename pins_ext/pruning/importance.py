@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -106,6 +107,7 @@ class Importance:
         device = layout.places.device
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
         self._seen_by_all = False
+        self._barred: Sequence[Tensor] | None = None
         self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
@@ -116,7 +118,31 @@ class Importance:
         parts = [local(p) for p in self.parameters]
         kept = state_names(self.config)
         states = {name: [torch.zeros_like(p, dtype=self.config.dtype) for p in parts] for name in kept}
-        return states | ({"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {})
+        states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
+        self._write_bars(states)
+        return states
+
+    def bar(self, masks: Sequence[Tensor]) -> None:
+        """Let the weights that these masks prune score below all others for good.
+
+        An average of minus infinity stays what it is, whatever is averaged into it, and so does a sum.
+
+        Args:
+            masks: packed bits of each tensor.
+        """
+        self._barred = masks
+        if "_states" in vars(self):
+            self._write_bars(self._states)
+
+    def _write_bars(self, states: dict[str, list[Tensor]]) -> None:
+        if self._barred is None:
+            return
+        values = {"exp_avg_ipt": -math.inf, "exp_avg_unc": math.inf, "shadow": 0.0}
+        if not self.config.smoothed:
+            values["ipt"] = -math.inf
+        for name in values.keys() & states.keys():
+            for state, bits in zip(states[name], self._barred, strict=True):
+                state.masked_fill_(~ops.unpack_bits(bits, state.shape), values[name])
 
     @property
     def ipt(self) -> list[Tensor]:

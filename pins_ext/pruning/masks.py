@@ -35,6 +35,8 @@ class Masks:
         bits: per tensor, of this rank's part, uint8 [ops.mask_bytes].
         cutoff: int64 [n, 2], or [1, 2] for all tensors: (order key, tie index); weights before it, in the order of
             (score, global index), are pruned.
+        fixed: bits of the same form: what they prune is pruned by every mask and zero after every step, from the start
+            on; None where nothing is fixed.
         frozen: whether the masks never change again.
         applied: whether pruned weights are zero at this moment, and stay so.
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
@@ -49,6 +51,7 @@ class Masks:
         self.sizes = [local(p).numel() for p in parameters]
         self.bits = [ops.new_mask(local(p)) for p in parameters]
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        self.fixed: list[Tensor] | None = None
         self.frozen = False
         self.applied = False
         self.in_view = False
@@ -105,12 +108,18 @@ class Masks:
             self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.places.device)
         return ops.bracket_around(self.cutoff), self._counts
 
-    def keep_nonzero(self, parameters: Sequence[Tensor]) -> int:
-        """Keep for good what is not zero. Returns the number of kept weights; one synchronisation."""
+    def keep_nonzero(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Keep what is not zero. Returns the number of zeros per tensor; one synchronisation."""
         cutoff = ops.to_device(torch.tensor([[_ZERO, 0]]), self.layout.places.device)
         self._pack(Operands("magnitude", [local(p) for p in parameters], []), cutoff)
-        self.frozen = True
-        return self.counts()[0]
+        return self.pruned()
+
+    def fix(self) -> None:
+        """From now on, what is pruned stays so."""
+        if self.fixed is None:
+            self.fixed = [bits.clone() for bits in self.bits]
+        else:
+            torch._foreach_copy_(self.fixed, self.bits)
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
@@ -121,21 +130,27 @@ class Masks:
         self.cutoff = cutoff
         tables = (self.layout.places, self.layout.chunks)
         torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors)
+        for bits, fixed in zip(self.bits, self.fixed or (), strict=False):
+            bits &= fixed
 
-    def apply(self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout) -> None:
+    def apply(
+        self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout, bits: list[Tensor] | None = None
+    ) -> None:
         """Zero the pruned elements of tensors that are shaped like the pruned ones at these places.
 
         Args:
             tensors: parameters, or states of an optimizer.
             indices: their places in the whole list.
             layout: theirs.
+            bits: the masks of all tensors; None: those of the last choice.
         """
-        torch.ops.pins_ext.apply_mask_(tensors, [self.bits[i] for i in indices], layout.places, layout.chunks)
+        bits = self.bits if bits is None else bits
+        torch.ops.pins_ext.apply_mask_(tensors, [bits[i] for i in indices], layout.places, layout.chunks)
         torch.autograd.graph.increment_version(tensors)
 
-    def pruned(self) -> list[int]:
-        """Weights that the mask prunes, per tensor, on all ranks; one synchronisation."""
-        kept = torch.stack([ops.set_bits(bits) for bits in self.bits])
+    def pruned(self, masks: list[Tensor] | None = None) -> list[int]:
+        """Weights that the last mask, or another one, prunes, per tensor, on all ranks; one synchronisation."""
+        kept = torch.stack([ops.set_bits(bits) for bits in masks or self.bits])
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
         kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from pins_ext.distributed import states
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import layout_of, like, local
-from pins_ext.pruning import checkpoint, inspection
+from pins_ext.pruning import checkpoint, inspection, sparse_start
 from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
@@ -113,6 +113,8 @@ class Pruner:
             warnings.simplefilter("ignore", ConflictWarning)
             copied = memo[id(self)] = Pruner(model, optimizers, self.config, self.schedule.total)
         copied.schedule = self.schedule
+        if self.masks.fixed is not None:
+            copied._keep_zeros()
         copied.load_state_dict(self.state_dict())
         copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
         return copied
@@ -143,7 +145,13 @@ class Pruner:
                     f"{missing[0]} was replaced in the model since the Pruner was made, and its optimizer has the old "
                     f"one: build optimizer and Pruner after the model is sharded"
                 )
+        frozen, fixed = self.masks.frozen, self.masks.fixed is not None
         self._bind(parameters, [slot.indices for slot in self.slots])
+        if fixed:
+            self._keep_zeros()
+        elif frozen:
+            self.masks.keep_nonzero(self.parameters)
+            self.masks.frozen = True
         of_slots = [(slot.optimizer, slot.indices) for slot in self.slots]
         self.importance.moments = reader(self.config, self.names, self.parameters, of_slots)
         for slot in self.slots:
@@ -151,18 +159,39 @@ class Pruner:
 
     @classmethod
     def from_sparse(
-        cls, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], config: PruneConfig | None = None
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        config: PruneConfig | None = None,
+        total_steps: int | None = None,
     ) -> Pruner:
-        """Go on training a sparse model with its zeros fixed: the mask is where its prunable weights are not zero.
+        """Go on training a sparse model with its zeros fixed: they are zero after every step, whatever else is pruned.
+
+        With `total_steps` the model is pruned further, to config.sparsity by config.schedule, which starts from the
+        sparsity that is there. The zeros of the start stay pruned in every mask and count among what it prunes;
+        mask_policy says of the other weights alone what happens between masks.
 
         Args:
             model: the model.
             optimizer: its optimizer, or several.
-            config: which parameters count (include, exclude, parameter_set); its schedule is not used.
+            config: what to prune, how much and when. Without total_steps only which parameters count (include, exclude,
+                parameter_set): the mask is where they are not zero, and never changes.
+            total_steps: optimizer steps of the run; None: keep the sparsity that is there.
 
         Raises:
-            ValueError: the model has no zeros to keep.
+            ValueError: the model has no zeros to keep; with total_steps more than are asked for in the end, in all or
+                by scope and densities, or initial_sparsity, beta1=0, or no config.
         """
+        if total_steps is not None:
+            if config is None:
+                raise ValueError("from_sparse needs a config with total_steps: how sparse is the model to become?")
+            pruner = cls(model, optimizer, config, total_steps)
+            try:
+                pruner._keep_zeros()
+            except ValueError:
+                pruner.detach()
+                raise
+            return pruner
         # Magnitude keeps no states; with the mask fixed no score is ever asked for.
         still = dataclasses.replace(
             config or PruneConfig(),
@@ -175,12 +204,18 @@ class Pruner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConflictWarning)
             pruner = cls(model, optimizer, still, total_steps=1)
-        kept = pruner.masks.keep_nonzero(pruner.parameters)
-        if kept == pruner.n_weights:
+        zeros = sum(pruner.masks.keep_nonzero(pruner.parameters))
+        if not zeros:
             pruner.detach()
-            raise ValueError("the model has no zeros in its prunable parameters: nothing to keep sparse")
-        pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=kept / pruner.n_weights)
+            raise ValueError(sparse_start.NO_ZEROS)
+        pruner.masks.frozen = True
+        pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=1 - zeros / pruner.n_weights)
         return pruner
+
+    def _keep_zeros(self) -> None:
+        """Fix the zeros that are there, and let the schedule start from them; see from_sparse."""
+        sparse_start.fix_zeros(self.config, self.schedule, self.names, self.parameters, self.importance, self.masks)
+        self.schedule = sparse_start.from_there(self.schedule, self.masks)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -394,6 +429,8 @@ class Pruner:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
         checkpoint.restore(state, self._own_state(), self.masks)
         self.step = state["step"]
+        if self.masks.fixed is not None:
+            self.schedule = sparse_start.from_there(self.schedule, self.masks)
 
     def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading.
