@@ -79,6 +79,7 @@ inline std::string device_name(const Device& device) {
 using Dtypes = std::initializer_list<ScalarType>;
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16};
+constexpr Dtypes kMomentDtypes = {ScalarType::Float, ScalarType::BFloat16};
 
 inline bool is_one_of(ScalarType dtype, Dtypes allowed) {
   for (ScalarType one : allowed) {

@@ -143,7 +143,8 @@ PINS_HD uint16_t fp16_of(float x) {
 
 // 32 random bits of one weight at one step: a keyed integer hash of the global index (two multiply-xorshift rounds,
 // constants of C. Wellons' lowbias32). key0, key1 come from (seed, step, stream): pins_ext/reference.py rounding_key.
-// Low half rounds ipt or exp_avg_ipt, high half rounds exp_avg_unc. The index comes in two words, so that a run of
+// Low half rounds ipt or exp_avg_ipt, high half rounds exp_avg_unc or, in an optimizer's pass, weights; its moments
+// take the bits of the two keys exchanged. The index comes in two words, so that a run of
 // weights with the same high word is hashed in 32 bits.
 PINS_HD uint32_t random_bits(uint32_t high, uint32_t low, uint32_t key0, uint32_t key1) {
   uint32_t x = low ^ (key0 + high * 0x9e3779b9u);

@@ -40,8 +40,13 @@ inline int check_update(const UpdateCall& call, const Device& device) {
   };
   check_like_params({"grads", call.grads});
   for (const List& moment : call.moments) {
-    // SGD without momentum has no buffer; AdamW has both moments.
-    if (moment.given() || call.moments.size() == 2) check_like_params(moment);
+    // SGD without momentum has no buffer, otherwise one stored as its weights; AdamW has both moments.
+    if (call.moments.size() == 2) {
+      check_operand(moment, kMomentDtypes);
+      check_same_dtype(moment.name, moment.tensors, call.moments[0].name, call.moments[0].tensors);
+    } else if (moment.given()) {
+      check_like_params(moment);
+    }
   }
   if (!call.shadow.empty()) check_like_params({"shadow", call.shadow});
   if (!call.ipt.empty()) check_operand({"ipt", call.ipt}, kStateDtypes);

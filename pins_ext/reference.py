@@ -202,10 +202,20 @@ def random_bits(index: Tensor, key0: int, key1: int) -> Tensor:
     return x ^ (x >> 16)
 
 
+def update_bits(index: Tensor, key0: int, key1: int) -> dict[str, Tensor]:
+    """The random bits, in the low 16, with which an optimizer's pass rounds what it stores in bfloat16.
+
+    ipt and the weights (the shadow with the same bits) take the two halves of the bits of (key0, key1), the first and
+    the second moment those of (key1, key0).
+    """
+    own, moments = random_bits(index, key0, key1), random_bits(index, key1, key0)
+    return {"ipt": own, "params": own >> 16, "first": moments, "second": moments >> 16}
+
+
 def store(x: Tensor, dtype: torch.dtype, random16: Tensor) -> Tensor:
-    """float32 to the state's dtype: unchanged, or bfloat16 by stochastic rounding with the low 16 bits of random16."""
-    if dtype == torch.float32:
-        return x
+    """float32 to storage: bfloat16 by stochastic rounding with the low 16 bits of random16, float16 to nearest."""
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
     bits = x.contiguous().view(torch.int32).to(torch.int64) & MASK32
     rounded = (bits + (random16.view(bits.shape) & 0xFFFF)) >> 16
     rounded = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded) & 0xFFFF

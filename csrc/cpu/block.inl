@@ -56,10 +56,10 @@ PINS_BLOCK void store(const Span& span, int64_t at, int64_t n, const float* valu
   }
 }
 
-// Rounds a state stochastically into bfloat16; `shift` chooses the half of the random bits.
+// Rounds stochastically into bfloat16; `shift` chooses the half of the random bits. Other storage as `store`.
 PINS_BLOCK void store_state(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
                             int shift) {
-  if (span.dtype == Dtype::float32) return store(span, at, n, values);
+  if (!span.data || span.dtype != Dtype::bfloat16) return store(span, at, n, values);
   const float* __restrict source = values;
   const uint32_t* __restrict bits = random;
   uint16_t* __restrict target = halves(span, at);

@@ -36,6 +36,9 @@ void score_block(float* __restrict ipt, const float* __restrict q, const float* 
   }
 }
 
+// Bits of their own: the low half rounds the first moment, the high half the second.
+inline Rounding for_moments(const Rounding& rounding) { return {rounding.key1, rounding.key0}; }
+
 inline void mask_block(float* __restrict values, const uint32_t* __restrict keep, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = float_of(bits_of(values[i]) & keep[i]);
 }
@@ -45,9 +48,11 @@ template <class Optimizer, int criterion>
 void masked_update(const Update& args) {
   const typename Optimizer::Row row = *reinterpret_cast<const typename Optimizer::Row*>(args.hyper);
   Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer, next;
-  Bits keep, random;
+  Bits keep, random, moment_random;
+  const bool rounds = args.params.dtype == Dtype::bfloat16 || args.ipt.dtype == Dtype::bfloat16;
   for (int64_t at = 0; at < args.run.count; at += kBlock) {
     const int64_t n = block_size(args.run, at);
+    if (rounds) random_block(args.run, at, n, args.rounding, random.values);
     const float* p = load(args.params, at, n, p_buffer);
     const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
     float* first = load(args.first, at, n, first_buffer);
@@ -57,10 +62,9 @@ void masked_update(const Update& args) {
       const float* q = args.shadow.data ? load(args.shadow, at, n, shadow_buffer) : p;
       float* ipt = load(args.ipt, at, n, ipt_buffer);
       score_block<static_cast<Criterion>(criterion)>(ipt, q, next.values, g, n, row.lr, args.accepted);
-      if (args.ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
       store_state(args.ipt, at, n, ipt, random.values, 0);
     }
-    store(args.shadow, at, n, next.values);
+    store_state(args.shadow, at, n, next.values, random.values, 16);
     if (args.mask) {
       expand_mask(args.mask + at / 8, n, keep.values);
       mask_block(next.values, keep.values, n);
@@ -69,9 +73,12 @@ void masked_update(const Update& args) {
         mask_block(second, keep.values, n);
       }
     }
-    store(args.params, at, n, next.values);
-    store(args.first, at, n, first);
-    store(args.second, at, n, second);
+    store_state(args.params, at, n, next.values, random.values, 16);
+    if (args.first.data && args.first.dtype == Dtype::bfloat16) {
+      random_block(args.run, at, n, for_moments(args.rounding), moment_random.values);
+    }
+    store_state(args.first, at, n, first, moment_random.values, 0);
+    store_state(args.second, at, n, second, moment_random.values, 16);
   }
 }
 

@@ -22,15 +22,17 @@ namespace {
 // Small blocks end evenly, and every thread makes at least 16 accesses of a full chunk.
 constexpr int kThreads = 128;
 
-// Blocks that share a multiprocessor, as many as registers allow without spilling: 72 or 80 a thread. The loads in
-// flight, 80 bytes a thread, are then twice what bandwidth times latency asks for.
-template <typename P, typename S>
-constexpr int kBlocks = sizeof(P) == 4 && sizeof(S) == 4 ? 7 : 6;
+// Blocks that share a multiprocessor, as many as registers allow without spilling: 72 to 128 a thread. The loads in
+// flight, 80 bytes a thread, are then at least 1.3 times what bandwidth times latency asks for.
+template <typename P, typename S, typename M>
+constexpr int kBlocks = sizeof(P) == 2                     ? (sizeof(M) == 2 ? 4 : 5)
+                        : sizeof(S) == 4 && sizeof(M) == 4 ? 7
+                                                           : 6;
 
-template <typename Step, typename P, typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks<P, S>)
+template <typename Step, typename P, typename S, typename M>
+__global__ void __launch_bounds__(kThreads, kBlocks<P, S, M>)
     update_kernel(const __grid_constant__ UpdateArguments arguments) {
-  update_chunk<Step, P, S>(arguments, blockIdx.x, threadIdx.x, blockDim.x);
+  update_chunk<Step, P, S, M>(arguments, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
 template <typename T>
@@ -40,22 +42,36 @@ __global__ void __launch_bounds__(kThreads) apply_mask_kernel(const __grid_const
 
 // ---- launchers --------------------------------------------------------------------------------------------------
 
-template <typename Step, typename P>
+struct Storage {
+  ScalarType params, state, moments;
+};
+
+template <typename Step, typename P, typename M>
 void (*kernel_for(ScalarType state))(UpdateArguments) {
-  return state == ScalarType::BFloat16 ? update_kernel<Step, P, BFloat16> : update_kernel<Step, P, float>;
+  return state == ScalarType::BFloat16 ? update_kernel<Step, P, BFloat16, M> : update_kernel<Step, P, float, M>;
+}
+
+// Both moments of AdamW may be stored apart from the parameters; SGD's buffer is stored as they are.
+template <typename Step, typename P>
+void (*kernel_for(const Storage& storage))(UpdateArguments) {
+  if constexpr (Step::kMoments == 2) {
+    return storage.moments == ScalarType::Float ? kernel_for<Step, P, float>(storage.state)
+                                                : kernel_for<Step, P, BFloat16>(storage.state);
+  } else {
+    return kernel_for<Step, P, P>(storage.state);
+  }
 }
 
 template <typename Step>
-void (*kernel_for(ScalarType params, ScalarType state))(UpdateArguments) {
-  return params == ScalarType::Float      ? kernel_for<Step, float>(state)
-         : params == ScalarType::BFloat16 ? kernel_for<Step, BFloat16>(state)
-                                          : kernel_for<Step, Float16>(state);
+void (*kernel_for(const Storage& storage))(UpdateArguments) {
+  return storage.params == ScalarType::Float      ? kernel_for<Step, float>(storage)
+         : storage.params == ScalarType::BFloat16 ? kernel_for<Step, BFloat16>(storage)
+                                                  : kernel_for<Step, Float16>(storage);
 }
 
 template <typename Step>
-void update(const UpdateArguments& arguments, ScalarType params, ScalarType state, unsigned blocks,
-            cudaStream_t stream) {
-  kernel_for<Step>(params, state)<<<blocks, kThreads, 0, stream>>>(arguments);
+void update(const UpdateArguments& arguments, const Storage& storage, unsigned blocks, cudaStream_t stream) {
+  kernel_for<Step>(storage)<<<blocks, kThreads, 0, stream>>>(arguments);
   PINS_LAUNCH_CHECK(update_kernel);
 }
 
@@ -98,7 +114,9 @@ void masked_update(const UpdateCall& call) {
                                   static_cast<Criterion>(criterion),
                                   call.clear_state};
   const ScalarType state = call.ipt.empty() ? ScalarType::Float : call.ipt[0].scalar_type();
-  update<Step>(arguments, call.params[0].scalar_type(), state, blocks, device.stream());
+  const ScalarType params = call.params[0].scalar_type();
+  const ScalarType moments = call.moments[0].given() ? call.moments[0].tensors[0].scalar_type() : params;
+  update<Step>(arguments, {params, state, moments}, blocks, device.stream());
 }
 
 void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,

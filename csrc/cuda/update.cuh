@@ -61,8 +61,8 @@ PINS_HD void accumulate(Criterion criterion, float (&ipt)[width], const float (&
   }
 }
 
-// P: storage of parameters, gradients, moments and shadow. S: storage of ipt; bf16 is rounded stochastically.
-template <typename Step, typename P, typename S>
+// P: storage of parameters, gradients and shadow. S: of ipt. M: of the moments. bf16 is rounded stochastically.
+template <typename Step, typename P, typename S, typename M>
 class Update {
  public:
   PINS_HD Update(const UpdateArguments& a, const Chunk& chunk)
@@ -79,7 +79,7 @@ class Update {
         accepted_(a.accepted[0]),
         grad_scale_(a.grad_scale != nullptr ? a.grad_scale[0] : 1.0f),
         clip_(a.clip != nullptr ? a.clip[0] : 1.0f) {
-    for (int m = 0; m < Step::kMoments; ++m) moments_[m] = stream<P>(L::moments + m, chunk);
+    for (int m = 0; m < Step::kMoments; ++m) moments_[m] = stream<M>(L::moments + m, chunk);
     if constexpr (kRounds) {
       key_[0] = static_cast<uint32_t>(a.rng[0]);
       key_[1] = static_cast<uint32_t>(a.rng[1]);
@@ -102,7 +102,7 @@ class Update {
     constexpr int kMoments = Step::kMoments;
     const Pack<P, width> params = read<width>(params_ + i);
     const Pack<P, width> grads = read<width>(grads_ + i);
-    Pack<P, width> moments[kMoments] = {};
+    Pack<M, width> moments[kMoments] = {};
     for (int m = 0; m < kMoments; ++m) {
       if (has(L::moments + m)) moments[m] = read<width>(moments_[m] + i);
     }
@@ -131,25 +131,30 @@ class Update {
       p_kept[w] = pruned ? 0.0f : p_next[w];
       for (int m = 0; m < kMoments; ++m) moment[m][w] = pruned && a_.clear_state ? 0.0f : next[m];
     }
+    uint32_t random[width] = {};
+    if constexpr (kIsBFloat16<M>) random_at(i, key_[1], key_[0], random);
     for (int m = 0; m < kMoments; ++m) {
-      if (has(L::moments + m)) write(moments_[m] + i, stored<P>(moment[m]));
+      if (has(L::moments + m)) write(moments_[m] + i, rounded<M>(moment[m], random, 16 * m));
     }
+    float ipt[width] = {};
     if (has(L::ipt)) {
-      float ipt[width], p[width];
+      float p[width];
       for (int w = 0; w < width; ++w) {
         ipt[w] = load(ipts.at[w]);
         p[w] = load(shadow.at[w]);
       }
       accumulate(a_.criterion, ipt, p, p_next, g, row_.lr, accepted_);
-      write(ipt_ + i, rounded(i, ipt));
     }
-    if (has(L::shadow)) write(shadow_ + i, stored<P>(p_next));
-    write(params_ + i, stored<P>(p_kept));
+    // Late: computed before the score, these bits would spill.
+    if constexpr (kIsBFloat16<P> || kIsBFloat16<S>) random_at(i, key_[0], key_[1], random);
+    if (has(L::ipt)) write(ipt_ + i, rounded<S>(ipt, random, 0));
+    if (has(L::shadow)) write(shadow_ + i, rounded<P>(p_next, random, 16));
+    write(params_ + i, rounded<P>(p_kept, random, 16));
   }
 
  private:
   using L = Lists<Step>;
-  static constexpr bool kRounds = sizeof(S) == 2;
+  static constexpr bool kRounds = kIsBFloat16<P> || kIsBFloat16<S> || kIsBFloat16<M>;
 
   PINS_HD bool has(int list) const { return a_.lists >> list & 1; }
 
@@ -164,24 +169,17 @@ class Update {
     return !has(list) || aligned<kWidth<P>>(stream + head);
   }
 
+  // Random bits of weights [i, i + width) of the chunk.
   template <int width>
-  PINS_HD Pack<S, width> rounded(int64_t i, const float (&x)[width]) const {
-    if constexpr (!kRounds) {
-      return stored<S>(x);
+  PINS_HD void random_at(int64_t i, uint32_t key0, uint32_t key1, uint32_t (&bits)[width]) const {
+    const uint64_t first = static_cast<uint64_t>(first_ + i);
+    const uint32_t low = static_cast<uint32_t>(first);
+    // One high half for all the indices: its share of the hash is computed once.
+    if (one_run_ && low <= 0xffffffffu - (width - 1)) {
+      for (int w = 0; w < width; ++w) bits[w] = random_bits((first >> 32 << 32) | (low + w), key0, key1);
     } else {
-      Pack<S, width> to;
-      const uint64_t first = static_cast<uint64_t>(first_ + i);
-      const uint32_t low = static_cast<uint32_t>(first);
-      // One high half for all the indices: its share of the hash is computed once.
-      if (one_run_ && low <= 0xffffffffu - (width - 1)) {
-        for (int w = 0; w < width; ++w) {
-          to.at[w].bits = bf16_of(x[w], random_bits((first >> 32 << 32) | (low + w), key_[0], key_[1]));
-        }
-      } else {
-        Indices indices(place_, offset_ + i);
-        for (int w = 0; w < width; ++w) to.at[w].bits = bf16_of(x[w], random_bits(indices.next(), key_[0], key_[1]));
-      }
-      return to;
+      Indices indices(place_, offset_ + i);
+      for (int w = 0; w < width; ++w) bits[w] = random_bits(indices.next(), key0, key1);
     }
   }
 
@@ -190,7 +188,7 @@ class Update {
   int64_t offset_;
   int64_t n_;
   P* params_;
-  P* moments_[Step::kMoments];
+  M* moments_[Step::kMoments];
   S* ipt_;
   P* shadow_;
   const P* grads_;
@@ -204,10 +202,10 @@ class Update {
   bool one_run_;   // global indices are consecutive within the chunk
 };
 
-template <typename Step, typename P, typename S>
+template <typename Step, typename P, typename S, typename M>
 PINS_HD void update_chunk(const UpdateArguments& a, int64_t chunk, int64_t thread, int64_t threads) {
   if (a.found_inf != nullptr && a.found_inf[0] != 0.0f) return;
-  Update<Step, P, S>(a, a.work.chunks[chunk]).run(thread, threads);
+  Update<Step, P, S, M>(a, a.work.chunks[chunk]).run(thread, threads);
 }
 
 // p = mask ? p : +0, whatever p is. An access without a pruned weight is not written back. T: storage of parameters.

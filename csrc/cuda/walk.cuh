@@ -51,10 +51,20 @@ PINS_HD void store(Float16& to, float x) {
 #endif
 }
 
+// With 16 random bits: bf16 rounds stochastically, other storage as above.
+PINS_HD void store(float& to, float x, uint32_t) { to = x; }
+PINS_HD void store(Float16& to, float x, uint32_t) { store(to, x); }
+PINS_HD void store(BFloat16& to, float x, uint32_t random16) { to.bits = bf16_of(x, random16); }
+
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
+
 template <typename T, int width>
-PINS_HD Pack<T, width> stored(const float (&x)[width]) {
+PINS_HD Pack<T, width> rounded(const float (&x)[width], const uint32_t (&random)[width], int shift) {
   Pack<T, width> to;
-  for (int w = 0; w < width; ++w) store(to.at[w], x[w]);
+  for (int w = 0; w < width; ++w) store(to.at[w], x[w], random[w] >> shift);
   return to;
 }
 

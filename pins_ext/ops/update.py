@@ -36,8 +36,8 @@ def masked_adamw_(
 
     Args:
         params: float32, bfloat16 or float16 [n tensors], weights; written.
-        exp_avg: [n tensors], m, in the dtype of params; written.
-        exp_avg_sq: [n tensors], v, in the dtype of params; written.
+        exp_avg: float32 or bfloat16 [n tensors], m; written.
+        exp_avg_sq: [n tensors], v, in the dtype of exp_avg; written.
         ipt: float32 or bfloat16 [n tensors], mean score of the window; written. Empty for a step without importance.
         shadow: [n tensors], unmasked weights, in the dtype of params, which the score reads instead of params; written.
             Empty for none.
@@ -48,7 +48,8 @@ def masked_adamw_(
         hyper: float32 [n, 8]: lr, 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, -lr / (1 - beta1^t),
             sqrt(1 - beta2^t), eps; each best computed in float64 and rounded once.
         accepted: float32 [1], gradients accepted in this window before this one.
-        rng: int64 [2], `rounding_key`; read for a bfloat16 ipt alone.
+        rng: int64 [2], `rounding_key`: whatever is stored in bfloat16 is rounded stochastically, so that steps
+            far below its resolution add up.
         criterion: one of `CRITERIA`; ignored without ipt.
         clear_state: also zero exp_avg and exp_avg_sq of masked weights.
         grad_scale: float32 [1], what the gradients were multiplied with; None for 1.
@@ -121,7 +122,8 @@ def masked_sgd_(
         hyper: float32 [n, 8]: lr, weight_decay, momentum, 1 - dampening, 1 at the first step (b becomes g) or 0, 1 for
             Nesterov's momentum or 0, -lr, 0.
         accepted: float32 [1], gradients accepted in this window before this one.
-        rng: int64 [2], `rounding_key`; read for a bfloat16 ipt alone.
+        rng: int64 [2], `rounding_key`: whatever is stored in bfloat16 is rounded stochastically, so that steps
+            far below its resolution add up.
         criterion: one of `CRITERIA`; ignored without ipt.
         clear_state: also zero momentum_buffer of masked weights.
         grad_scale: float32 [1], what the gradients were multiplied with; None for 1.

@@ -13,6 +13,9 @@ from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.step import Scaling, host_rate, rates_on
 
+MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""How PinsAdamW can store its moments."""
+
 
 class PinsAdamW(FusedOptimizer):
     """AdamW (Loshchilov & Hutter 2019) in one pass, with room for importance and a mask.
@@ -20,15 +23,24 @@ class PinsAdamW(FusedOptimizer):
     In float32 the weights equal those of torch.optim.AdamW(fused=True) on a CPU with AVX2 or AVX-512 to the last bit,
     except in a tensor's last, partial vector, where torch leaves out the fused multiply-add. Against the unfused path
     they differ by an ulp of the square root per step: torch takes it from MKL, which does not round it correctly there.
-    In 16 bits each step is computed in float32 and rounded once.
+    In 16 bits each step is computed in float32 and rounded once. bfloat16 weights are rounded stochastically: rounding
+    to nearest, as torch.optim's does, drops every update below 2^-9 of its weight, and so stops learning at the rates
+    that fine-tuning takes. float16 weights are rounded to nearest.
 
     Args:
-        params: parameters or groups. lr: learning rate. betas: decay of the two moments. eps: added to the root of the
-            second moment. weight_decay: decoupled decay, as a share of the learning rate.
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, as a share of the learning rate.
+        moment_dtype: storage of both moments, whatever that of the weights: "float32", or "bfloat16" with stochastic
+            rounding, half of its memory. A loaded state is converted to it.
 
     Raises:
         ValueError: a hyperparameter out of range.
     """
+
+    moment_dtype: str = "float32"
 
     def __init__(
         self,
@@ -37,14 +49,24 @@ class PinsAdamW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        moment_dtype: str = "float32",
     ) -> None:
         check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if moment_dtype not in MOMENT_DTYPES:
+            raise ValueError(f"moment_dtype must be one of {', '.join(MOMENT_DTYPES)}; got {moment_dtype!r}")
+        self.moment_dtype = moment_dtype
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        return MOMENT_DTYPES[self.moment_dtype]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"moment_dtype": self.moment_dtype}
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         rates = [group["lr"] for group in owners]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import local, local_gradient
+from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.step import Scaling, is_rehearsal
 
@@ -23,6 +24,7 @@ COPY_WARNING = (
 )
 
 _Batch = tuple[list[Tensor], list[dict[str, Any]]]
+_ROUNDING = 2  # stream of random bits, beside those of pins_ext.pruning.importance
 
 
 class FusedOptimizer(Optimizer):
@@ -122,6 +124,26 @@ class FusedOptimizer(Optimizer):
         if listener is not None:
             listener.end_step()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's, but moments keep the dtype of this optimizer: torch's would cast them to the weights'."""
+        given: list[dict[str, Any]] = []
+        # Behind every hook that may change what is loaded.
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = [i for group in given[0]["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, own, strict=True):
+            for name, value in given[0]["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == p.shape:
+                    self.state[p][name] = value.to(p.device, self._moment_dtype(p))
+
+    def rounds(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the pass over these parameters stores anything in bfloat16, and so needs random bits."""
+        return any(torch.bfloat16 in (p.dtype, self._moment_dtype(p)) for p in parameters)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's; the clip factor of these gradients goes with them."""
         self.grad_clip = None
@@ -183,7 +205,7 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             names = self._moments(group)
             for p in group["params"]:
-                if names and p.grad is not None:
+                if (names or self.rounds([p])) and p.grad is not None:
                     self._initialise(p, names)
 
     def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
@@ -210,10 +232,21 @@ class FusedOptimizer(Optimizer):
         live = {}
         for parameters, owners in batches:
             key = tuple(id(p) for p in parameters)
-            layout = None if key in self._plain else ops.Layout.of([local(p) for p in parameters])
-            live[key] = self._plain[key] if layout is None else PruningArguments.none(layout)
-            self._run(parameters, owners, live[key])
+            arguments = live[key] = self._plain[key] if key in self._plain else self._without_pruning(parameters)
+            if self.rounds(parameters):
+                arguments = dataclasses.replace(arguments, rng=self._rng(parameters))
+            self._run(parameters, owners, arguments)
         self._plain = live
+
+    def _without_pruning(self, parameters: list[Tensor]) -> PruningArguments:
+        # Random bits follow the place in the whole tensor.
+        shards = [shard_of(str(i), p) for i, p in enumerate(parameters)] if self.rounds(parameters) else None
+        return PruningArguments.none(ops.Layout.of([local(p) for p in parameters], shards))
+
+    def _rng(self, parameters: list[Tensor]) -> Tensor:
+        """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; new ones in every step."""
+        step = max(int(self.state[p].get("step", 0)) for p in parameters)
+        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING)), parameters[0].device)
 
     def _run(self, parameters: list[Tensor], owners: list[dict[str, Any]], pruning: PruningArguments) -> None:
         """Check tensors, count the step, run the kernel; the owners agree on their moments."""
@@ -229,7 +262,7 @@ class FusedOptimizer(Optimizer):
             grads.append(grad.contiguous())
         scaling = Scaling.of(self, device)
         names = self._moments(owners[0])
-        if names:
+        if names or self.rounds(parameters):
             for p in parameters:
                 self._initialise(p, names)
             self._count(parameters, scaling.found_inf)
@@ -239,11 +272,14 @@ class FusedOptimizer(Optimizer):
         torch.autograd.graph.increment_version(parameters)
 
     def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
-        """State of a parameter at the first step that needs its moments."""
+        """State of a parameter at the first step that needs its moments, or a count of steps alone."""
         state = self.state[p]
-        if state.get(names[0]) is None:  # they come together
+        if names and state.get(names[0]) is None:  # they come together
             state.pop("skipped", None)
-            state.update({"step": 0.0, **{name: torch.zeros_like(p) for name in names}})
+            dtype = self._moment_dtype(p)
+            state.update({"step": 0.0, **{name: torch.zeros_like(p, dtype=dtype) for name in names}})
+        if not names:
+            state.setdefault("step", 0.0)
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
         state["step"] = float(state.get("step", 1))
 
@@ -282,6 +318,10 @@ class FusedOptimizer(Optimizer):
     @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors that a step of this group needs."""
+
+    @abstractmethod
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        """In what the moments of a parameter are stored."""
 
     @abstractmethod
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:

@@ -18,6 +18,7 @@ class PinsSGD(FusedOptimizer):
 
     In float32 the weights equal those of torch.optim.SGD(foreach=False) on a CPU with FMA to the last bit. A buffer
     begins with the first step that its group takes with momentum; steps that gradient scaling skips don't count.
+    bfloat16 weights and their buffers are rounded stochastically, see PinsAdamW; float16 ones to nearest.
 
     Args:
         params: parameters or groups. lr: learning rate. momentum: decay of the buffer. dampening: share of a gradient
@@ -44,6 +45,9 @@ class PinsSGD(FusedOptimizer):
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        return p.dtype
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         steps = [self.state[p].get("step", 0.0) for p in parameters]

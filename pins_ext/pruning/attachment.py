@@ -334,7 +334,7 @@ class FusedSlot(Slot):
             ipt=[importance.ipt[i] for i in indices] if scored else [],
             shadow=[importance.shadow[i] for i in indices] if importance.shadow else [],
             accepted=importance.accepted[self.part],
-            rng=importance.rng(self.step.t),
+            rng=importance.rng(self.step.t, self.optimizer.rounds(parameters)),
             criterion=importance.criterion if scored else "pins",
             clear_state=importance.config.mask_optimizer_state,
         )

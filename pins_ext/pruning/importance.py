@@ -249,7 +249,7 @@ class Importance:
             layout.chunks,
             rates,
             self.accepted[part],
-            self.rng(step, _ACCUMULATE),
+            self.rng(step),
             self.criterion,
             grad_scale=scaling.grad_scale,
             clip=scaling.clip,
@@ -306,7 +306,7 @@ class Importance:
             [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
         )
         tables = (layout.places, layout.chunks)
-        rest = (accepted, self.rng(step, _FOLD), self.config.beta1, self.config.beta2)
+        rest = (accepted, self.rng(step, stream=_FOLD), self.config.beta1, self.config.beta2)
         if not self.config.rule.reads_moments:
             ipt = [self.ipt[i] for i in indices]
             torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts)
@@ -320,9 +320,15 @@ class Importance:
             *averages, weights, first, second, *tables, factors, *rest, bracket=bracket, counts=counts
         )
 
-    def rng(self, step: int, stream: int = _ACCUMULATE) -> Tensor:
-        """Keys of the stochastic rounding of one step, int64 [2]; float32 states are not rounded and need none."""
-        if self.config.dtype == torch.float32:
+    def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:
+        """Keys of the stochastic rounding of one step, int64 [2]; float32 states are not rounded and need none.
+
+        Args:
+            step: pruner step.
+            rounds: whether something else is, in the same pass.
+            stream: which of the step's passes.
+        """
+        if self.config.dtype == torch.float32 and not rounds:
             return self._no_rounding
         return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 

@@ -31,8 +31,14 @@ def _adafactor(shape: Shape, size: int) -> int:
     return _FLOAT32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
+MOMENTS: dict[str, Callable[[Shape, int], int]] = {
+    "float32": lambda shape, size: 8 * math.prod(shape),
+    "bfloat16": lambda shape, size: 4 * math.prod(shape),
+}
+"""PinsAdamW's moment_dtype -> bytes of both moments of a parameter."""
+
 OPTIMIZERS: dict[str, Callable[[Shape, int], int]] = {
-    "adamw": _per_weight(2),
+    "adamw": MOMENTS["float32"],
     "adamw_torch": _per_weight(2),
     "adamw_torch_fused": _per_weight(2),
     "adafactor": _adafactor,
@@ -81,6 +87,7 @@ def memory(
     config: PruneConfig,
     *,
     optimizer: str = "adamw",
+    moment_dtype: str = "float32",
     teacher: str = "none",
     ranks: int = 1,
     replicas: int = 1,
@@ -91,17 +98,23 @@ def memory(
         model: its parameters' shapes, dtypes and `requires_grad` are all that is used, so it may be on the meta device.
         pruned: names of the parameters to prune.
         config: which statistics are kept, and in which dtype.
-        optimizer: one of OPTIMIZERS; its state has the parameters' dtype.
+        optimizer: one of OPTIMIZERS; but for "adamw", PinsAdamW, its state has the parameters' dtype.
+        moment_dtype: PinsAdamW's, one of MOMENTS.
         teacher: a policy of SelfRegularizer, or anything else for a fixed model of the same size.
         ranks: processes, each with a GPU of its own.
         replicas: how many whole copies of the model the ranks hold together. 1 shards every tensor by rows over all
             ranks (FSDP2), `ranks` gives each rank a copy (DDP), anything between is HSDP.
 
     Raises:
-        ValueError: an unknown optimizer, or ranks that can't be divided among the replicas.
+        ValueError: an unknown optimizer or moment_dtype, or ranks that can't be divided among the replicas.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"the size of {optimizer}'s state is not known; known are {', '.join(OPTIMIZERS)}")
+    state_of = OPTIMIZERS[optimizer]
+    if optimizer == "adamw":
+        if moment_dtype not in MOMENTS:
+            raise ValueError(f"moment_dtype must be one of {', '.join(MOMENTS)}; got {moment_dtype!r}")
+        state_of = MOMENTS[moment_dtype]
     if not 1 <= replicas <= ranks or ranks % replicas:
         raise ValueError(f"{ranks} ranks cannot hold {replicas} copies of the model: ranks must be a multiple of them")
     shards = ranks // replicas
@@ -119,7 +132,7 @@ def memory(
         weights=weights + buffers,
         gradients=gradients,
         buckets=gradients if shards == 1 and ranks > 1 else 0,
-        moments=sum(OPTIMIZERS[optimizer](_local(p, shards), p.element_size()) for p in learning),
+        moments=sum(state_of(_local(p, shards), p.element_size()) for p in learning),
         statistics=sum(n * (states + size * config.needs_shadow) for n, (_, size) in zip(sizes, shapes, strict=True)),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from pins_ext.optim.step import rates_on
 from pins_ext.pruning.config import PruneConfig
 
+_KINDS = ("exp_avg", "exp_avg_sq")
+
 
 class Moments(NamedTuple):
     """The moments of the pruned tensors as they stand before a step.
@@ -58,12 +60,14 @@ def read_moments(
     for optimizer in {id(o): o for o in owners}.values():
         groups |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    stored = (optimizer.state.get(p) for p, optimizer in zip(parameters, owners, strict=True))
+    dtype = next((state["exp_avg"].dtype for state in stored if state and "exp_avg" in state), None)
     rows: list[tuple[Any, ...]] = []
     for name, p, optimizer in zip(names, parameters, owners, strict=True):
         check_moments(criterion, name, p, optimizer)
         state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
-        for moment, kind in zip(found, ("exp_avg", "exp_avg_sq"), strict=True):
-            moment.append(state[kind] if state else torch.zeros_like(p))
+        for moment, kind in zip(found, _KINDS, strict=True):
+            moment.append(state[kind] if state else torch.zeros_like(p, dtype=dtype))
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
@@ -78,7 +82,7 @@ def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) ->
     state = optimizer.state.get(p)
     if not state:
         return
-    for kind in ("exp_avg", "exp_avg_sq"):
+    for kind in _KINDS:
         moment = state.get(kind)
         plain = type(moment) is Tensor and moment.is_floating_point() and moment.shape == p.shape
         if not plain:

@@ -48,7 +48,11 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
     try:
         model = meta_model(source, getattr(torch, request.run.dtype))
         pruned = prunable_parameters(model, pruning)
-        fixed = {"optimizer": _optimizer(request), "teacher": _teacher(request)}
+        fixed = {
+            "optimizer": _optimizer(request),
+            "moment_dtype": request.run.moment_dtype,
+            "teacher": _teacher(request),
+        }
 
         def split(ranks: int, replicas: int) -> Memory:
             return memory(model, set(pruned), pruning, ranks=ranks, replicas=replicas, **fixed)

@@ -81,6 +81,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         pins = PinsCallback(request.pruning, regularizer, metric=metric)
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
+        own = {"moment_dtype": request.run.moment_dtype} if request.run.optimizer == "adamw" else {}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
         trainer = PinsTrainer(
             pins=pins,
@@ -93,7 +94,9 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             data_collator=task.collator,
             compute_metrics=partial(task.compute_metrics, split="validation", model=model),
             preprocess_logits_for_metrics=task.reduce_logits,
-            optimizer_cls_and_kwargs=(classes[name], settings) if (name := request.run.optimizer) in classes else None,
+            optimizer_cls_and_kwargs=(classes[name], settings | own)
+            if (name := request.run.optimizer) in classes
+            else None,
         )
         # From a forward with **kwargs the Trainer concludes that the loss is divided already, and does not divide the
         # losses it accumulates; only causal language models do divide.

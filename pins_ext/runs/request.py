@@ -25,6 +25,9 @@ T = TypeVar("T")
 OWN_OPTIMIZERS = ("adamw", "adamax")
 """Values of --optimizer that the Trainer's --optim does not have."""
 
+MOMENT_DTYPES = ("float32", "bfloat16")
+"""As pins_ext.optim has them, whose import takes seconds."""
+
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What the Trainer calls AdamW, which this command fuses with pruning."""
 
@@ -56,6 +59,7 @@ class RunOptions:
         "adamw", "adamw, fused with pruning; adamax, or one of the Trainer's --optim, with hooks", "NAME"
     )
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
+    moment_dtype: str = _flag("float32", "storage of adamw's two moments", None, MOMENT_DTYPES)
     label: str | None = _flag(None, "the run's name in tables and reports")
     compare: bool | None = _flag(
         None, "also train dense and by magnitude, with the same budget; on where no model and no data are named"
@@ -302,6 +306,8 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     recommended = RECIPES[recipe].flags(own_length) if recipe is not None else {}
     # A run without pruning takes the recipe's training, and a flag that is typed wins.
     run = dataclasses.replace(run, optimizer=_optimizer(given, typed) or recommended.get("optimizer", run.optimizer))
+    if run.moment_dtype != "float32" and run.optimizer != "adamw":
+        raise UsageError(f"--moment-dtype {run.moment_dtype} is of --optimizer adamw, not {run.optimizer}")
     training = trainer_flags.DEFAULTS | recommended | {name: typed[name] for name in typed if name != "optim"}
     pruning = _build(PruneConfig, training | given)
     parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions)

@@ -25,7 +25,7 @@ def large(tmp_path: Path) -> str:
 
 
 def test_seventy_billion_weights_need_no_memory(large: str, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--dtype", "bfloat16", "--state-dtype", "bfloat16", "--teacher", "none"]
+    small = ["--dtype", "bfloat16", "--state-dtype", "bfloat16", "--moment-dtype", "bfloat16", "--teacher", "none"]
     assert main(["plan", "--model", large, *small, "--ranks", "64"]) == 0
     said = capsys.readouterr().out
     assert "LlamaForCausalLM, 70,553,706,496 weights, bfloat16" in said

@@ -46,9 +46,10 @@ struct Operand {
 
 // Job header, all int64.
 struct Job {
-  int64_t step;   // 0 AdamW, 1 SGD, 2 mask alone
-  int64_t dtype;  // of the parameters: 0 float32, 1 bfloat16, 2 float16
-  int64_t state;  // of ipt: 0 float32, 1 bfloat16
+  int64_t step;     // 0 AdamW, 1 SGD, 2 mask alone
+  int64_t dtype;    // of the parameters: 0 float32, 1 bfloat16, 2 float16
+  int64_t state;    // of ipt: 0 float32, 1 bfloat16
+  int64_t moments;  // as dtype
   int64_t criterion;
   int64_t clear_state;
   int64_t lists;  // how many
@@ -59,20 +60,21 @@ struct Job {
   int64_t scalars;  // bit 0 grad_scale, 1 clip, 2 found_inf
 };
 
-template <typename Step, typename P>
+template <typename Step, typename P, typename M>
 void run_update(const UpdateArguments& arguments, const Job& job) {
   for (int64_t block = 0; block < job.chunks; ++block) {
     for (int64_t thread = 0; thread < job.threads; ++thread) {
-      if (job.state == 0) update_chunk<Step, P, float>(arguments, block, thread, job.threads);
-      if (job.state == 1) update_chunk<Step, P, BFloat16>(arguments, block, thread, job.threads);
+      if (job.state == 0) update_chunk<Step, P, float, M>(arguments, block, thread, job.threads);
+      if (job.state == 1) update_chunk<Step, P, BFloat16, M>(arguments, block, thread, job.threads);
     }
   }
 }
 
 template <typename P>
 void run(const UpdateArguments& arguments, const Job& job) {
-  if (job.step == 0) return run_update<AdamWStep, P>(arguments, job);
-  if (job.step == 1) return run_update<SgdStep, P>(arguments, job);
+  if (job.step == 0 && job.moments == 0) return run_update<AdamWStep, P, float>(arguments, job);
+  if (job.step == 0) return run_update<AdamWStep, P, BFloat16>(arguments, job);
+  if (job.step == 1) return run_update<SgdStep, P, P>(arguments, job);
   for (int64_t block = 0; block < job.chunks; ++block) {
     for (int64_t thread = 0; thread < job.threads; ++thread) {
       apply_mask_chunk<P>(arguments.work, block, thread, job.threads);

@@ -15,19 +15,22 @@ import torch
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
 
-# Streams that an access of a kernel reads and writes, but for ipt.
-READS = {"AdamWStep": 5, "SgdStep": 4}  # p g shadow and the moments
-WRITES = {"AdamWStep": 4, "SgdStep": 3}
+MOMENTS = {"AdamWStep": 2, "SgdStep": 1}
 # Fused multiply-adds that the optimizer asks for, per weight: none may come from the compiler.
 FUSED = {"AdamWStep": 3, "SgdStep": 4}
-# 65536 registers for 7 blocks of 128 threads where everything is float32, for 6 otherwise; the mask alone fills the
-# multiprocessor with 2048 threads.
-REGISTERS = {
-    "update_kernel": 80,
-    "update_kernel float float": 72,
-    "apply_mask_kernel": 32,
-    "write_addresses_kernel": 32,
-}
+# 65536 registers for 7 blocks of 128 threads where everything is float32, for 6 where the weights are, for 5 or, with
+# small moments too, 4 otherwise; the mask alone fills the multiprocessor with 2048 threads.
+REGISTERS = {"apply_mask_kernel": 32, "write_addresses_kernel": 32}
+
+
+def registers_of(kernel: Kernel) -> int:
+    """How many a thread may use."""
+    if kernel.name != "update_kernel":
+        return REGISTERS[kernel.name]
+    _, weights, state, moments = kernel.types
+    if weights == "float":
+        return 72 if (state, moments) == ("float", "float") else 80
+    return 96 if moments == "float" else 128
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Kernel:
     @property
     def width(self) -> int:
         """Weights per access."""
-        return 4 if self.types[len(self.types) // 2] == "float" else 8
+        return 4 if self.types[len(self.types) > 1] == "float" else 8
 
 
 def demangled(*command: str | Path) -> str:
@@ -97,7 +100,8 @@ def ptx(compiled: tuple[Path, str], cuobjdump: str) -> dict[Kernel, str]:
 def test_every_kernel_is_there(sass: dict[tuple[str, Kernel], str]) -> None:
     kernels = {kernel for _, kernel in sass}
     storage, state = ("float", "BFloat16", "Float16"), ("float", "BFloat16")
-    updates = {Kernel("update_kernel", (step, p, s)) for step in READS for p in storage for s in state}
+    updates = {Kernel("update_kernel", ("AdamWStep", p, s, m)) for p in storage for s in state for m in state}
+    updates |= {Kernel("update_kernel", ("SgdStep", p, s, p)) for p in storage for s in state}
     masks = {Kernel("apply_mask_kernel", (p,)) for p in storage[:2]}
     assert kernels == updates | masks | {Kernel("write_addresses_kernel", ())}
     assert set(sass) == {(architecture, kernel) for architecture in ARCHITECTURES for kernel in kernels}
@@ -115,8 +119,7 @@ def test_no_spills_and_registers_within_bounds(compiled: tuple[Path, str], sass:
         kernel = Kernel.of(name)
         stack, stores, loads, registers = map(int, numbers)
         assert (stack, stores, loads) == (0, 0, 0), (kernel, architecture)
-        bound = REGISTERS.get(" ".join((kernel.name, *kernel.types[1:])), REGISTERS[kernel.name])
-        assert registers <= bound, (kernel, architecture)
+        assert registers <= registers_of(kernel), (kernel, architecture)
 
 
 def test_accesses_are_global_and_sixteen_bytes_wide(sass: dict[tuple[str, Kernel], str]) -> None:
@@ -129,15 +132,16 @@ def test_accesses_are_global_and_sixteen_bytes_wide(sass: dict[tuple[str, Kernel
         if kernel.name == "apply_mask_kernel":
             reads, writes = 1, 1
         else:
-            step, _, state = kernel.types
-            ipt = kernel.width * (4 if state == "float" else 2) // 16  # 16-byte accesses of ipt; 0: one of 8 bytes
-            reads, writes = READS[step] + ipt, WRITES[step] + ipt
+            step, _, *types = kernel.types
+            # 16-byte accesses of ipt and of a moment; 0: one of 8 bytes. Besides p g shadow, p shadow.
+            ipt, moment = (kernel.width * (4 if kind == "float" else 2) // 16 for kind in types)
+            reads, writes = (own + ipt + MOMENTS[step] * moment for own in (3, 2))
         assert sum(n for opcode, n in opcodes.items() if re.match(r"LDG\.E\.128", opcode)) >= reads, case
         assert sum(n for opcode, n in opcodes.items() if re.match(r"STG\.E\.128", opcode)) >= writes, case
 
 
 def test_arithmetic_is_ieee_and_uncontracted(ptx: dict[Kernel, str]) -> None:
-    assert len(ptx) == 15
+    assert len(ptx) == 21
     for kernel, code in ptx.items():
         assert not re.findall(r"\S*(?:\.ftz|\.approx|div\.full)\S*", code), kernel
         fused = len(re.findall(r"\bfma\.rn\.f32\b", code))

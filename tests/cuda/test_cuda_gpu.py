@@ -80,7 +80,9 @@ def test_each_list_misaligned_alone(gpu: Gpu, step: str, dtype: torch.dtype, sta
 def test_every_criterion_and_option(gpu: Gpu, criterion: str, accepted: float) -> None:
     for step, dtype, state in KINDS:
         for absent in ((), ("shadow",), ("masks",), ("ipt", "shadow")):
-            compare(gpu, Job(step, dtype, state, criterion, absent, (5, 301), accepted=accepted, clear_state=True))
+            compare(
+                gpu, Job(step, dtype, state, None, criterion, absent, (5, 301), accepted=accepted, clear_state=True)
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

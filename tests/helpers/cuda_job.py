@@ -35,6 +35,7 @@ class Job:
     step: str = "adamw"
     dtype: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
+    moments: torch.dtype | None = None  # of AdamW; None: float32
     criterion: str = "pins"
     absent: tuple[str, ...] = ()
     sizes: Sequence[int] = (1030,)
@@ -73,8 +74,14 @@ class Job:
                 self.lists[name] = [reference.pack_bits(k) for k in keep]
                 assert [m.numel() for m in self.lists[name]] == [mask_bytes(n) for n in numel]
             else:
-                self.lists[name] = [values(name, n).to(self.state if name == "ipt" else self.dtype) for n in numel]
+                self.lists[name] = [values(name, n).to(self.storage(name)) for n in numel]
         self.hyper = self._hyper(len(numel), generator)
+
+    def storage(self, name: str) -> torch.dtype:
+        """The dtype of a list."""
+        if name.startswith("exp_avg"):
+            return self.moments or torch.float32
+        return self.state if name == "ipt" else self.dtype
 
     def _hyper(self, n: int, generator: torch.Generator) -> Tensor:
         rows = 0.1 + 0.8 * torch.rand(n, 8, generator=generator)
@@ -100,11 +107,12 @@ class Job:
         n, m = len(self.layout.places), len(self.layout.chunks)
         header = (
             list(STEPS).index(self.step), DTYPES.index(self.dtype), STATES.index(self.state),
-            CRITERIA.index(self.criterion), self.clear_state, len(names), given, n, m, THREADS, flags,
+            DTYPES.index(self.storage("exp_avg")), CRITERIA.index(self.criterion), self.clear_state, len(names), given,
+            n, m, THREADS, flags,
         )  # fmt: skip
         scalars = (self.accepted, *(option or 0.0 for option in options))
         parts = [
-            struct.pack("<11q", *header),
+            struct.pack("<12q", *header),
             _bytes(self.layout.places),
             _bytes(self.layout.chunks),
             _bytes(self.hyper),
@@ -192,17 +200,18 @@ class Job:
             p_next, moments = adamw(p, g, old["exp_avg"].float(), old["exp_avg_sq"].float(), row)
         else:
             p_next, moments = sgd(p, g, old.get("momentum_buffer", torch.zeros_like(p)).float(), row)
-        for name, moment in moments.items():
+        bits = reference.update_bits(reference.global_index(self.layout.places[i]), *self.rng)
+        for kind, (name, moment) in zip(("first", "second"), moments.items(), strict=False):
             if name in old:
-                after[name][i] = torch.where(keep | (not self.clear_state), moment, 0.0).to(self.dtype)
+                kept = torch.where(keep | (not self.clear_state), moment, 0.0)
+                after[name][i] = reference.store(kept, self.storage(name), bits[kind])
         if "ipt" in old:
             c = reference.instant_score(self.criterion, old.get("shadow", p), p_next, g, row[0].item())
             ipt = reference.next_ipt(self.criterion, old["ipt"], c, int(self.accepted))
-            bits = reference.random_bits(reference.global_index(self.layout.places[i]), *self.rng)
-            after["ipt"][i] = reference.store(ipt, self.state, bits)
+            after["ipt"][i] = reference.store(ipt, self.state, bits["ipt"])
         if "shadow" in old:
-            after["shadow"][i] = p_next.to(self.dtype)
-        after["params"][i] = torch.where(keep, p_next, 0.0).to(self.dtype)
+            after["shadow"][i] = reference.store(p_next, self.dtype, bits["params"])
+        after["params"][i] = reference.store(torch.where(keep, p_next, 0.0), self.dtype, bits["params"])
 
 
 def _bytes(tensor: Tensor) -> bytes:

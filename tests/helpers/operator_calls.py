@@ -202,7 +202,12 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         lists(1, torch.bfloat16)[0],
         r"grads must have the dtype of params \(float32\), got bfloat16",
     ),
-    "moments": ("masked_adamw_", 2, lists(1, torch.float16)[0], "exp_avg_sq must have the dtype of params"),
+    "moments": (
+        "masked_adamw_",
+        2,
+        lists(1, torch.bfloat16)[0],
+        r"exp_avg_sq must have the dtype of exp_avg \(float32\)",
+    ),
     "length": ("fold_", 2, [torch.ones(5)], "ipt must have 3 tensors, one per row of places, got 1"),
     "size": ("pack_", 3, tensors([5, 0, 701], torch.float32), r"b\[2\] must have 700 elements, got 701"),
     "mask size": (

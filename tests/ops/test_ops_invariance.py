@@ -96,7 +96,8 @@ def everything(sizes: list[int]) -> list[Tensor]:
         (torch.float16, torch.bfloat16),
     ):
         params, grads, shadow = (tensors(sizes, dtype, "special" if s == 2 else "normal", seed=s) for s in (1, 2, 3))
-        first, second = tensors(sizes, dtype, seed=4), [m.abs() for m in tensors(sizes, dtype, seed=5)]
+        first, second = tensors(sizes, state, seed=4), [m.abs() for m in tensors(sizes, state, seed=5)]
+        buffer = tensors(sizes, dtype, seed=9)
         ipt, mean, unc = (tensors(sizes, state, seed=s) for s in (6, 7, 8))
         layout, one, rng = ops.Layout.of(params), torch.ones(1), rng_of(1)
         tables = (layout.places, layout.chunks)
@@ -122,9 +123,9 @@ def everything(sizes: list[int]) -> list[Tensor]:
         for criterion in ops.CRITERIA:
             rest = (*tables, adamw, one, rng, criterion, True)
             pins.masked_adamw_(params, first, second, ipt, shadow, grads, masks, *rest, **scalars)
-            pins.masked_sgd_(params, first, ipt, [], grads, masks, *tables, sgd, one, rng, criterion, **scalars)
+            pins.masked_sgd_(params, buffer, ipt, [], grads, masks, *tables, sgd, one, rng, criterion, **scalars)
         pins.apply_mask_(shadow, masks, *tables)
-        for written in (params, shadow, first, second, ipt, mean, unc, masks):
+        for written in (params, shadow, first, second, buffer, ipt, mean, unc, masks):
             out += clones(written)
         out += [counts, pins.sum_of_squares(grads, *tables).float()]
     return out

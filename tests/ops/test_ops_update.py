@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import pytest
 import torch
-from cases import FLOATS, LISTS, STATES, assert_all_same, clones, masks_of, random_of, rng_of, tensors
+from cases import FLOATS, LISTS, STATES, assert_all_same, clones, index_of, masks_of, rng_of, tensors
 from torch import Tensor
 
 from pins_ext import ops
@@ -84,6 +85,27 @@ def exact_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
     AMD EPYC, a fifth of all values). float64 has more than twice the bits of float32, so rounding it twice is exact."""
     torch_sqrt = torch.Tensor.sqrt
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: torch_sqrt(x.double()).float())
+
+
+def moments_of(
+    optimizer: AdamW | SGD, sizes: list[int], dtype: torch.dtype, values: str = "normal", misaligned: bool = False
+) -> list[list[Tensor]]:
+    """Moments that are not negative."""
+    names = range(len(optimizer.moments))
+    return [[m.abs() for m in tensors(sizes, dtype, values, seed=5 + k, misaligned=misaligned)] for k in names]
+
+
+def stored(kind: str, values: list[Tensor], dtype: torch.dtype, layout: ops.Layout, rng: Tensor) -> list[Tensor]:
+    """As the operator stores what it computed in float32; kind: see reference.update_bits."""
+    bits = (ref.update_bits(index, *rng.tolist())[kind] for index in index_of(layout))
+    return [ref.store(x, dtype, b) for x, b in zip(values, bits, strict=True)]
+
+
+def pairs_of(optimizer: AdamW | SGD) -> list[tuple[torch.dtype, torch.dtype]]:
+    """Storage of weights and of moments that go together."""
+    if isinstance(optimizer, SGD):
+        return [(dtype, dtype) for dtype in FLOATS]
+    return [(dtype, moment) for dtype in FLOATS for moment in STATES]
 
 
 def zeros_like(params: list[Tensor], count: int) -> list[list[Tensor]]:
@@ -172,17 +194,17 @@ def test_float32_equals_torch_with_torchs_own_square_root(optimizer: AdamW | SGD
 
 @pytest.mark.parametrize("values", ["normal", "special", "zeros"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.usefixtures("exact_sqrt")
-def test_a_step_is_float32_rounded_once(dtype: torch.dtype, optimizer: AdamW | SGD, values: str) -> None:
-    sizes = [1, 0, 700, 17000]
-    params, grads = tensors(sizes, dtype, values, seed=1), tensors(sizes, dtype, values, seed=2)
-    moments = [[m.abs() for m in tensors(sizes, dtype, values, seed=3 + k)] for k in range(len(optimizer.moments))]
-    stepped, new_moments = torch_step(optimizer, 3, params, moments, grads)
-    run(optimizer, 3, params, moments, grads, ops.Layout.of(params))
-    assert_all_same(params, [p.to(dtype) for p in stepped])
-    for moment, expected in zip(moments, new_moments, strict=True):
-        assert_all_same(moment, [m.to(dtype) for m in expected])
+def test_a_step_is_float32_rounded_once(optimizer: AdamW | SGD, values: str) -> None:
+    sizes, rng = [1, 0, 700, 17000], rng_of(5)
+    for dtype, moment_dtype in pairs_of(optimizer):
+        params, grads = tensors(sizes, dtype, values, seed=1), tensors(sizes, dtype, values, seed=2)
+        moments, layout = moments_of(optimizer, sizes, moment_dtype, values), ops.Layout.of(params)
+        stepped, new_moments = torch_step(optimizer, 3, params, moments, grads)
+        run(optimizer, 3, params, moments, grads, layout, rng=rng)
+        assert_all_same(params, stored("params", stepped, dtype, layout, rng))
+        for kind, moment, expected in zip(("first", "second"), moments, new_moments, strict=False):
+            assert_all_same(moment, stored(kind, expected, moment_dtype, layout, rng))
 
 
 @pytest.mark.parametrize("criterion", ops.CRITERIA)
@@ -194,33 +216,33 @@ def test_masks_and_importance_ride_along(
     optimizer: AdamW | SGD, dtype: torch.dtype, state: torch.dtype, criterion: str
 ) -> None:
     sizes = [1, 0, 65, 511, 17000]
-    for accepted, with_shadow, with_masks, clear in (
-        (0, False, False, False),
-        (2, True, True, True),
-        (3, False, True, False),
+    moment_dtypes = [moment for own, moment in pairs_of(optimizer) if own == dtype]
+    for (accepted, with_shadow, with_masks, clear), moment_dtype in zip(
+        ((0, False, False, False), (2, True, True, True), (3, False, True, False)), cycle(moment_dtypes), strict=False
     ):
         params, grads, shadow = (tensors(sizes, dtype, seed=s, misaligned=clear) for s in (1, 2, 3))
         ipt, rng, layout = tensors(sizes, state, seed=4), rng_of(accepted), ops.Layout.of(params)
-        moments = [[m.abs() for m in tensors(sizes, dtype, seed=5 + k)] for k in range(len(optimizer.moments))]
+        moments = moments_of(optimizer, sizes, moment_dtype)
         keep, masks = masks_of(params)
         if not with_masks:
             keep, masks = [torch.ones_like(k) for k in keep], []
         stepped, new_moments = torch_step(optimizer, 3, params, moments, grads)
         expected_ipt = []
-        for i, random in enumerate(random_of(layout, rng)):
+        for i in range(len(params)):
             q = shadow[i] if with_shadow else params[i]
             c = ref.instant_score(criterion, q, stepped[i], grads[i], optimizer.lr)
-            expected_ipt.append(ref.store(ref.next_ipt(criterion, ipt[i], c, accepted), state, random & 0xFFFF))
+            expected_ipt.append(ref.next_ipt(criterion, ipt[i], c, accepted))
         kwargs = {"accepted": float(accepted), "rng": rng, "criterion": criterion, "clear_state": clear}
         given = shadow if with_shadow else []
         run(optimizer, 3, params, moments, grads, layout, ipt=ipt, shadow=given, masks=masks, **kwargs)
-        assert_all_same(ipt, expected_ipt)
-        assert_all_same(params, [torch.where(k, p, 0.0).to(dtype) for k, p in zip(keep, stepped, strict=True)])
+        assert_all_same(ipt, stored("ipt", expected_ipt, state, layout, rng))
+        zeroed = [torch.where(k, p, 0.0) for k, p in zip(keep, stepped, strict=True)]
+        assert_all_same(params, stored("params", zeroed, dtype, layout, rng))
         if with_shadow:
-            assert_all_same(shadow, [p.to(dtype) for p in stepped])
-        for moment, expected in zip(moments, new_moments, strict=True):
+            assert_all_same(shadow, stored("params", stepped, dtype, layout, rng))
+        for kind, moment, expected in zip(("first", "second"), moments, new_moments, strict=False):
             kept = [torch.where(k, m, 0.0) if clear else m for k, m in zip(keep, expected, strict=True)]
-            assert_all_same(moment, [m.to(dtype) for m in kept])
+            assert_all_same(moment, stored(kind, kept, moment_dtype, layout, rng))
 
 
 @pytest.mark.parametrize("optimizer", KINDS, ids=lambda o: type(o).__name__)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from pins_ext import PruneConfig, Pruner, SelfRegularizer
 from pins_ext.optim import PinsAdamW
-from pins_ext.pruning.memory import OPTIMIZERS, memory, ranks_needed
+from pins_ext.pruning.memory import MOMENTS, OPTIMIZERS, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
 
 
@@ -102,6 +102,19 @@ def test_the_state_of_every_known_optimizer(name: str, tmp_path: Path) -> None:
     assert memory(model, (), PruneConfig(), optimizer=name).moments == sum(t.nbytes for t in states)
 
 
+@pytest.mark.parametrize("moment_dtype", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_moments_of_every_storage(dtype: torch.dtype, moment_dtype: str) -> None:
+    model = Network().to(dtype)
+    optimizer = PinsAdamW(model.parameters(), moment_dtype=moment_dtype)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    counted = memory(model, (), PruneConfig(), moment_dtype=moment_dtype)
+    assert counted.moments == sum(t.nbytes for t in states)
+
+
 def test_ranks_divide_what_is_sharded() -> None:
     model, config = Network(), PruneConfig()
     names = list(prunable_parameters(model, config))
@@ -120,6 +133,8 @@ def test_ranks_divide_what_is_sharded() -> None:
     assert ranks_needed(lambda n: False) is None
     with pytest.raises(ValueError, match="8 ranks cannot hold 3 copies"):
         memory(model, names, config, ranks=8, replicas=3)
+    with pytest.raises(ValueError, match="moment_dtype must be one of"):
+        memory(model, names, config, moment_dtype="int4")
     with pytest.raises(ValueError, match="the size of muon's state is not known"):
         memory(model, names, config, optimizer="muon")
 

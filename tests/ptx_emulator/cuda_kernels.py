@@ -99,7 +99,9 @@ class CudaKernels:
         ranges = [extent(x) for x in (table, places, chunks, *scalars) if x is not None]
         ranges += [extent(x) for tensors in lists for x in tensors]
         state = "BFloat16" if ipt and ipt[0].dtype == torch.bfloat16 else "float"
-        self._launch(("update_kernel", step, NAMES[params[0].dtype], state), blob, len(chunks), THREADS, ranges)
+        moments = lists[1][0].dtype if lists[1] else params[0].dtype
+        key = ("update_kernel", step, NAMES[params[0].dtype], state, NAMES[moments])
+        self._launch(key, blob, len(chunks), THREADS, ranges)
 
     def masked_adamw_(
         self, params: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], ipt: list[Tensor],
