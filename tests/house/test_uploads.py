@@ -21,6 +21,7 @@ ALLOWED = {
     "rates_on": "a learning rate that lives on another device",
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "load_state": "a checkpoint, once",
+    "load_state_dict": "a checkpoint, once",
     "read": "a checkpoint, once",
 }
 
