@@ -53,12 +53,13 @@ def _pack_kernel(
         masks = address_of(pointers_ptr, n_tensors, 0, tensor)
         a = address_of(pointers_ptr, n_tensors, 1, tensor)
         b = address_of(pointers_ptr, n_tensors, 2, tensor)
-        factor = factor_of(factors_ptr, tensor)
         threshold = tl.load(threshold_ptr + tensor * threshold_stride).to(tl.uint32)
         tie = tl.load(threshold_ptr + tensor * threshold_stride + 1)
         # Ties before this weight of the chunk are pruned.
         pruned = local_rank(places_ptr, tensor, tie) - offset
         first_kept = tl.where(pruned <= 0, 0, tl.where(pruned >= CHUNK, CHUNK, pruned.to(tl.int32)))
+        # After the divisions, where registers are few: before them ptxas spills for 16-bit operands on sm_90.
+        factor = factor_of(factors_ptr, tensor)
         vectors = vector_end(masks | a | b, length, BLOCK_SIZE)
         changes = tl.zeros([BLOCK_SIZE // 32], tl.int32)
         nans = tl.zeros([BLOCK_SIZE], tl.int32)
