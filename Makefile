@@ -37,13 +37,16 @@ demo-short: install ## the same in about a minute, for a quick look and for CI: 
 # Anything but GPU code, which is chosen for each process: interpreted, emulated, or compiled for a GPU.
 HOST_TESTS := not slow and not interpret and not ptx and not gpu
 
+# A process for each core; tests of one file stay together and share what they set up.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile
+
 quick: install ## the core and the operators, for every edit
-	$(BIN)/python -m pytest -q -m "$(HOST_TESTS)" tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
+	$(PYTEST) -m "$(HOST_TESTS)" tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
 
 test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --tb=short -m "interpret and not slow" tests
-	$(BIN)/python -m pytest -q --tb=short --ptx 90 -m "not slow" tests
-	$(BIN)/python -m pytest -q --tb=short -m "$(HOST_TESTS)"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests
+	$(PYTEST) --ptx 90 -m "not slow" tests
+	$(PYTEST) -m "$(HOST_TESTS)"
 
 CPP_FILES = $(shell git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')
 
