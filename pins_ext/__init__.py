@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pins_ext.pruning.config import PruneConfig
     from pins_ext.pruning.once import prune_once
     from pins_ext.pruning.pruner import Pruner
+    from pins_ext.pruning.sharded_state import ShardedState
     from pins_ext.regularization.self_regularizer import SelfRegularizer
     from pins_ext.sparse.format import load_sparse, save_sparse
     from pins_ext.sparse.inference import sparsify_for_inference
@@ -26,6 +27,7 @@ _HOME = {
     "PruneConfig": "pruning.config",
     "Pruner": "pruning.pruner",
     "SelfRegularizer": "regularization.self_regularizer",
+    "ShardedState": "pruning.sharded_state",
     "load_sparse": "sparse.format",
     "merge_lora": "integrations.lora",
     "prune_once": "pruning.once",
@@ -38,6 +40,7 @@ __all__ = [
     "PruneConfig",
     "Pruner",
     "SelfRegularizer",
+    "ShardedState",
     "__version__",
     "integrations",
     "load_sparse",

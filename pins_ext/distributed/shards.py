@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pins_ext import ops
 
@@ -55,6 +55,17 @@ def like(parameter: Tensor, part: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Let FSDP 2 gather the weights anew in the next forward pass, after weights were changed elsewhere than in a step.
+
+    After a forward pass the outermost module keeps what it has gathered until a backward pass ends.
+    """
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None and hasattr(module, "set_reshard_after_forward"):
+            reshard()
 
 
 def layout_of(parameters: Mapping[str, Tensor]) -> ops.Layout:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import is_dtensor, local, shard_of
+from pins_ext.distributed.shards import is_dtensor, like, local, shard_of
 
 _MASKS = ("mask", "fixed")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -62,6 +62,67 @@ def parts(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequen
         elif state.shape == p.shape:
             found[key] = state[_box(name, p)]
     return found
+
+
+def spread(
+    states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """States cut like their parameters, for torch.distributed.checkpoint: DTensors where those are, no copies.
+
+    Args:
+        states: see `whole`; masks become one byte a weight, for a cut falls between any two.
+        names: of the pruned parameters.
+        parameters: the pruned parameters.
+        ranks: the processes that hold them.
+
+    Raises:
+        ValueError: on every rank, where torch would take a part for another one.
+    """
+    shapes = {name: tuple(p.shape) for name, p in zip(names, parameters, strict=True)}
+    wrong = [name for name, p in zip(names, parameters, strict=True) if not _agrees(name, p)]
+    if ranks.any(bool(wrong)):
+        which = f"{wrong[0]} {shapes[wrong[0]]} here" if wrong else "a parameter on another rank"
+        raise ValueError(
+            f"torch.distributed.checkpoint takes parts for others where both FSDP2 and tensor parallelism cut unevenly "
+            f"(pytorch#161368), the model's own too: {which}. Choose sizes that the ranks divide, or save whole "
+            f"states: Pruner.save, get_model_state_dict with full_state_dict=True"
+        )
+    by_name = dict(zip(names, parameters, strict=True))
+    found = dict(states)
+    for key, state in states.items():
+        kind, _, name = key.partition("/")
+        if name in by_name:
+            p = by_name[name]
+            part = ops.unpack_bits(state, local(p).shape).to(torch.uint8) if kind in _MASKS else state
+            found[key] = like(p, part)
+    return found
+
+
+def collected(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of what `spread` made."""
+    known, found = set(names), {}
+    for key, state in states.items():
+        kind, _, name = key.partition("/")
+        part = local(state)
+        found[key] = ops.pack_bits(part.bool()) if kind in _MASKS and name in known else part
+    return found
+
+
+def _agrees(name: str, parameter: Tensor) -> bool:
+    """Whether torch finds this rank's part where it is."""
+    if not is_dtensor(parameter) or not local(parameter).numel():
+        return True
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shard = shard_of(name, parameter)
+    assert shard is not None
+    try:
+        shape, start = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    except (AssertionError, RuntimeError, ValueError, IndexError):
+        return False
+    return (tuple(shape), tuple(start)) == (tuple(local(parameter).shape), shard.start)
 
 
 def _box(name: str, parameter: Tensor) -> tuple[slice, ...]:

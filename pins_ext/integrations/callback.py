@@ -57,8 +57,9 @@ class PinsCallback(TrainerCallback):
     log: pins/task_loss (the cross-entropy alone) and, over the steps that had a teacher, pins/divergence and
     pins/teacher_weight.
 
-    Works in one process and under DistributedDataParallel (`accelerate launch`, torchrun): every rank prunes, and the
-    first writes. DeepSpeed and FSDP are refused.
+    Works in one process, under DistributedDataParallel and under FSDP 2 (`accelerate launch`, torchrun): every rank
+    prunes, and the first writes. DeepSpeed and FSDP 1 are refused, and under FSDP 2 a teacher that is a copy of the
+    model.
 
     A Trainer doesn't tell its callbacks which checkpoint it resumes from: with one elsewhere than
     `output_dir/checkpoint-N`, pass `resume_from`. A stock Trainer removes old checkpoints before this callback writes
@@ -119,6 +120,8 @@ class PinsCallback(TrainerCallback):
         self._come_before_reporters()
         if model is None or optimizer is None:
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
+        if self.self_regularizer is not None:
+            self.self_regularizer.teacher.refuse_sharded()
         if self._view is not None:
             self._view.detach()
         if self.pruner is not None:
@@ -316,17 +319,25 @@ class PinsCallback(TrainerCallback):
         self._forget_early_best(state)
         if not self.saves_in_on_save:
             return
-        if args.should_save:
-            self.save(Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", state.global_step)
+        folder = Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.save(folder, state.global_step, writes=args.should_save)
         if args.distributed_state is not None:
             # The other ranks may read it as soon as training ends, for the best model.
             args.distributed_state.wait_for_everyone()
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write what resuming needs into a checkpoint folder; the file that tells where it came from is last."""
+    def save(self, folder: Path, step: int, writes: bool = True) -> None:
+        """Write what resuming needs into a checkpoint folder; the file that tells where it came from is last.
+
+        Args:
+            folder: the checkpoint's.
+            step: the optimizer steps made.
+            writes: whether this rank does. Every rank must call, for states that are spread are put together.
+        """
         origin = {"run": self._run, "step": step}
-        if self.pruner is not None:
+        if self.pruner is not None and (writes or not self.pruner.masks.ranks.alone):
             self.pruner.save(folder / PRUNER_FILE, origin)
+        if not writes:
+            return
         if self.self_regularizer is not None:
             self.self_regularizer.save(folder / TEACHER_FILE, origin)
         write_file(folder / ORIGIN_FILE, json.dumps(origin))
@@ -364,18 +375,13 @@ def refuse_unsupported(args: TrainingArguments) -> None:
     launched = args.distributed_state.distributed_type if args.distributed_state is not None else None
     if args.deepspeed or launched == "DEEPSPEED":
         raise ValueError("DeepSpeed steps its optimizer inside backward, where pruning can't follow: train without it")
-    if args.fsdp or launched == "FSDP":
-        raise ValueError(
-            "FSDP is not supported by PinsCallback yet: train on one device or with DistributedDataParallel "
-            "(accelerate launch without an FSDP configuration)"
-        )
 
 
 def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, Any]]:
     """What a Trainer takes as `optimizer_cls_and_kwargs`: the optimizer of `args.optim` with pruning in its own pass.
 
     The Trainer builds it over its usual two groups, so biases and norms get no weight decay. This is also the way that
-    a Trainer accepts under FSDP, which forbids `optimizers=`; PinsCallback itself refuses FSDP so far.
+    a Trainer accepts under FSDP, which forbids `optimizers=`.
 
     Returns:
         PinsAdamW with the learning rate, betas and eps of `args` for adamw_torch and adamw_torch_fused (the default);

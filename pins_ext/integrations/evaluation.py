@@ -35,7 +35,8 @@ class EvaluationView:
                 self._stack.enter_context(pruner.masked_view())
 
         # A function, not a method: a deep copy of the model keeps it and copies nothing of the pruner.
-        self._handle = pruner.model.register_forward_pre_hook(before_forward)
+        # The first one: FSDP's gathers weights, which must be the masked ones.
+        self._handle = pruner.model.register_forward_pre_hook(before_forward, prepend=True)
 
     def close(self) -> None:
         """Put the weights back."""

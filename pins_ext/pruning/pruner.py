@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from pins_ext.distributed import states
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import layout_of, like, local
+from pins_ext.distributed.shards import forget_gathered, layout_of, like, local
 from pins_ext.pruning import checkpoint, inspection, sparse_start
 from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
 from pins_ext.pruning.config import PruneConfig
@@ -74,6 +74,7 @@ class Pruner:
         config.check_training()
         self.model, self.config = model, config
         self.schedule = Schedule.of(config, total_steps)
+        forget_gathered(model)
         parameters = prunable_parameters(model, config)
         self.names = list(parameters)
         self.n_weights = sum(p.numel() for p in parameters.values())
@@ -127,12 +128,12 @@ class Pruner:
         self.masks = Masks(self.parameters, layout, self._scopes, self.config, ranks)
 
     def _settle(self) -> None:
-        """Before the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
+        """Until the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
 
         Raises:
             RuntimeError: they are not the same ones any more, or their optimizers have not got them.
         """
-        self._settled = True
+        forget_gathered(self.model)
         parameters = prunable_parameters(self.model, self.config)
         if all(a is b for a, b in zip(parameters.values(), self.parameters, strict=False)):
             return
@@ -229,6 +230,7 @@ class Pruner:
         begin = time.perf_counter()
         if not self._settled:
             self._settle()
+            self._settled = True
         now = self._now
         if now and slot in now.slots and any(other.stepped for other in now.slots[now.slots.index(slot) :]):
             # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
@@ -365,7 +367,7 @@ class Pruner:
         Under the "reference" policy weights train densely between masks, so an evaluation there would see an unpruned
         model. Weights come back bit for bit, on exceptions too; a step inside the view is refused.
         """
-        return masked(self.parameters, self.masks)
+        return masked(self.model, self.parameters, self.masks)
 
     def stats(self) -> dict[str, Any]:
         """Statistics of the model and of its last selection; costs a few synchronisations. Every rank must ask.
@@ -394,6 +396,7 @@ class Pruner:
         Raises:
             RuntimeError: they don't; every problem found is listed.
         """
+        forget_gathered(self.model)
         parameters = dict(zip(self.names, self.parameters, strict=True))
         report = inspection.verify(self.model, parameters, self.masks, self.slots)
         target = 1 - self.schedule.final_ratio
@@ -408,11 +411,14 @@ class Pruner:
         The states of sharded parameters are put together from all ranks, as one process has them: every rank asks, gets
         all, and any number of ranks can go on from it.
         """
-        state = self._own_state()
+        state = self.local_state()
         state["tensors"] = states.whole(state["tensors"], self.names, self.parameters, self.masks.ranks)
         return state
 
-    def _own_state(self) -> dict[str, Any]:
+    def local_state(self) -> dict[str, Any]:
+        """As state_dict, but of this rank's parts alone: nothing is sent."""
+        if not self._settled:
+            self._settle()
         total = self.schedule.total
         return checkpoint.gather(self.config, total, self.step, self.names, self.importance, self.masks)
 
@@ -427,8 +433,16 @@ class Pruner:
             self._settle()
         if "tensors" in state:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
-        checkpoint.restore(state, self._own_state(), self.masks)
-        self.step = state["step"]
+        self.load_local_state(state)
+
+    def load_local_state(self, state: dict[str, Any]) -> None:
+        """As load_state_dict, from a local_state of the same parts.
+
+        Raises:
+            ValueError: see load_state_dict.
+        """
+        checkpoint.restore(state, self.local_state(), self.masks)
+        self.step, self._settled = state["step"], True
         if self.masks.fixed is not None:
             self.schedule = sparse_start.from_there(self.schedule, self.masks)
 

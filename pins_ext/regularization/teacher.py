@@ -152,7 +152,7 @@ class Teacher:
         self.snapshot_step = self.steps
 
     def _copy(self) -> nn.Module:
-        self._refuse_sharded()
+        self.refuse_sharded()
         teacher = copy.deepcopy(self.model)
         for name, module in teacher.named_modules():
             # A function is not copied; a bound method is.
@@ -165,7 +165,7 @@ class Teacher:
 
     def _pairs(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The teacher's parameters and buffers and the model's, by name, in the same order; tied ones once."""
-        self._refuse_sharded()
+        self.refuse_sharded()
         self._follow_device()
         assert self.module is not None
         own, model = tensors_of(self.module), tensors_of(self.model)
@@ -180,8 +180,9 @@ class Teacher:
             self.module.to(device)
             self._average = {name: average.to(device) for name, average in self._average.items()}
 
-    def _refuse_sharded(self) -> None:
-        if is_sharded(self.model):
+    def refuse_sharded(self) -> None:
+        """Raise RuntimeError where this teacher would be a copy of a model that is cut over several ranks."""
+        if self.policy not in ("fixed", "none") and is_sharded(self.model):
             raise RuntimeError(
                 f"the model's parameters are sharded, and teacher={self.policy!r} is copied from whole ones: use a "
                 f"fixed teacher (a path), one device, or DistributedDataParallel"

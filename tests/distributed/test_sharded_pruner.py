@@ -41,7 +41,7 @@ def agree(cases: list[tuple[int, str, str, dict[str, Any]]], size: int) -> None:
         assert len(set(alone["masks"])) >= 4
         for rank in told:
             assert rank[i]["placements"] != ["None"]
-            for part in ("masks", "stats", "final", "weights"):
+            for part in ("masks", "view", "stats", "final", "weights"):
                 assert rank[i][part] == alone[part], (how, optimizer, options, part)
         assert len(alone["masks"]) == STEPS + 1
 

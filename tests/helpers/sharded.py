@@ -105,6 +105,9 @@ def pruned(how: str, optimizer_name: str, options: dict[str, Any], width: int = 
         if step == STEPS // 2:
             stats = pruner.stats()
             told["stats"] = {name: stats[name] for name in ("sparsity", "threshold", "churn", "nan", "per_layer")}
+        if step == STEPS // 2 + 1:  # between two masks
+            with pruner.masked_view():
+                told["view"] = digest(whole(p) for p in model.parameters())
     told["final"] = pruner.finalize()
     told["masks"].append(masks(pruner))
     told["weights"] = digest(whole(p) for p in model.parameters())

@@ -230,10 +230,6 @@ def test_ways_of_training_that_would_go_wrong_are_refused(tmp_path: Path) -> Non
     args.deepspeed = {"zero_optimization": {}}
     with pytest.raises(ValueError, match="DeepSpeed steps its optimizer inside backward"):
         refuse_unsupported(args)
-    args = arguments(tmp_path)
-    args.fsdp = True  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"FSDP is not supported.*DistributedDataParallel"):
-        refuse_unsupported(args)
 
 
 @pytest.mark.parametrize("other", ["step", "run"])

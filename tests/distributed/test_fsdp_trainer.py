@@ -1,0 +1,90 @@
+"""A stock Trainer under FSDP 2 through accelerate, on two CPU ranks: PinsCallback prunes as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fsdp_job
+import pytest
+import torch
+from bert import STEPS
+from ranks import run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pins_ext import PruneConfig, Pruner
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(2, fsdp_job.everything, tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fused", "hooked"])
+def test_masks_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]], kind: str, tmp_path: Path) -> None:
+    alone = fsdp_job.train(tmp_path, kind == "fused")
+    assert len(set(alone["masks"])) > 4
+    for told in ranks:
+        assert told[kind]["type"] == "DistributedType.FSDP"
+        for part in ("masks", "weights", "final", "at end"):
+            assert told[kind][part] == alone[part], part
+        assert told[kind]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    for told in ranks:
+        assert len(told["killed"]["masks"]) == 10
+        assert told["resumed"]["masks"] == told["fused"]["masks"][8:]
+        assert told["resumed"]["weights"] == told["fused"]["weights"][8:]
+        assert len(told["fused"]["weights"]) == STEPS
+
+
+@pytest.mark.slow
+def test_a_teacher_that_would_be_a_copy_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
+    for told in ranks:
+        for said, teacher in zip(told["refused"], ("latest", "best", "ema"), strict=True):
+            assert f"teacher='{teacher}' is copied from whole ones" in said
+
+
+def outputs(sharded: bool) -> list[list[list[float]]]:
+    """What a model says: in a view of it, in training after the view, and when it is finalized."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    if sharded:
+        # All in one group, the outermost, which stays gathered after a forward pass.
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, said = torch.randn(5, 8), list[list[list[float]]]()
+    with torch.no_grad():
+        model(x)
+    pruner = Pruner(model, optimizer, PruneConfig(sparsity=0.5, delta_t=4, warmup=0, cooldown=4), 12)
+    with torch.no_grad():
+        model(x)
+    pruner.state_dict()
+    for _ in range(6):
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        said.append(model(x).tolist())
+        with pruner.masked_view():
+            said.append(model(x).tolist())
+        said.append(model(x).tolist())
+        pruner.finalize()
+        said.append(model(x).tolist())
+    return said
+
+
+@pytest.mark.filterwarnings("ignore:finalize pruned in one go")
+def test_weights_that_are_gathered_already_are_gathered_anew() -> None:
+    alone = outputs(False)
+    assert alone[0] == alone[2]
+    assert alone[1] not in (alone[0], alone[3])
+    for told in run(2, outputs, True):
+        for here, there in zip(told, alone, strict=True):
+            torch.testing.assert_close(torch.tensor(here), torch.tensor(there))

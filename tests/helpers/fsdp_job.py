@@ -1,0 +1,110 @@
+"""What each rank of test_fsdp_trainer.py does: a stock Trainer under FSDP 2 on CPUs; and one process, to compare."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bert import CONFIG, STEPS, WITHOUT_DROPOUT, arguments, collate, data, model
+from sharded import digest, whole
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.regularization.self_regularizer import SelfRegularizer
+
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+
+
+class Digests(TrainerCallback):
+    """Notes masks and weights after every step, and the weights' zeros at every evaluation; dies at `until`."""
+
+    def __init__(self, callback: PinsCallback, until: int | None = None) -> None:
+        self.callback, self.until = callback, until
+        self.masks: list[str] = []
+        self.weights: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        pruner = self.callback.pruner
+        assert pruner is not None
+        self.masks.append(digest(whole(pruner.mask(name)) for name in pruner.names))
+        self.weights.append(digest(whole(p) for p in model.parameters()))
+        if state.global_step == self.until:
+            raise KeyboardInterrupt
+
+
+class Doubled(Trainer):
+    """Gives every rank the same batches, in order: their gradients are equal, and so is the mean of them."""
+
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(data(4 * STEPS), batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def launched(folder: Path, **changes: Any) -> TrainingArguments:
+    """The arguments of one of several ranks, as torchrun starts them, under FSDP 2."""
+    settings = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "average_tokens_across_devices": False}
+    if not dist.is_initialized():
+        return arguments(folder, **(settings | changes))
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    args = arguments(folder, fsdp=True, fsdp_config=FSDP, **(settings | changes))
+    # accelerate ignores FSDP on CPUs without a word; torch does not. It looks for a kind of accelerator.
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    return args
+
+
+def train(folder: Path, fused: bool, until: int | None = None, resume: bool = False) -> dict[str, Any]:
+    """One run, to its end or until it dies."""
+    args = launched(folder, eval_strategy="steps", eval_steps=5, **({} if fused else {"optim": "sgd"}))
+    callback = PinsCallback(CONFIG)
+    digests = Digests(callback, until)
+    options: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer(args)} if fused else {}
+    trainer = Doubled(
+        model(**WITHOUT_DROPOUT), args, callbacks=[callback, digests], eval_dataset=data(8), data_collator=collate,
+        **options,
+    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume)
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert isinstance(trainer.model, nn.Module)
+    return {
+        "type": str(trainer.accelerator.distributed_type),
+        "masks": digests.masks,
+        "weights": digests.weights,
+        "final": callback.final,
+        "evaluated": evaluated,
+        "at end": digest(whole(p) for p in trainer.model.parameters()),
+    }
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All runs of one rank."""
+    torch.manual_seed(0)
+    told: dict[str, Any] = {
+        "fused": train(folder / "fused", True),
+        "hooked": train(folder / "hooked", False),
+        "killed": train(folder / "killed", True, until=10),
+    }
+    return told | {"resumed": train(folder / "killed", True, resume=True), "refused": refused(folder / "refused")}
+
+
+def refused(folder: Path) -> list[str]:
+    """What a teacher that is a copy says."""
+    said = []
+    for teacher in ("latest", "best", "ema"):
+        net = model()
+        trainer = Doubled(net, launched(folder), callbacks=[PinsCallback(CONFIG, SelfRegularizer(net, teacher))])
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
