@@ -35,8 +35,8 @@ print(json.dumps({"gpu": p.name, "capability": f"{p.major}.{p.minor}", "memory_g
     "triton": triton.__version__}))
 """
 
-# Marked so, or with the fixture of tests/conftest.py that runs a test in Triton's interpreter and on a GPU.
-ON_GPU = re.compile(r"mark\.gpu|def test_\w+\(device: str\b")
+# Marked so, or with a fixture of tests/conftest.py that also runs a test in Triton's interpreter or emulated.
+ON_GPU = re.compile(r"mark\.gpu|def test_\w+\(device: str\b|\bgpu: Gpu\b")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     files.sort(key=lambda path: "cuda" not in path.name)
     for path in files:
         yield Stage(f"tests: {path.stem}", [*pytest, str(path.relative_to(ROOT))], 120)
+    target = ["--json", str(output / "gpu-decode.json")]
+    yield Stage("bench: decode", [python, "-m", "bench.bench_grouped", *target], 60)
     # Without torch's caching, every tensor is an allocation of its own, whose end the sanitizer sees.
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     small = [*pytest, "tests/cuda/test_cuda_gpu.py", "-k", "test_small_case"]

@@ -82,6 +82,14 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "sparse_linear_int8(Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor counts, Tensor starts, "
       "Tensor scales, Tensor sums, Tensor? bias, bool vnni=True) -> Tensor");
+  // A weight matrix [out, in] with zeros, float32, bfloat16 or float16, in at most 65536, in groups of eight for
+  // grouped_linear: (values [groups, 8], columns uint8 [groups, 8], bases int16 [groups] whose bits are unsigned,
+  // starts int64 [out + 1]); csrc/cuda/grouped.cuh describes them.
+  m.def("grouped_pack(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  // y [..., out] = x [..., in] times a grouped matrix, plus bias; computed in float32, in the dtype of x.
+  m.def("grouped_linear(Tensor x, Tensor values, Tensor columns, Tensor bases, Tensor starts, Tensor? bias) -> Tensor");
+  // The matrix [out, in] again, in the dtype of values.
+  m.def("grouped_expand(Tensor values, Tensor columns, Tensor bases, Tensor starts, int in_features) -> Tensor");
   // float64 [1], summed in an order that depends on neither threads nor device: of gradients, the norm to clip by.
   m.def("sum_of_squares(Tensor[] tensors, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> Tensor");
   // The instruction set of the CPU kernels: default, avx2 or avx512.

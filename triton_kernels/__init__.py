@@ -1,4 +1,5 @@
-"""The operators of CUDA tensors in Triton: importance, selection, packing. Installed as `pins_ext.triton_kernels`.
+"""The operators of CUDA tensors in Triton: importance, selection, packing; and one that CUDA C++ has, for builds
+without it. Installed as `pins_ext.triton_kernels`.
 
 Triton itself is imported by the first operator that runs, not by importing this package.
 """
@@ -31,8 +32,12 @@ LAUNCHERS = {
     "settle": "bracket",
     "cutoff": "bracket",
     "pack_": "pack",
+    "grouped_linear": "grouped",
 }
 """Operator and the module of its launcher, which has its name without the underscore."""
+
+FALLBACKS = ("grouped_linear",)
+"""Operators of CUDA tensors that are Triton's only where the build has no CUDA C++ for them."""
 
 
 def _launch(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -52,4 +57,6 @@ def register(library: torch.library.Library, key: str = "CUDA") -> None:
         key: "CUDA"; or "CPU", for tests under Triton's interpreter, in place of the C++ kernels.
     """
     for op in LAUNCHERS:
-        library.impl(op, launcher(op), key)
+        compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"pins_ext::{op}", key)
+        if op not in FALLBACKS or key != "CUDA" or not compiled:
+            library.impl(op, launcher(op), key)

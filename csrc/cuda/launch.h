@@ -27,11 +27,13 @@ class CurrentDevice {
   explicit CurrentDevice(const Tensor& places) : guard_(checked(places).get_device_index()) {
     PINS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(places.get_device_index(), &stream));
+    index_ = places.get_device_index();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
   cudaStream_t stream() const { return stream_; }
+  int index() const { return index_; }
 
   bool capturing() const {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -47,6 +49,7 @@ class CurrentDevice {
 
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
+  int index_ = 0;
 };
 
 // One block for each row of the checked work list.

@@ -25,7 +25,10 @@ examples:
 _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safetensors", "numpy", "matplotlib", "rich")
 
 TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
-CPU_ONLY = "none, there pruned layers stay dense"
+CPU_ONLY = "none, there it is grouped_linear and grouped_expand"
+PACKED = "none, matrices are packed on the CPU"
+FALLBACK = {"grouped_linear": "Triton", "grouped_expand": "torch's own operators"}
+"""Operators for a GPU: what runs them in a build without CUDA C++. On a CPU they are plain torch."""
 
 OPERATORS = {
     **dict.fromkeys(("accumulate_", "fold_", "fold_moments_", "sample", "bracket_of", "count_", "narrow"), TRITON),
@@ -33,8 +36,10 @@ OPERATORS = {
     "select": DRIVER,
     **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
     **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),
+    "grouped_pack": PACKED,
+    **dict.fromkeys(FALLBACK, COMPILED),
 }
-"""Every operator on tensors, and what runs it on a GPU. On a CPU all but the driver are C++."""
+"""Every operator on tensors, and what runs it on a GPU. On a CPU all but the driver and FALLBACK are C++."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,15 @@ def _cpu() -> Iterator[Finding]:
 
 def _kernels(gpu: bool) -> Iterator[Finding]:
     """One line per operator: what runs it on a CPU and on a GPU, and what happens where nothing does."""
-    triton = _triton_problem()
+    triton, compiled = _triton_problem(), _has_kernel("masked_adamw_", "CUDA")
     for name, kind in OPERATORS.items():
-        cpu = "no kernel" if not _has_kernel(name, "CPU") else kind if kind == DRIVER else "C++"
+        cpu = "plain torch" if name in FALLBACK else kind if kind == DRIVER else "C++"
+        cpu = cpu if _has_kernel(name, "CPU") else "no kernel"
         problem = None
-        if kind != CPU_ONLY and not _has_kernel(name, "CUDA"):
+        if name in FALLBACK and not compiled:
+            kind = f"{FALLBACK[name]}: this build has no CUDA C++"
+            problem = triton if name == "grouped_linear" else None
+        elif kind not in (CPU_ONLY, PACKED) and not _has_kernel(name, "CUDA"):
             problem = "this build has no CUDA kernels, rebuild with nvcc and PINS_EXT_CUDA=1"
         elif kind == TRITON and triton is not None:
             problem = triton
@@ -155,7 +164,9 @@ def _gpu(available: bool) -> Iterator[Finding]:
 
     if available:
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-        missing = [name for name, kind in OPERATORS.items() if kind != CPU_ONLY and not _has_kernel(name, "CUDA")]
+        missing = [
+            name for name, kind in OPERATORS.items() if kind not in (CPU_ONLY, PACKED) and not _has_kernel(name, "CUDA")
+        ]
         text = f"{names}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
         if missing:
             yield Finding("gpu", f"{text}; no kernel for {', '.join(missing)}: models can't be pruned on it", "broken")

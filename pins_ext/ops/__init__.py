@@ -13,9 +13,10 @@ import torch
 from pins_ext import _C  # noqa: F401  (loads the library; its operators register themselves)
 from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
-from pins_ext.ops import bracket
+from pins_ext.ops import bracket, grouped
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
 from pins_ext.ops.cpu import cpu_capability
+from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_bits, set_bits, unpack_bits
@@ -50,6 +51,7 @@ __all__ = [
     "MAX_KEY",
     "SAMPLES",
     "SCORES",
+    "GroupedWeight",
     "Layout",
     "PackedWeight",
     "Shard",
@@ -65,6 +67,9 @@ __all__ = [
     "cutoff",
     "fold_",
     "fold_moments_",
+    "grouped_expand",
+    "grouped_linear",
+    "grouped_pack",
     "mask_bytes",
     "masked_adamw_",
     "masked_sgd_",
@@ -92,6 +97,10 @@ for _key in ("CPU", "CUDA"):
     _library.impl("select", select_on_any_device, _key)
 for _op in (bracket.bracket_of, bracket.narrow, bracket.settle, bracket.cutoff):
     _library.impl(_op.__name__, _op, "CPU")
+_library.impl("grouped_linear", grouped.linear, "CPU")
+_library.impl("grouped_expand", grouped.expand, "CPU")
+if not torch._C._dispatch_has_kernel_for_dispatch_key("pins_ext::grouped_expand", "CUDA"):
+    _library.impl("grouped_expand", grouped.expand, "CUDA")
 # Triton itself is imported when the first CUDA tensor arrives.
 register_triton(_library)
 

@@ -77,6 +77,24 @@ def sparse_linear(x, values, columns, rows, counts, starts, bias, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@torch.library.register_fake("pins_ext::grouped_pack")
+def grouped_pack(weight):  # type: ignore[no-untyped-def]
+    groups = torch.library.get_ctx().new_dynamic_size()
+    values, columns = weight.new_empty(groups, 8), weight.new_empty(groups, 8, dtype=torch.uint8)
+    bases = weight.new_empty(groups, dtype=torch.int16)
+    return values, columns, bases, weight.new_empty(weight.shape[0] + 1, dtype=torch.int64)
+
+
+@torch.library.register_fake("pins_ext::grouped_linear")
+def grouped_linear(x, values, columns, bases, starts, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], starts.shape[0] - 1)
+
+
+@torch.library.register_fake("pins_ext::grouped_expand")
+def grouped_expand(values, columns, bases, starts, in_features):  # type: ignore[no-untyped-def]
+    return values.new_empty(starts.shape[0] - 1, in_features)
+
+
 @torch.library.register_fake("pins_ext::sum_of_squares")
 def sum_of_squares(tensors, places, chunks, *, pointers=None):  # type: ignore[no-untyped-def]
     _check_devices(tensors, places, chunks, pointers)

@@ -144,8 +144,16 @@ def _repeats(layer: nn.Module, x: Tensor) -> int:
     return max(1, round(SECONDS / max(_timed(layer, x, 1), 1e-7)))
 
 
+def _wait(x: Tensor) -> None:
+    """Until a GPU has done what it was told: calls return before."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
 def _timed(layer: nn.Module, x: Tensor, count: int) -> float:
+    _wait(x)
     begin = time.perf_counter()
     for _ in range(count):
         layer(x)
+    _wait(x)
     return (time.perf_counter() - begin) / count

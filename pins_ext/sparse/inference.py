@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.sparse.calibration import Calibration, Trial, measure
+from pins_ext.sparse.grouped import VALUES as GPU_VALUES
+from pins_ext.sparse.grouped import GroupedLinear
 from pins_ext.sparse.linear import VALUES, SparseLinear
 
-TOKENS = (1, 128)
+TOKENS = {"cpu": (1, 128), "cuda": (1,)}
+"""What is measured by default. On a GPU the packed weights are for decoding, a token at a time."""
 
 
 class NothingSparseError(ValueError):
@@ -27,22 +30,25 @@ def sparsify_for_inference(
     min_sparsity: float = 0.7,
     *,
     values: str | None = None,
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] | None = None,
     calibrate: bool = True,
     say: Callable[[str], None] | None = print,
     save_to: str | Path | None = None,
 ) -> Any:
-    """Replace pruned linear layers (and transformers' Conv1D) by sparse ones for inference on the CPU.
+    """Replace pruned linear layers (and transformers' Conv1D) by sparse ones for inference, on the CPU or on a GPU.
 
     The model is changed in place: save it before. A layer is replaced where it has enough zeros and was faster sparse
-    in a short measurement on this machine, with the number of threads of this process.
+    in a short measurement on this machine, with the number of threads of this process. On a GPU (written and tested
+    without one, see `GroupedLinear`) packed weights save memory even where they are no faster: `calibrate=False`.
 
     Args:
-        model: a pruned model on the CPU; it is set to evaluation mode.
+        model: a pruned model, all of it on the CPU or on one GPU; it is set to evaluation mode.
         min_sparsity: share of zeros from which on a layer is considered.
         values: how the weights are kept: "float32", "bfloat16" or "int8" (which rounds weights and activations: look at
-            the accuracy); None for the exact one, bfloat16 where the weights are, otherwise float32.
-        tokens: numbers of tokens (batch × sequence) to measure; the geometric mean over them decides.
+            the accuracy); None for the exact one, bfloat16 where the weights are, otherwise float32. On a GPU
+            "float32", "bfloat16" or "float16"; None keeps the weights' own dtype.
+        tokens: numbers of tokens (batch × sequence) to measure; the geometric mean over them decides. None for 1
+            and 128, on a GPU for 1.
         calibrate: measure; without it every layer with enough zeros becomes sparse.
         say: told what was measured; None for silence.
         save_to: a JSON file for the measurements.
@@ -51,18 +57,19 @@ def sparsify_for_inference(
         The model; `model.pins_calibration` holds what was measured (`pins_ext.sparse.calibration.Calibration`).
 
     Raises:
-        ValueError: options out of range, or a model that is not on the CPU.
+        ValueError: options out of range, or a model on several devices or on another than a CPU or GPU.
         NothingSparseError: no layer has enough zeros.
     """
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
+    device = _device(model)
+    if tokens is None:
+        tokens = TOKENS[device.type]
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be positive numbers of tokens, got {tuple(tokens)}")
-    if values is not None and values not in VALUES:
-        raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    if device is not None:
-        raise ValueError(f"the sparse kernels run on the CPU and the model is on {device}: move it with model.cpu()")
+    allowed = VALUES if device.type == "cpu" else GPU_VALUES
+    if values is not None and values not in allowed:
+        raise ValueError(f"on {device} values must be one of {', '.join(allowed)}; got {values!r}")
     model.eval()
     places, dense = _candidates(model, min_sparsity)
     if not places:
@@ -78,14 +85,30 @@ def sparsify_for_inference(
         if trial is None or trial.chosen == "sparse":
             for name in group:
                 _replace(model, name, values)
-    machine = f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
-    calibration = Calibration(machine, tuple(trials), dense)
+    calibration = Calibration(_machine(device), tuple(trials), dense)
     if say is not None:
         say(calibration.table())
     if save_to is not None:
         calibration.save(save_to)
     model.pins_calibration = calibration  # type: ignore[assignment]
     return model
+
+
+def _device(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    if len(devices) > 1 or next(iter(devices)).type not in TOKENS:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"the sparse kernels want a model on the CPU or on one GPU, and this one is on {found}: "
+            'move it, for example with model.to("cpu")'
+        )
+    return devices.pop()
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -157,7 +180,7 @@ def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...], valu
     module = model.get_submodule(name)
     weight = _matrix(module)
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(n, weight.shape[1], generator=generator).to(weight.dtype) for n in tokens]
+    inputs = [torch.randn(n, weight.shape[1], generator=generator).to(weight) for n in tokens]
     dense, sparse = measure(module, _sparse(module, values), inputs)
     return Trial((weight.shape[0], weight.shape[1]), _sparsity(module), tokens, dense, sparse, tuple(group))
 
@@ -166,6 +189,8 @@ def _sparse(module: nn.Module, values: str | None) -> SparseLinear:
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
     weight = _matrix(module)
+    if weight.is_cuda:
+        return GroupedLinear(weight, bias, values)
     exact = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
     return SparseLinear(weight, bias, values or exact)
 

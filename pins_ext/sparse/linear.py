@@ -20,7 +20,7 @@ _PACKED = (
 
 
 class SparseLinear(nn.Module):
-    """y = x · weightᵀ + bias over the non-zero weights, on the CPU, for inference only.
+    """y = x · weightᵀ + bias over the non-zero weights, on the CPU, for inference only; on a GPU see `GroupedLinear`.
 
     It can be called from several threads at once. It has no parameters: `weight` tells shape and dtype without data.
 
@@ -49,24 +49,30 @@ class SparseLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, values: str = "float32") -> None:
         super().__init__()
-        if values not in VALUES:
-            raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
+        self._check(values)
         weight = weight.detach()
         self.out_features, self.in_features = weight.shape
         self.nonzero = int(weight.count_nonzero())
         self.kind = values
-        if values == "int8":
+        self._pack(weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+        self._dtype = weight.dtype
+
+    def _check(self, values: str) -> None:
+        if values not in VALUES:
+            raise ValueError(f"values must be one of {', '.join(VALUES)}; got {values!r}")
+
+    def _pack(self, weight: Tensor) -> None:
+        if self.kind == "int8":
             scales = row_scales(weight)
             # A zero has the code 0, whatever the scale.
             matrix = (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
             self.register_buffer("scales", scales, persistent=False)
             self.register_buffer("sums", matrix.sum(dim=1, dtype=torch.int32), persistent=False)
         else:
-            matrix = weight.float() if values == "float32" else weight.bfloat16()
+            matrix = weight.float() if self.kind == "float32" else weight.bfloat16()
         for name, tensor in sparse_pack(matrix.contiguous())._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
-        self._dtype = weight.dtype
 
     @property
     def bytes(self) -> int:
@@ -95,8 +101,8 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         """Follow a cast of the model in name: any activations are accepted, and packed weights stay as they are."""
-        probe = fn(torch.empty(0, dtype=self._dtype))
-        if probe.device.type != "cpu":
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self.starts.device))
+        if probe.device.type != self.starts.device.type:
             raise RuntimeError(_PACKED.format(f"moved to {probe.device}"))
         self._dtype = probe.dtype
         return self
@@ -112,7 +118,7 @@ class SparseLinear(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         """A further layer over the same packed weights, which never change."""
-        other = SparseLinear.__new__(SparseLinear)
+        other = type(self).__new__(type(self))
         nn.Module.__init__(other)
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_buffers"})
         other._buffers = dict(self._buffers)

@@ -24,12 +24,26 @@ def test_the_list_is_that_of_the_registered_operators(capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     for name in registered():
         (line,) = [line for line in lines if line.split()[1:2] == [name]]
-        assert ("CPU C++; GPU " in line) == (name != "select")
+        assert ("CPU C++; GPU " in line) == (name not in ("select", *doctor.FALLBACK))
+
+
+def test_a_build_without_cuda_kernels_decodes_by_triton_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.topic: finding for finding in doctor._kernels(False)}
+    in_cuda = doctor._has_kernel("masked_adamw_", "CUDA")
+    assert ("GPU CUDA" in found["grouped_linear"].text) == in_cuda
+    monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: device == "CPU" or name in doctor.FALLBACK)
+    found = {finding.topic: finding for finding in doctor._kernels(False)}
+    assert "GPU Triton: this build has no CUDA C++" in found["grouped_linear"].text
+    assert "GPU torch's own operators: this build has no CUDA C++" in found["grouped_expand"].text
+    monkeypatch.setattr(doctor, "_triton_problem", lambda: "no module named triton")
+    found = {finding.topic: finding for finding in doctor._kernels(True)}
+    assert found["grouped_linear"].verdict == "broken"
+    assert found["grouped_expand"].verdict == "ok"
 
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_build_without_cuda_kernels_is_no_good_on_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = {name for name, kind in doctor.OPERATORS.items() if kind == doctor.COMPILED}
+    compiled = {name for name, kind in doctor.OPERATORS.items() if kind == doctor.COMPILED} - set(doctor.FALLBACK)
     assert {"masked_adamw_", "masked_sgd_", "apply_mask_"} <= compiled
     monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: device == "CPU" or name not in compiled)
     found = {finding.topic: finding for finding in doctor._kernels(gpu)}

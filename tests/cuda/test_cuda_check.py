@@ -81,6 +81,9 @@ def test_stages_are_complete_and_fit(tmp_path: Path) -> None:
     assert stages[0].environment["PINS_EXT_CUDA"] == "1"
     assert "tests: test_cuda_gpu" in names
     assert "tests: test_triton_select" in names
+    assert {"tests: test_cuda_norm", "tests: test_cuda_grouped", "tests: test_sparse_grouped"} <= set(names)
+    # Whether the kernel is worth shipping is known within the first minutes.
+    assert names.index("bench: decode") < names.index("compute-sanitizer")
     assert names.index("compute-sanitizer") < names.index("bench: fp32-1.1g")
     assert gpu_check.TOTAL_SECONDS < 540
 

@@ -133,6 +133,19 @@ def sparse_linear_int8() -> Arguments:
     return [x, *packed, torch.ones(20), codes.sum(1, dtype=torch.int32), torch.ones(20)], {}
 
 
+def grouped_pack() -> Arguments:
+    return [pruned_weight()], {}
+
+
+def grouped_linear() -> Arguments:
+    x = tensors([3 * 300], torch.float32)[0].reshape(3, 300)
+    return [x, *torch.ops.pins_ext.grouped_pack(pruned_weight()), torch.ones(20)], {}
+
+
+def grouped_expand() -> Arguments:
+    return [*torch.ops.pins_ext.grouped_pack(pruned_weight().bfloat16()), 300], {}
+
+
 CALLS: dict[str, Callable[[], Arguments]] = {
     "accumulate_": accumulate,
     "fold_": fold,
@@ -154,6 +167,9 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "sparse_linear": sparse_linear,
     "sparse_linear_int8": sparse_linear_int8,
     "sum_of_squares": sum_of_squares,
+    "grouped_pack": grouped_pack,
+    "grouped_linear": grouped_linear,
+    "grouped_expand": grouped_expand,
 }
 
 
@@ -247,6 +263,19 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     ),
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
+    "grouped: a weight of another dtype": (
+        "grouped_pack",
+        0,
+        torch.ones(3, 3, dtype=torch.int8),
+        "weight must be float32 or bfloat16 or float16, got int8",
+    ),
+    "grouped: a weight of three dimensions": (
+        "grouped_pack",
+        0,
+        torch.ones(3, 3, 3),
+        "weight must have two dimensions",
+    ),
+    "grouped: too many columns": ("grouped_pack", 0, torch.ones(1, 65537), "at most 65536 columns, got 65537"),
     "sparse: a weight of another dtype": (
         "sparse_pack",
         0,

@@ -219,6 +219,10 @@ def _sparse_linear_int8(p: Problem) -> Call:
     return {"x": x, **packed, "scales": scales, "sums": sums, "bias": bias, "vnni": p.dice.random() < 0.5}
 
 
+def _grouped_pack(p: Problem) -> Call:
+    return {"weight": _pruned_weight(p).to(p.dtype)}
+
+
 GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "accumulate_": _accumulate,
     "fold_": _fold,
@@ -236,6 +240,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "sparse_pack": _sparse_pack,
     "sparse_linear": _sparse_linear,
     "sparse_linear_int8": _sparse_linear_int8,
+    "grouped_pack": _grouped_pack,
 }
 
 

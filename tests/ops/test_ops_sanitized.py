@@ -22,7 +22,9 @@ CALLS_PER_PROCESS = 12_000
 
 def test_every_operator_is_fuzzed() -> None:
     """But those that are Python on the CPU."""
-    assert set(operator_fuzz.GENERATORS) == set(CALLS) - {"bracket_of", "narrow", "settle", "cutoff"}
+    assert set(operator_fuzz.GENERATORS) == set(CALLS) - {
+        "bracket_of", "narrow", "settle", "cutoff", "grouped_linear", "grouped_expand"
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
 NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 THREADS = 128
+GROUPED_THREADS = 512  # csrc/cuda/grouped.cu kThreads
+GROUPED_BLOCKS = 2
 ADDRESSES = 500  # csrc/cuda/pointers.cuh Addresses::kCount
 
 Key = tuple[str, ...]
@@ -29,7 +31,7 @@ Key = tuple[str, ...]
 
 @cache
 def compiled(capability: int) -> dict[Key, module.Entry]:
-    """The kernels of update.cu and norm.cu."""
+    """The kernels of update.cu, norm.cu and grouped.cu."""
     nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc is missing: csrc/cuda cannot be compiled")
@@ -40,7 +42,7 @@ def compiled(capability: int) -> dict[Key, module.Entry]:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (ROOT / "csrc").rglob("*.*") if "cpu" not in p.parts]
     entries: dict[str, module.Entry] = {}
-    for stem in ("update", "norm"):
+    for stem in ("update", "norm", "grouped"):
         ptx = built(f"{stem}-{capability}.ptx", sources, [nvcc, *flags, "-ptx", f"csrc/cuda/{stem}.cu"], ROOT)
         entries |= module.entries(ptx.read_text())
     names = subprocess.run(["c++filt"], input="\n".join(entries), capture_output=True, text=True, check=True).stdout
@@ -54,7 +56,7 @@ def _key(demangled: str) -> Key:
 
 
 class CudaKernels:
-    """masked_adamw_, masked_sgd_, apply_mask_ and sum_of_squares of an architecture, for CPU tensors.
+    """The operators of csrc/cuda on an architecture, for CPU tensors.
 
     The checks of the host code are not made here.
     """
@@ -64,11 +66,19 @@ class CudaKernels:
 
     def register(self, library: torch.library.Library) -> None:
         """Make them the CPU's."""
-        for op in ("masked_adamw_", "masked_sgd_", "apply_mask_", "sum_of_squares"):
+        operators = (
+            "masked_adamw_",
+            "masked_sgd_",
+            "apply_mask_",
+            "sum_of_squares",
+            "grouped_linear",
+            "grouped_expand",
+        )
+        for op in operators:
             library.impl(op, getattr(self, op), "CPU", allow_override=True)
 
-    def _launch(self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges) -> None:
-        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, 0, ranges)
+    def _launch(self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges, shared: int = 0) -> None:
+        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, shared, ranges)
 
     def _table(self, n: int, lists: list[list[Tensor]], pointers: Tensor | None) -> Tensor:
         """pointers.cuh pointer_table: the kernel that writes it runs, too."""
@@ -149,3 +159,37 @@ class CudaKernels:
         blob = struct.pack("<QqQ", sums.data_ptr(), len(chunks), total.data_ptr())
         self._launch(("total_kernel",), blob, 1, 256, [extent(sums), extent(total)])
         return total
+
+    def grouped_linear(
+        self, x: Tensor, values: Tensor, columns: Tensor, bases: Tensor, starts: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        rows, in_features = len(starts) - 1, x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], rows)
+        packed = [values, columns, bases, starts]
+        matrix = struct.pack("<4Qqq", *(t.data_ptr() for t in packed), rows, in_features)
+        ranges = [extent(t) for t in (x, y, *packed, *([] if bias is None else [bias]))]
+        for first in range(0, y.numel() // rows if rows else 0, 4):
+            count = min(4, y.numel() // rows - first)
+            width = 4 if count > 2 else count
+            at = x.data_ptr() + first * in_features * x.element_size()
+            to = y.data_ptr() + first * rows * x.element_size()
+            tokens = struct.pack("<QQi4xq", at, to, list(NAMES).index(x.dtype), count)
+            blob = matrix + tokens + struct.pack("<Q", 0 if bias is None else bias.data_ptr())
+            # Fewer blocks than rows need, so that warps go on to further rows.
+            blocks = min(-(-rows // (GROUPED_THREADS // 32)), GROUPED_BLOCKS)
+            key = ("grouped_linear_kernel", NAMES[values.dtype], str(width))
+            self._launch(key, blob, blocks, GROUPED_THREADS, ranges, 4 * width * (in_features + 1))
+        return y
+
+    def grouped_expand(
+        self, values: Tensor, columns: Tensor, bases: Tensor, starts: Tensor, in_features: int
+    ) -> Tensor:
+        rows = len(starts) - 1
+        weight = values.new_empty(rows, in_features)
+        packed = [values, columns, bases, starts]
+        blob = struct.pack("<4QqqQ", *(t.data_ptr() for t in packed), rows, in_features, weight.data_ptr())
+        key = ("grouped_expand_kernel", "unsigned int" if values.dtype == torch.float32 else "unsigned short")
+        if weight.numel():
+            ranges = [extent(t) for t in (weight, *packed)]
+            self._launch(key, blob, -(-rows // (GROUPED_THREADS // 32)), GROUPED_THREADS, ranges)
+        return weight

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.sparse_cases import assert_product, pruned
 from torch import Tensor
 
 from pins_ext import ops  # noqa: F401  (registers the operators)
@@ -22,34 +23,8 @@ TOKENS = [1, 2, 3, 15, 16, 17, 32, 33, 100]
 SPARSITIES = [0.0, 0.5, 0.9, 0.99, 1.0]
 
 
-def pruned(rows: int, columns: int, sparsity: float, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    # Rows of very different density, an empty one and a full one.
-    share = torch.rand(rows, 1, generator=generator) * 2 * (1 - sparsity)
-    weight[torch.rand(weight.shape, generator=generator) >= share.clamp(max=1)] = 0
-    if rows > 4 and sparsity < 1:
-        weight[1] = 0
-        weight[3] = 1
-    return weight
-
-
-def tolerance(x: Tensor, weight: Tensor) -> Tensor:
-    """Of a sum of n products in float32, in any order: n roundings of the sum of magnitudes (Higham 2002, §3.1)."""
-    magnitudes = F.linear(x.abs().double(), weight.abs().double())
-    return magnitudes * torch.finfo(torch.float32).eps * (weight != 0).sum(dim=1) / 2 + 1e-30
-
-
 def assert_like_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    y = pins.sparse_linear(x, *pins.sparse_pack(weight), bias, weight.shape[0])
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert y.dtype == x.dtype
-    assert y.shape == exact.shape
-    bound = tolerance(x, weight) + (0 if bias is None else 2e-7 * (bias.abs() + exact.abs()))
-    if x.dtype != torch.float32:
-        # Rounded once more, into 16 bits.
-        bound = bound + exact.abs() * torch.finfo(x.dtype).eps + 1e-7
-    assert ((y.double() - exact).abs() <= bound).all()
+    assert_product(pins.sparse_linear(x, *pins.sparse_pack(weight), bias, weight.shape[0]), x, weight, bias)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
