@@ -19,7 +19,8 @@ HEADS = ("classification", "regression", "token", "span", "lm")
 LABELS = ("labels", "shift_labels", "start_positions", "end_positions", "num_items_in_batch")
 """Inputs that belong to the task's loss; a teacher runs without them."""
 
-IGNORED = -100
+IGNORED = nn.CrossEntropyLoss().ignore_index
+"""The label of a position that has none: what torch's and transformers' losses leave out."""
 
 _CLASS_NAMES = {
     "ForSequenceClassification": "classification",
