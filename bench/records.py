@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from pins_ext.files.atomic import write_file
 
 from .data import Problem
 from .protocol import Case, Timing
@@ -150,9 +151,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write JSON, aside and then renamed."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
-        os.replace(aside, path)
+        write_file(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
 
     @property
     def others(self) -> float:

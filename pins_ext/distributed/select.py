@@ -44,7 +44,8 @@ def select(
 
     Args:
         ranks: the processes.
-        a, b: operands of the score of the parts that this rank counts, see the operators.
+        a: first operand of the score, the parts that this rank counts, see the operators.
+        b: second operand, likewise.
         layout: theirs.
         score: kind of the score.
         n_prune: int64 [], how many weights of all are pruned.

@@ -36,7 +36,8 @@ class Scored:
     Attributes:
         a: operands of the score, see the operators.
         b: its second operands, where it has two.
-        places, chunks: layout of the tensors.
+        places: where each tensor lies, see Layout.
+        chunks: how work is cut, see Layout.
         score: kind of the score.
         pointers: addresses of the tensors, for a GPU.
         position: int64 [], rank of the weight that is looked for, in the order of (score, global index).

@@ -61,7 +61,8 @@ class Slot(ABC):
         indices: which of the pruner's tensors.
         part: its place among the optimizers, and its part of the importance.
         names: of all pruned tensors.
-        importance, masks: of all pruned tensors.
+        importance: of all pruned tensors.
+        masks: of all pruned tensors.
 
     Attributes:
         stepped: whether the optimizer has ended its step.

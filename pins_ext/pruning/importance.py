@@ -26,7 +26,8 @@ class Operands(NamedTuple):
 
     Attributes:
         kind: one of ops.SCORES.
-        a, b: its operands, one tensor each per pruned tensor; b is empty where there is one operand.
+        a: first operand, a tensor for each pruned tensor.
+        b: second operand, likewise; empty where there is one operand.
         factors: float32 [n], of the score "fisher".
     """
 
@@ -83,7 +84,8 @@ class Importance:
 
     Attributes:
         ipt: mean of the instant scores of the window under way (movement: their sum); empty for magnitude.
-        exp_avg_ipt, exp_avg_unc: running averages of importance and of its uncertainty; empty where unused.
+        exp_avg_ipt: running averages of importance; empty where unused.
+        exp_avg_unc: running averages of its uncertainty; empty where unused.
         shadow: last unmasked value of every weight, for criteria that vanish at zero under strict masks; else empty.
         parts: tensors that are stepped, and by a gradient scaler skipped, together.
         accepted: per part, float32 [1]: gradients in this window so far.

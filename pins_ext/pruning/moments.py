@@ -20,7 +20,8 @@ class Moments(NamedTuple):
     """The moments of the pruned tensors as they stand before a step.
 
     Attributes:
-        exp_avg, exp_avg_sq: one tensor each per parameter; zeros where a parameter was never stepped.
+        exp_avg: first moment, a tensor for each parameter; zeros where a parameter was never stepped.
+        exp_avg_sq: second moment, likewise.
         factors: float32 [n, 3]: learning rate of the coming step, 1 / (1 - beta1^t), 1 / (1 - beta2^t), with t the
             steps of that parameter.
     """

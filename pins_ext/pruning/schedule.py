@@ -14,7 +14,8 @@ class Schedule:
 
     Attributes:
         total: steps of the run. initial_warmup: last step before the schedule. final_cooldown: steps at the end.
-        initial_ratio, final_ratio: shares of the prunable weights that are kept.
+        initial_ratio: share of the prunable weights that is kept at the beginning.
+        final_ratio: share that is kept at the end.
         delta_t: steps between masks while the schedule runs.
         kind: cubic | linear | cosine | constant (the final ratio right after the warm-up) | one-shot (dense until the
             cool-down, then one mask for good) | a function of the step that returns the remaining ratio.

@@ -21,7 +21,8 @@ class Scopes:
 
     Attributes:
         regions: places in the list of the tensors of each region.
-        least, most: bounds on the number of kept weights per tensor.
+        least: lower bound of the number of kept weights, for each tensor.
+        most: upper bound, for each tensor.
         bounded: whether any such bound was set.
         exact: whether precisely the wanted number of weights is pruned.
 

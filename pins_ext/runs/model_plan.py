@@ -38,7 +38,8 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
     Args:
         request: names the model, its dtype, the optimizer and the teacher.
         pruning: what is pruned and how.
-        ranks, replicas: see pins_ext.pruning.memory.memory.
+        ranks: see pins_ext.pruning.memory.memory.
+        replicas: see there too.
 
     Raises:
         UsageError: there is no such model, or something about it that training would refuse.

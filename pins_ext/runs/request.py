@@ -119,9 +119,13 @@ class Request:
     """A parsed and validated request.
 
     Attributes:
-        run, task, regularizer, pruning: our flags; pruning is None where the sparsity asked for is 0.
+        run: flags of the run.
+        task: flags of the task.
+        regularizer: flags of self-regularization.
+        pruning: flags of pruning; None where the sparsity asked for is 0.
         training: TrainingArguments by name, the Trainer's own defaults left out.
-        overwrite, resume: what to do with what is there; resume is NEWEST or a checkpoint's folder.
+        overwrite: replace what is there.
+        resume: go on with what is there: NEWEST, or a checkpoint's folder.
         given: names of the flags that were given, in a file or typed.
         tokens: those flags as they would be typed.
         recipe: the name of the recipe in use, if there is one.

@@ -76,7 +76,8 @@ def evaluate_entities(gold: Sequence[Sequence[str]], found: Sequence[Sequence[st
     """Computes micro-averaged f1, precision and recall of entities; boundaries and type must both be right (CoNLL).
 
     Args:
-        gold, found: IOB tags, a list of as many tags per sentence.
+        gold: true IOB tags, a list for each sentence.
+        found: predicted ones, as many for each sentence.
     """
     from nervaluate import Evaluator
 

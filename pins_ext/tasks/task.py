@@ -42,9 +42,12 @@ class Task(ABC):
 
     Attributes:
         name: as in --task, or "files".
-        train, validation, test: examples as read; after `tokenized` the model's inputs and labels.
+        train: examples as read; after `tokenized` the model's inputs and labels.
+        validation: likewise.
+        test: likewise.
         metrics: names, the main one first.
-        source, licence: where the data comes from, and its terms.
+        source: where the data comes from.
+        licence: its terms.
         max_length: longest input in tokens.
         notes: what a reader of the results should know.
         recipe: published or tried settings, if there are any.

@@ -23,7 +23,8 @@ class Cell:
     """One training run of a grid.
 
     Attributes:
-        method, seed: of the grid.
+        method: one of the grid's.
+        seed: one of the grid's.
         axes: the varied flags that this method doesn't set itself, with their values here.
         flags: of `pins-ext train`, as they would be typed, without the folder.
         folder: of its result.

@@ -22,7 +22,8 @@ class Overlap:
 
     Attributes:
         weights: prunable ones.
-        first, second: kept by each of the two.
+        first: kept by the first.
+        second: kept by the second.
         common: by both.
         by_tensor: common ones to expect if each kept as many of every tensor as it does, at random within the tensor.
     """

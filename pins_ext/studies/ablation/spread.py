@@ -33,8 +33,9 @@ class Difference:
     """Mean difference to the reference over the n seeds that both have, and its confidence interval (t, paired).
 
     Attributes:
-        low, high: None for a single seed, and for differences without variance: an interval of no width would read as
-            proof, where a score of few examples merely took the same value twice.
+        low: lower end of the interval; None for a single seed, and for differences without variance: an interval of
+            no width would read as proof, where a score of few examples merely took the same value twice.
+        high: upper end, likewise.
     """
 
     mean: float

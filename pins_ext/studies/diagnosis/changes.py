@@ -47,7 +47,8 @@ class Change:
         extent: "new", the weights that the last mask kept (random: drawn among those); "whole", all pruned weights
             (random: drawn among all); "step", the optimizer's step and then all pruned weights.
         weights: how many are zeroed.
-        predicted, measured: change of the loss.
+        predicted: predicted change of the loss.
+        measured: measured change of the loss.
         predicted_sgd: extent "step": the prediction if the step were one of SGD along the training gradient.
         fractions: criterion's "new" and "whole": measured change when the weights go only this part of their way.
         noise: standard deviation of a measured change from rounding alone.
@@ -108,7 +109,9 @@ class Diagnosis:
 
     Attributes:
         steps: pruner steps (from 0) that will be looked at.
-        changes, observations, exchanges: what was found so far.
+        changes: what was found so far.
+        observations: likewise.
+        exchanges: likewise.
     """
 
     def __init__(

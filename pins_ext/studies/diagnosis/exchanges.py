@@ -82,7 +82,8 @@ class Exchanges:
     Attributes:
         step: optimizer step, from 1.
         noise: of a loss value.
-        mask_change, random_change: what this mask, and random masks of its size on average, do to the loss.
+        mask_change: what this mask does to the loss.
+        random_change: what random masks of its size do to it on average.
         strata: by kind.
     """
 
@@ -259,8 +260,10 @@ def try_exchanges(
     """Mask the weights, try exchanges in every stratum; the weights come back by `loss.restore`.
 
     Args:
-        noise, generator: see Exchanger.
-        groups, pairs: see Exchanger.stratum.
+        noise: see Exchanger.
+        generator: see Exchanger.
+        groups: see Exchanger.stratum.
+        pairs: see Exchanger.stratum.
         report: told what is under way.
     """
     with torch.no_grad():

@@ -39,9 +39,12 @@ class Agreement:
     Attributes:
         n: changes.
         clear: those that stand out from rounding.
-        predicted, measured: means over all.
-        ratio, same_sign: median of predicted / measured and share of equal signs, over the clear ones, if there are.
-        pearson, spearman: correlations over all; None where fewer than three changes, or equal ones, have none.
+        predicted: mean over all.
+        measured: mean over all.
+        ratio: median of predicted / measured over the clear ones, if there are any.
+        same_sign: share of equal signs among these.
+        pearson: correlation over all; None for fewer than three changes, or equal ones.
+        spearman: correlation of ranks, likewise.
     """
 
     kind: str

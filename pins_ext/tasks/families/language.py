@@ -29,7 +29,8 @@ class LanguageTask(CausalTask):
     Its splits have the column text, a line each with its end; after `tokenized` one row per block.
 
     Attributes:
-        max_train_samples, max_eval_samples: at most so many blocks, drawn with `split_seed`.
+        max_train_samples: train on at most so many blocks, drawn with `split_seed`.
+        max_eval_samples: validate and test on at most so many each.
     """
 
     max_train_samples: int | None = None

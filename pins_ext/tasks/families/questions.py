@@ -184,7 +184,8 @@ def best_span(
     no possible one.
 
     Args:
-        start, end: logits [at least length]; what follows the window is padding.
+        start: logits [at least length]; what follows the window is padding.
+        end: likewise.
         offsets: int [length, 2], negative outside of the context.
         max_length: of a span, in tokens.
     """

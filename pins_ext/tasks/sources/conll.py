@@ -62,7 +62,8 @@ class Sentences:
 
     Attributes:
         origin: for messages.
-        words, tags: per sentence.
+        words: of each sentence.
+        tags: of each sentence, one for each word.
         lines: where each sentence begins, from 1.
     """
 

@@ -33,7 +33,8 @@ class GlueTask:
     """One task: where its texts and labels stand, and what the field reports of it.
 
     Attributes:
-        texts, label: columns on the hub and, where `local_texts`, `local_label` don't differ, in the files.
+        texts: columns of the texts on the hub and, where `local_texts` is not given, in the files.
+        label: the column of the label, likewise with `local_label`.
         names: classes by id, as on the hub; empty for a regression.
         metrics: the first is the main one.
         splits: of the hub that hold labels: train, validation, test; the file names follow in `files`.

@@ -16,7 +16,8 @@ class Rows:
 
     Attributes:
         origin: the file or data set, for messages.
-        text, pair: first and second text per example; pair is None for a task of single texts.
+        text: first text of each example.
+        pair: second text of each example; None for a task of single texts.
         labels: as written in the source.
         lines: where each example stands in its source, from 1.
         skipped: incomplete rows left out.

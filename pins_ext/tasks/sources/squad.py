@@ -38,7 +38,8 @@ class Question:
 
     Attributes:
         article: title or number of the article that the context is from.
-        answers, starts: right answers and where they begin in the context; none for an unanswerable question.
+        answers: right answers; none for an unanswerable question.
+        starts: where each begins in the context.
     """
 
     article: str
