@@ -158,6 +158,46 @@ def keep_mask(keys: Tensor, index: Tensor, threshold: tuple[int, int]) -> Tensor
     return ~((keys < key) | ((keys == key) & (index < tie_index)))
 
 
+def group_mask(scores: Tensor, keep: int, of: int, axis: int) -> Tensor:
+    """N:M: True for the `keep` best of every `of` consecutive weights along an axis, by (score, position).
+
+    Args:
+        scores: float32, of any shape; its size along the axis is a multiple of `of`.
+        keep: N.
+        of: M.
+        axis: dimension of the inputs.
+    """
+    keys = order_key(scores).movedim(axis, -1)
+    groups = keys.reshape(-1, of)
+    # Positions within a group are in the order of the global index, whatever the axis.
+    best = groups.argsort(dim=1, stable=True)[:, of - keep :]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
+    return mask.view(keys.shape).movedim(-1, axis).contiguous()
+
+
+def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
+    """Sum of the scores of each block, float32 [.., n / rows, m / columns], in float64 by halves onto halves.
+
+    Args:
+        scores: float32 [.., n, m], multiples of the sizes of a block.
+        rows: size of a block in the last dimension but one.
+        columns: in the last one.
+    """
+    *lead, n, m = scores.shape
+    blocks = scores.double().reshape(*lead, n // rows, rows, m // columns, columns)
+    of_rows = _folded(list(blocks.unbind(-1)))
+    return _folded(list(of_rows.unbind(-2))).float()
+
+
+def _folded(parts: list[Tensor]) -> Tensor:
+    """Their sum: the second half is added onto the first, which is longer by one where their number is odd."""
+    while len(parts) > 1:
+        half = (len(parts) + 1) // 2
+        low, high = parts[:half], parts[half:]
+        parts = [a + b for a, b in zip(low, high, strict=False)] + low[len(high) :]
+    return parts[0]
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Boolean mask to bits, least significant first, padded with zeros to whole 64-bit words: uint8 [8 ceil(n/64)]."""
     flat = mask.flatten()

@@ -20,7 +20,7 @@ from pins_ext.wrappers import plain_name
 FORMAT = "pins_ext.pruner"
 VERSION = 2
 
-_LATER_OPTIONS = ("importance_every",)
+_LATER_OPTIONS = ("importance_every", "pattern")
 """Of PruneConfig: a state from before they existed was made with what is their default now."""
 
 _CUTOFF = "threshold"  # its name in the file

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pins_ext.criteria import CRITERIA, PRECOMPUTED, Criterion
+from pins_ext.patterns import ACCEPTED, NONE, Pattern
 
 SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
 
@@ -97,6 +98,11 @@ class PruneConfig:
     exclude: tuple[str, ...] = _option((), "never prune parameters whose names match these patterns")
     min_density: Density = _option({}, "least share of weights kept per tensor: a number, or pattern to number")
     max_density: Density = _option({}, "largest share of weights kept per tensor: a number, or pattern to number")
+    pattern: str | Mapping[str, str] = _option(
+        NONE,
+        "zeros as hardware likes them: N:M (2:4, at most 2 of 4 inputs in a row are kept), blocks of outputs x inputs "
+        "(4x1, 16x16), none, or name pattern to one of these; tensors that it does not fit are pruned without",
+    )
     state_dtype: str = _option(
         "float32",
         "storage of the importance states; bfloat16 halves it, with stochastic rounding",
@@ -160,6 +166,19 @@ class PruneConfig:
             object.__setattr__(self, name, densities if densities is value else {"*": float(value)})
         if self.ties == "reference" and (self.min_density or self.max_density):
             raise ValueError("min_density and max_density need an exact count: use ties='exact'")
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        wanted = self.pattern if isinstance(self.pattern, Mapping) else {"*": self.pattern}
+        self._patterns("pattern", tuple(wanted))
+        self._check(len(wanted) > 0, "pattern", "a pattern, or at least one name pattern with one")
+        self._check(all(isinstance(p, str) for p in wanted.values()), "pattern", ACCEPTED)
+        for text in wanted.values():
+            Pattern.parse(text)
+        if self.patterned and self.ties == "reference":
+            raise ValueError("a pattern needs an exact count: use ties='exact'")
+        if self.patterned and self.sparsity == 0:
+            raise ValueError("a pattern needs zeros: set sparsity above 0, or pattern='none'")
 
     def check_training(self) -> None:
         """Refuse what only one-shot pruning can do.
@@ -205,6 +224,12 @@ class PruneConfig:
     def smoothed(self) -> bool:
         """Whether the score is built from running averages."""
         return self.rule.smoothed
+
+    @property
+    def patterned(self) -> bool:
+        """Whether any tensor is to have a pattern."""
+        wanted = self.pattern.values() if isinstance(self.pattern, Mapping) else [self.pattern]
+        return any(pattern != NONE for pattern in wanted)
 
     @property
     def needs_shadow(self) -> bool:

@@ -13,6 +13,7 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Counted, Importance, Operands
+from pins_ext.pruning.patterns import Units, unit_layout, values
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import Selection
 
@@ -46,7 +47,9 @@ class Masks:
         self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig, ranks: Ranks
     ) -> None:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
-        self.selection = Selection(scopes, layout, ranks)
+        patterned = any(scopes.fits)
+        self._units = unit_layout(parameters, scopes.names, scopes.fits) if patterned else None
+        self.selection = Selection(scopes, layout, ranks, self._units)
         device = layout.places.device
         self.sizes = [local(p).numel() for p in parameters]
         self.bits = [ops.new_mask(local(p)) for p in parameters]
@@ -82,12 +85,13 @@ class Masks:
         if wanted == self._chosen_for:
             return
         score = importance.score()
-        cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None)
+        units = Units(score, self.scopes.fits) if self._units is not None else None
+        cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None, units)
         if self.scopes.exact:
             # Before any score is known an exact count could only be met by position; the lowest cutoff prunes nothing.
             # The released rule, strictly below zero, prunes nothing by itself.
             cutoff = cutoff * importance.known
-        self._pack(score, cutoff)
+        self._pack(score, cutoff, units)
         self._chosen_for = wanted
 
     def choose(self, score: Operands, ratio: float) -> None:
@@ -125,13 +129,38 @@ class Masks:
         """Let the next `renew` select whatever was selected before."""
         self._chosen_for = None
 
-    def _pack(self, score: Operands, cutoff: Tensor) -> None:
-        kind, a, b, factors = score
+    def _pack(self, score: Operands, cutoff: Tensor, units: Units | None = None) -> None:
         self.cutoff = cutoff
-        tables = (self.layout.places, self.layout.chunks)
-        torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors)
+        if units is None:
+            kind, a, b, factors = score
+            tables = (self.layout.places, self.layout.chunks)
+            torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors)
+        else:
+            for i in range(len(self.bits)):
+                self._pack_one(i, score, cutoff[i : i + 1], units)
         for bits, fixed in zip(self.bits, self.fixed or (), strict=False):
             bits &= fixed
+
+    def _pack_one(self, i: int, score: Operands, cutoff: Tensor, units: Units) -> None:
+        """The bits of one tensor; where it has a pattern, from those of its units."""
+        layout, row, bits = self.layout.subset([i]), self._stats[i : i + 1], self.bits[i : i + 1]
+        tables = (layout.places, layout.chunks)
+        if self.scopes.fits[i] is None:
+            kind, a, b, factors = score
+            own = None if factors is None else factors[i : i + 1]
+            operands = (a[i : i + 1], b[i : i + 1], *tables, kind, cutoff)
+            torch.ops.pins_ext.pack_(bits, row, *operands, factors=own)
+            return
+        assert self._units is not None
+        scores = units.of(i)
+        of_units = (self._units if self.scopes.is_blocked(i) else self.layout).subset([i])
+        above = ops.new_mask(scores)
+        operands = ([scores], [], of_units.places, of_units.chunks, "identity", cutoff)
+        torch.ops.pins_ext.pack_([above], torch.empty_like(row), *operands)
+        kept = units.kept(i, ops.unpack_bits(above, scores.shape))
+        operands = ([kept.float()], [], *tables, "identity", ops.to_device(torch.tensor([[_ZERO, 0]]), cutoff.device))
+        torch.ops.pins_ext.pack_(bits, row, *operands)
+        row[0, 2] = values(score, i).isnan().sum()
 
     def apply(
         self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout, bits: list[Tensor] | None = None
@@ -170,9 +199,15 @@ class Masks:
         """The score below which weights are pruned, the highest where tensors differ; one synchronisation.
 
         Returns:
-            None before the first mask.
+            None before the first mask, and where no score decides: all but the best of every group N:M are pruned.
         """
-        return ops.score_of_key(self.cutoff).max().item() if self.chosen else None
+        if not self.chosen:
+            return None
+        found = ops.score_of_key(self.cutoff)
+        if self._units is not None:
+            found = found.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        highest = found.max().item()
+        return None if highest == -torch.inf else highest
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; the tensors are `bits` and `cutoff`."""

@@ -25,6 +25,7 @@ from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import reader
 from pins_ext.pruning.parameters import prunable_parameters
+from pins_ext.pruning.patterns import fitted, refuse_cut
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
@@ -78,7 +79,8 @@ class Pruner:
         parameters = prunable_parameters(model, config)
         self.names = list(parameters)
         self.n_weights = sum(p.numel() for p in parameters.values())
-        self._scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config)
+        fits, self._misfits = fitted(model, parameters, config)
+        self._scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config, fits)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         parts = divide(self.names, list(parameters.values()), optimizers)
         self._bind(parameters, [indices for _, indices in parts])
@@ -95,7 +97,7 @@ class Pruner:
         self._settled = False
         for slot in self.slots:
             slot.attach(self)
-        for conflict in conflicts(config, self.schedule):
+        for conflict in (*self._misfits, *conflicts(config, self.schedule)):
             warnings.warn(conflict, ConflictWarning, stacklevel=2)
 
     def __repr__(self) -> str:
@@ -123,6 +125,7 @@ class Pruner:
     def _bind(self, parameters: Mapping[str, Tensor], parts: Sequence[Sequence[int]]) -> None:
         """Begin with these parameters: which optimizer owns which (parts) and the number of weights are known."""
         self.parameters = list(parameters.values())
+        refuse_cut(self.names, self.parameters, self._scopes.fits)
         layout, ranks = layout_of(parameters), Ranks(self.parameters)
         self.importance = Importance(self.parameters, self.config, layout, parts, ranks)
         self.masks = Masks(self.parameters, layout, self._scopes, self.config, ranks)

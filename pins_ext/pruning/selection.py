@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.select import select
+from pins_ext.ops.bracket import MAX_INDEX, MAX_KEY
 from pins_ext.pruning.importance import Counted, Operands
-from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.patterns import Units
+from pins_ext.pruning.scopes import Part, Scopes
 
 
 class Selection:
@@ -21,58 +24,91 @@ class Selection:
         scopes: which weights compete, and how many are pruned.
         layout: of this rank's parts of the pruned tensors.
         ranks: the processes that hold them.
+        units: places of the units of tensors with a pattern, see `patterns.unit_layout`; None where none has one.
     """
 
-    def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks) -> None:
+    def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks, units: ops.Layout | None = None) -> None:
         self.scopes, self.layout, self.ranks = scopes, layout, ranks
-        self._regions = [layout.subset(self._owned(region)) for region in scopes.regions]
-        regions = {i: r for r, region in enumerate(scopes.regions) for i in region}
-        at = torch.tensor([regions[i] for i in range(len(regions))], dtype=torch.int64)
-        self._region_of = ops.to_device(at, layout.places.device)
+        self.units = layout if units is None else units
+        self._parts = [self._layout_of(part).subset(self._owned(part.members)) for part in scopes.parts]
+        parts = {i: r for r, part in enumerate(scopes.parts) for i in part.members}
+        at = torch.tensor([parts[i] for i in range(len(parts))], dtype=torch.int64)
+        self._part_of = ops.to_device(at, layout.places.device)
+        self._all = ops.to_device(torch.tensor([MAX_KEY, MAX_INDEX]), layout.places.device)
         # Bounds on densities also need each tensor alone.
-        self._alone = [layout.subset([i]) for i in range(len(scopes.sizes))] if scopes.bounded else []
+        self._alone: dict[int, ops.Layout] = {}
+        if scopes.bounded:
+            self._alone = {i: self._layout_of(part).subset([i]) for part in scopes.parts for i in part.members}
 
-    def _owned(self, region: Sequence[int]) -> list[int]:
-        """The tensors of a region that this rank counts."""
-        return list(region) if self.ranks.alone else [i for i in region if self.ranks.counts(i)]
+    def _layout_of(self, part: Part) -> ops.Layout:
+        return self.units if part.unit > 1 else self.layout
+
+    def _owned(self, members: Sequence[int]) -> list[int]:
+        """Those of the tensors that this rank counts."""
+        return list(members) if self.ranks.alone else [i for i in members if self.ranks.counts(i)]
 
     def cutoffs(
-        self, score: Operands, remaining_ratio: float, counted: Counted | None = None, before: Tensor | None = None
+        self,
+        score: Operands,
+        remaining_ratio: float,
+        counted: Counted | None = None,
+        before: Tensor | None = None,
+        units: Units | None = None,
     ) -> Tensor:
         """Cutoff of each tensor, int64 [n, 2] or [1, 2] for all: (order key, tie index), see ops.select.
+
+        Of a tensor that has a pattern it is that of its units.
 
         Args:
             score: kind and operands of the score.
             remaining_ratio: share kept.
             counted: a counting pass already made over all weights (one region without bounds only).
             before: the last cutoffs, which the new ones are near.
+            units: the scores of what competes in tensors that have a pattern; None where none has one.
         """
-        scopes, wanted = self.scopes, self.scopes.n_prune(remaining_ratio)
+        scopes, wanted = self.scopes, self.scopes.units_to_prune(remaining_ratio)
         if scopes.is_global:
-            return self._select(scopes.regions[0], self._regions[0], score, wanted[0], counted, before).reshape(1, 2)
-        if not scopes.bounded:
-            regions = zip(scopes.regions, self._regions, wanted, strict=True)
-            near = [before[region[0], None] if before is not None else None for region in scopes.regions]
-            found = [self._select(r, at, score, n, None, b) for (r, at, n), b in zip(regions, near, strict=True)]
-            return torch.stack(found)[self._region_of]
+            return self._select(scopes.parts[0], self._parts[0], score, wanted[0], counted, before).reshape(1, 2)
         table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
-        for region, count in zip(scopes.regions, wanted, strict=True):
-            self._fill_bounded(region, score, count, table)
-        return table
+        found = []
+        for part, layout, count in zip(scopes.parts, self._parts, wanted, strict=True):
+            if part.grouped and count == part.free:
+                # No competition: of every group all but the best go.
+                found.append(self._all)
+                table[list(part.members)] = self._all
+                continue
+            operands = self._operands(part, score, units)
+            if scopes.bounded:
+                self._fill_bounded(part, operands, count, table)
+            else:
+                near = before[part.members[0], None] if before is not None and not part.grouped else None
+                found.append(self._select(part, layout, operands, count, None, near))
+        return table if scopes.bounded else torch.stack(found)[self._part_of]
 
-    def _fill_bounded(self, region: Sequence[int], score: Operands, count: int, table: Tensor) -> None:
+    def _operands(self, part: Part, score: Operands, units: Units | None) -> Operands:
+        """What the units of a part compete by; tensors of other parts are left out."""
+        if not part.patterned:
+            return score
+        assert units is not None
+        nothing = torch.empty(0, device=self.layout.places.device)
+        own = {i: units.of(i, hold=True) for i in part.members}
+        return Operands("identity", [own.get(i, nothing) for i in range(len(self.scopes.sizes))], [])
+
+    def _fill_bounded(self, part: Part, score: Operands, count: int, table: Tensor) -> None:
         """Each tensor keeps its own top `least`, then the best of the rest up to `most`, as one exact water level.
 
         Variable fixing on a monotone budget: where clamping every tensor's share at a common cutoff keeps too many
         weights, the level must rise, so tensors below their floor stay there; and the other way round. Tensors so
         settled leave the competition with their own cutoff, the others compete again.
         """
-        scopes, free = self.scopes, list(region)
-        least, most = scopes.least, scopes.most
-        keep = scopes.size(region) - count
+        free, least, most = list(part.members), part.least, part.most
+        loose = {i: part.units[i] - part.fixed[i] for i in free}
+        keep = part.free - count
         keep = min(max(keep, sum(least[i] for i in free)), sum(most[i] for i in free))
+        whole = self._layout_of(part)
         while free:
-            cutoff = self._select(free, self.layout.subset(self._owned(free)), score, scopes.size(free) - keep)
+            among = replace(part, members=tuple(free))
+            cutoff = self._select(among, whole.subset(self._owned(free)), score, among.free - keep)
             table[free] = cutoff
             kept = dict(zip(free, self._kept(free, score, cutoff), strict=True))
             low = [i for i in free if kept[i] < least[i]]
@@ -82,8 +118,8 @@ class Selection:
             settled = (low if missing >= surplus else []) + (high if surplus >= missing else [])
             for i in settled:
                 share = least[i] if kept[i] < least[i] else most[i]
-                alone = self.layout.subset(self._owned([i]))
-                table[i] = self._select([i], alone, score, scopes.sizes[i] - share)
+                alone = replace(part, members=(i,))
+                table[i] = self._select(alone, whole.subset(self._owned([i])), score, loose[i] - share)
                 keep -= share
                 free.remove(i)
             if missing == surplus:
@@ -91,15 +127,26 @@ class Selection:
 
     def _select(
         self,
-        region: Sequence[int],
+        part: Part,
         layout: ops.Layout,
         score: Operands,
         count: int,
         counted: Counted | None = None,
         before: Tensor | None = None,
     ) -> Tensor:
-        """The cutoff of a region; layout: of the tensors in it that this rank counts."""
-        device, own = layout.places.device, self._owned(region)
+        """The cutoff of a part below which `count` units go.
+
+        Args:
+            part: what competes.
+            layout: of the tensors in it that this rank counts.
+            score: operands, of all tensors.
+            count: how many.
+            counted: see `cutoffs`.
+            before: see `cutoffs`.
+        """
+        device, own = layout.places.device, self._owned(part.members)
+        # What is never pruned lies below everything else.
+        count += sum(part.fixed[i] for i in part.members)
         target = ops.to_device(torch.tensor(count), device)
         a, b = ([x[i] for i in own] if x else [] for x in (score.a, score.b))
         bracket, counts = counted or (None, None)
@@ -109,7 +156,7 @@ class Selection:
         if not self.ranks.alone:
             if bracket is None and before is not None:
                 bracket = ops.bracket_around(before)
-            total = self.scopes.size(region)
+            total = sum(part.units[i] for i in part.members)
             exact = self.scopes.exact
             return select(self.ranks, a, b, layout, score.kind, target, total, exact, bracket, counts, factors)
         return torch.ops.pins_ext.select(
@@ -125,12 +172,12 @@ class Selection:
             counts=counts,
         )
 
-    def _kept(self, region: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
-        """Weights of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
+    def _kept(self, members: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
+        """Units of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
         # A tensor that another rank counts has zeros here.
         kind, a, b, factors = score
-        stats = torch.zeros(len(region), 3, dtype=torch.int64, device=cutoff.device)
-        for row, i in zip(stats.split(1), region, strict=True):
+        stats = torch.zeros(len(members), 3, dtype=torch.int64, device=cutoff.device)
+        for row, i in zip(stats.split(1), members, strict=True):
             if not self.ranks.counts(i):
                 continue
             layout, bits = self._alone[i], ops.new_mask(a[i])

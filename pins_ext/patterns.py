@@ -1,0 +1,157 @@
+"""Patterns that hardware knows, N:M and blocks: their names, what they fit, and whether a mask has them.
+
+Nothing here imports torch: the flags of the command are made from it before torch could be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NONE = "none"
+
+MOST = 32
+"""Largest M of a pattern N:M: within a group every weight is compared with every other."""
+
+ACCEPTED = f"none, N:M (2:4; N below M, M up to {MOST}) or ROWSxCOLUMNS (4x1, 16x16)"
+
+_KNOWN = (
+    "1:4", "2:4", "3:4", "1:8", "2:8", "4:8", "1:16", "2:16", "4:16", "8:16",
+    "64x64", "32x32", "16x16", "8x8", "4x4", "32x1", "16x1", "8x1", "4x1", "1x32", "1x16", "1x8", "1x4",
+)  # fmt: skip
+"""Patterns that are looked for, of those of one kind the tightest first."""
+
+_EXPLAINED = 0.99
+"""Share of the zeros that must lie in empty blocks for these to be the pattern: a kept weight may be zero by chance."""
+
+_GROUPED = {4: 0.5, 8: 0.9, 16: 0.9}
+"""M -> share of the zeros that N:M must ask for to be the pattern: without structure few long groups are full."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M (of every M consecutive weights along the inputs at most N are kept), or blocks (kept or pruned whole).
+
+    Attributes:
+        name: as it is written.
+        keep, of: N and M; 0 for blocks.
+        block: outputs x inputs of a block; (1, 1) for N:M.
+    """
+
+    name: str
+    keep: int = 0
+    of: int = 0
+    block: tuple[int, int] = (1, 1)
+
+    @staticmethod
+    def parse(text: str) -> Pattern | None:
+        """The pattern of this name; None for "none".
+
+        Raises:
+            ValueError: no such pattern.
+        """
+        if text == NONE:
+            return None
+        if found := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text):
+            keep, of = int(found[1]), int(found[2])
+            if keep < of <= MOST:
+                return Pattern(text, keep, of)
+        if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+            block = int(found[1]), int(found[2])
+            if 1 < prod(block) <= 1 << 16:
+                return Pattern(text, block=block)
+        raise ValueError(f"{text!r} is no pattern; there are {ACCEPTED}")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is N:M."""
+        return self.of > 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A pattern on a tensor of a given orientation.
+
+    Attributes:
+        pattern: which.
+        axis: dimension of the inputs: -1 for a Linear's [out, in], -2 for a Conv1D's [in, out].
+    """
+
+    pattern: Pattern
+    axis: int
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Sizes, in the tensor's last two dimensions, of what is chosen together: a group of M, or a block."""
+        if self.pattern.grouped:
+            return (1, self.pattern.of) if self.axis == -1 else (self.pattern.of, 1)
+        rows, columns = self.pattern.block
+        return (rows, columns) if self.axis == -1 else (columns, rows)
+
+    def misfit(self, shape: Sequence[int]) -> str | None:
+        """Why the pattern does not fit a tensor of this shape; None where it does."""
+        if len(shape) < 2:
+            return f"it has {len(shape)} dimension"
+        if any(size % cell for size, cell in zip(shape[-2:], self.cells, strict=True)):
+            cut = f"groups of {self.pattern.of} inputs" if self.pattern.grouped else f"blocks of {self.pattern.name}"
+            return f"its shape {tuple(shape)} is not made of whole {cut}"
+        return None
+
+    def divided(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How many groups or blocks there are in each dimension of a tensor, or where one begins."""
+        *lead, a, b = shape
+        return (*lead, a // self.cells[0], b // self.cells[1])
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """The tensor's last two dimensions as four: groups or blocks and, inside of them, weights."""
+        a, b = self.cells
+        return tensor.unflatten(-1, (tensor.shape[-1] // b, b)).unflatten(-3, (tensor.shape[-2] // a, a))
+
+    def counted(self, mask: Tensor) -> Tensor:
+        """How many weights of each group or block a boolean mask keeps, int64."""
+        return self.split(mask).sum((-3, -1))
+
+    def violations(self, mask: Tensor) -> int:
+        """Groups of which a boolean mask keeps more than N, or blocks of which it keeps a part."""
+        kept = self.counted(mask)
+        broken = kept > self.pattern.keep if self.pattern.grouped else (kept > 0) & (kept < prod(self.cells))
+        return int(broken.sum())
+
+
+def recognised(mask: Tensor, axis: int) -> Pattern | None:
+    """The tightest pattern that explains the zeros of a matrix.
+
+    Args:
+        mask: boolean, at least two dimensions, True where a weight is not zero.
+        axis: dimension of the inputs, see Fit.
+    """
+    zeros = mask.numel() - int(mask.sum())
+    if mask.dim() < 2 or not 0 < zeros < mask.numel():
+        return None
+    found = [fit.pattern for fit in _fits(mask.shape, axis) if _explains(fit, mask, zeros)]
+    groups = [pattern for pattern in found if pattern.grouped]
+    # Small N / M first, and of equal ones the short group, which is the stricter.
+    groups.sort(key=lambda pattern: (pattern.keep / pattern.of, pattern.of))
+    return next(iter([pattern for pattern in found if not pattern.grouped] + groups), None)
+
+
+def _fits(shape: Sequence[int], axis: int) -> Iterator[Fit]:
+    for name in _KNOWN:
+        pattern = Pattern.parse(name)
+        assert pattern is not None
+        fit = Fit(pattern, axis)
+        if fit.misfit(shape) is None:
+            yield fit
+
+
+def _explains(fit: Fit, mask: Tensor, zeros: int) -> bool:
+    if fit.pattern.grouped:
+        asked = 1 - fit.pattern.keep / fit.pattern.of
+        return asked >= _GROUPED[fit.pattern.of] * zeros / mask.numel() and fit.violations(mask) == 0
+    return int((fit.counted(mask) == 0).sum()) * prod(fit.cells) >= _EXPLAINED * zeros
