@@ -57,7 +57,8 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
     """Check that model, optimizers and masks agree; see Pruner.verify.
 
     Returns:
-        weights, zeros, kept (mask bits), sparsity, masked (whether pruned weights are to be zero now).
+        weights, zeros, kept (mask bits), sparsity, masked (whether pruned weights are to be zero now), patterns (how
+        many tensors have each, of those whose masks are to have it now).
     """
     problems, ranks = [], masks.ranks
     found = dict(named_parameters(model))
@@ -73,9 +74,14 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
             "an optimizer no longer calls this Pruner (it was copied or rebuilt): attach a new Pruner to it"
         )
     kept = 0
+    patterns: dict[str, int] = {}
     for i, (name, p) in enumerate((name, local(p)) for name, p in parameters.items()):
         mask = masks.keep(i, p.shape)
         kept += int(mask.sum()) if ranks.counts(i) else 0
+        if fit := masks.pattern_now(i):
+            patterns[fit.pattern.name] = patterns.get(fit.pattern.name, 0) + 1
+            if broken := fit.violations(mask):
+                problems.append(f"{name}: {broken:,} groups or blocks do not have the pattern {fit.pattern.name}")
         if masks.applied and (alive := int(torch.count_nonzero(p[~mask]))):
             problems.append(f"{name}: {alive:,} pruned weights are not zero")
         if not bool(torch.isfinite(p).all()):
@@ -91,6 +97,7 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
         "kept": kept,
         "sparsity": sum(n_zeros) / n,
         "masked": masks.applied,
+        "patterns": patterns,
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local
+from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Counted, Importance, Operands
 from pins_ext.pruning.patterns import Units, unit_layout, values
@@ -38,6 +39,7 @@ class Masks:
             (score, global index), are pruned.
         fixed: bits of the same form: what they prune is pruned by every mask and zero after every step, from the start
             on; None where nothing is fixed.
+        fits: the pattern of each tensor, None where it has none.
         frozen: whether the masks never change again.
         applied: whether pruned weights are zero at this moment, and stay so.
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
@@ -47,6 +49,7 @@ class Masks:
         self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig, ranks: Ranks
     ) -> None:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
+        self.fits = list(scopes.fits)
         patterned = any(scopes.fits)
         self._units = unit_layout(parameters, scopes.names, scopes.fits) if patterned else None
         self.selection = Selection(scopes, layout, ranks, self._units)
@@ -183,6 +186,18 @@ class Masks:
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
         kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]
+
+    def pattern_now(self, i: int) -> Fit | None:
+        """The pattern that the mask of this tensor has at this moment; groups N:M fill up on the way.
+
+        A synchronisation where there is one.
+        """
+        fit = self.fits[i]
+        if fit is None or self._chosen_for is None:
+            return fit if self.frozen else None
+        final = self._chosen_for[1:] == tuple(self.scopes.n_prune(self.scopes.final_ratio))
+        # A cutoff of zero has pruned nothing: no score was known.
+        return None if fit.pattern.grouped and not (final and bool(self.cutoff[i].any())) else fit
 
     def keep(self, i: int, shape: Sequence[int]) -> Tensor:
         """Boolean mask of this rank's part of one tensor, of its shape (True = keep); a copy."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pins_ext import ops
 from pins_ext.distributed.shards import local, shard_of
-from pins_ext.patterns import Fit, Pattern
+from pins_ext.patterns import Fit, Pattern, recognised
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Operands
 from pins_ext.wrappers import plain_name
@@ -78,6 +78,44 @@ def fitted(
     if notes and not any(fits):
         raise ValueError(f"pattern={config.pattern!r} fits no pruned tensor; {notes[0]}")
     return fits, notes
+
+
+def fits_of_zeros(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    masks: Sequence[Tensor],
+    config: PruneConfig,
+    recognise: bool = True,
+) -> list[Fit | None]:
+    """The pattern that the zeros of each tensor have.
+
+    Args:
+        model: see `fitted`.
+        parameters: the pruned ones, by name.
+        masks: boolean, of this rank's part of each, True where a weight is not zero.
+        config: the pattern that they must have, if it names one.
+        recognise: otherwise look for one. Off where a rank sees parts only.
+
+    Raises:
+        ValueError: zeros without the pattern that the configuration names; see `fitted`.
+    """
+    if config.patterned:
+        fits, _ = fitted(model, parameters, config)
+        refuse_cut(list(parameters), list(parameters.values()), fits)
+        for name, mask, fit in zip(parameters, masks, fits, strict=True):
+            if fit is not None and (broken := fit.violations(mask)):
+                raise ValueError(
+                    f"{name} does not have the pattern {fit.pattern.name}: {broken:,} groups or blocks break it; "
+                    f"leave out the pattern to keep the zeros as they are"
+                )
+        return fits
+    axes = input_axes(model) if recognise else {}
+    found = []
+    for name, mask in zip(parameters, masks, strict=True):
+        pattern = recognised(mask, axes[name]) if name in axes else None
+        fit = None if pattern is None else Fit(pattern, axes[name])
+        found.append(fit if fit is not None and fit.violations(mask) == 0 else None)
+    return found
 
 
 def refuse_cut(names: Sequence[str], parameters: Sequence[Tensor], fits: Sequence[Fit | None]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import state_names
 from pins_ext.pruning.schedule import Schedule
@@ -25,7 +26,9 @@ class Plan(dict[str, Any]):
         lines = [
             f"{self['weights']:,} prunable weights in {len(self['tensors'])} tensors "
             f"({self['share_of_model']:.1%} of the model's {self['model_weights']:,})",
-            f"{self['zeros_at_the_end']:,} of them zero at the end: sparsity {self['final_sparsity']:.4%}",
+            f"{self['zeros_at_the_end']:,} of them zero at the end: sparsity {self['final_sparsity']:.4%}"
+            + (f", {self['remainder']:,} fewer than asked for: blocks go whole" if self["remainder"] else ""),
+            *(f"pattern {name}: {count:,} weights in {n} tensors" for name, (n, count) in self["patterns"].items()),
             f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} B per weight) "
             f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB; while the masked model is evaluated up to "
             f"{self['view_bytes'] / 2**20:,.1f} MiB of hidden weights",
@@ -40,7 +43,12 @@ class Plan(dict[str, Any]):
 
 
 def plan(
-    config: PruneConfig, schedule: Schedule, parameters: Mapping[str, Tensor], scopes: Scopes, model_weights: int
+    config: PruneConfig,
+    schedule: Schedule,
+    parameters: Mapping[str, Tensor],
+    scopes: Scopes,
+    model_weights: int,
+    fits: Sequence[Fit | None],
 ) -> Plan:
     """The dry run of a pruner; see Pruner.plan.
 
@@ -50,6 +58,7 @@ def plan(
         parameters: the pruned tensors by name.
         scopes: which of their weights compete.
         model_weights: weights of the whole model.
+        fits: the pattern of each tensor.
     """
     n = sum(p.numel() for p in parameters.values())
     zeros = sum(scopes.n_prune(schedule.final_ratio))
@@ -69,6 +78,8 @@ def plan(
         tensors={name: tuple(p.shape) for name, p in parameters.items()},
         zeros_at_the_end=zeros,
         final_sparsity=zeros / n,
+        remainder=scopes.remainder(schedule.final_ratio),
+        patterns=dict(pattern_sizes(parameters, fits)),
         state_bytes=state_bytes,
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
         view_bytes=_view_bytes(config, zeros, parameters),
@@ -81,6 +92,23 @@ def plan(
         conflicts=conflicts(config, schedule),
         config=config.to_dict(),
     )
+
+
+def pattern_sizes(
+    parameters: Mapping[str, Tensor], fits: Sequence[Fit | None]
+) -> Iterable[tuple[str, tuple[int, int]]]:
+    """Each pattern's name, and how many tensors have it and how many weights are in them.
+
+    Args:
+        parameters: the pruned ones.
+        fits: the pattern of each.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for p, fit in zip(parameters.values(), fits, strict=True):
+        if fit is not None:
+            tensors, weights = found.get(fit.pattern.name, (0, 0))
+            found[fit.pattern.name] = (tensors + 1, weights + p.numel())
+    return found.items()
 
 
 def _view_bytes(config: PruneConfig, zeros: int, parameters: Mapping[str, Tensor]) -> int:

@@ -25,7 +25,7 @@ from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import reader
 from pins_ext.pruning.parameters import prunable_parameters
-from pins_ext.pruning.patterns import fitted, refuse_cut
+from pins_ext.pruning.patterns import fits_of_zeros, fitted, refuse_cut
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
@@ -149,13 +149,15 @@ class Pruner:
                     f"{missing[0]} was replaced in the model since the Pruner was made, and its optimizer has the old "
                     f"one: build optimizer and Pruner after the model is sharded"
                 )
-        frozen, fixed = self.masks.frozen, self.masks.fixed is not None
+        frozen, fixed, fits = self.masks.frozen, self.masks.fixed is not None, self.masks.fits
         self._bind(parameters, [slot.indices for slot in self.slots])
         if fixed:
             self._keep_zeros()
         elif frozen:
             self.masks.keep_nonzero(self.parameters)
             self.masks.frozen = True
+            # A rank that sees parts of tensors can't tell the patterns of their zeros.
+            self.masks.fits = fits if self.masks.ranks.alone else self.masks.fits
         of_slots = [(slot.optimizer, slot.indices) for slot in self.slots]
         self.importance.moments = reader(self.config, self.names, self.parameters, of_slots)
         for slot in self.slots:
@@ -179,12 +181,14 @@ class Pruner:
             model: the model.
             optimizer: its optimizer, or several.
             config: what to prune, how much and when. Without total_steps only which parameters count (include, exclude,
-                parameter_set): the mask is where they are not zero, and never changes.
+                parameter_set) and which pattern their zeros must have: the mask is where they are not zero, and never
+                changes. Without a pattern the ones that explain the zeros are recognised; `verify` names them.
             total_steps: optimizer steps of the run; None: keep the sparsity that is there.
 
         Raises:
-            ValueError: the model has no zeros to keep; with total_steps more than are asked for in the end, in all or
-                by scope and densities, or initial_sparsity, beta1=0, or no config.
+            ValueError: the model has no zeros to keep, or others than the pattern asks for; with total_steps more than
+                are asked for in the end, in all or by scope and densities, or initial_sparsity, beta1=0, a pattern, or
+                no config.
         """
         if total_steps is not None:
             if config is None:
@@ -204,6 +208,7 @@ class Pruner:
             schedule="constant",
             warmup=0,
             cooldown=0,
+            pattern="none",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConflictWarning)
@@ -212,6 +217,17 @@ class Pruner:
         if not zeros:
             pruner.detach()
             raise ValueError(sparse_start.NO_ZEROS)
+        try:
+            pruner.masks.fits = fits_of_zeros(
+                model,
+                dict(zip(pruner.names, pruner.parameters, strict=True)),
+                [pruner.masks.keep(i, local(p).shape) for i, p in enumerate(pruner.parameters)],
+                config or still,
+                recognise=pruner.masks.ranks.alone,
+            )
+        except ValueError:
+            pruner.detach()
+            raise
         pruner.masks.frozen = True
         pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=1 - zeros / pruner.n_weights)
         return pruner
@@ -387,7 +403,9 @@ class Pruner:
         """What would happen, without doing it: pruned tensors, memory, schedule, conflicts."""
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
-        return plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights)
+        made = plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights, self.masks.fits)
+        made["conflicts"] = [*self._misfits, *made["conflicts"]]
+        return made
 
     def verify(self) -> dict[str, Any]:
         """Check that the model, its optimizer and the masks agree. Every rank must ask.

@@ -129,6 +129,12 @@ class Scopes:
         counts = iter(self.units_to_prune(remaining_ratio))
         return [sum(part.unit * next(counts) for part in parts) for parts in self._parts]
 
+    def remainder(self, remaining_ratio: float) -> int:
+        """Weights that the ratio asks to prune and that blocks, which go whole, leave."""
+        return sum(self._wanted(region, remaining_ratio) for region in self.regions) - sum(
+            self.n_prune(remaining_ratio)
+        )
+
     def units_to_prune(self, remaining_ratio: float) -> list[int]:
         """Units to prune per part."""
         return [

@@ -13,6 +13,9 @@ from pins_ext.integrations.meta import meta_model
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.memory import Memory, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
+from pins_ext.pruning.patterns import fitted
+from pins_ext.pruning.plan import pattern_sizes
+from pins_ext.pruning.scopes import Scopes
 from pins_ext.regularization.teacher import POLICIES
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request
@@ -49,6 +52,8 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
     try:
         model = meta_model(source, getattr(torch, request.run.dtype))
         pruned = prunable_parameters(model, pruning)
+        fits, misfits = fitted(model, pruned, pruning)
+        scopes = Scopes(list(pruned), [p.numel() for p in pruned.values()], pruning, fits)
         fixed = {
             "optimizer": _optimizer(request),
             "moment_dtype": request.run.moment_dtype,
@@ -67,6 +72,9 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         f"model     {type(model).__name__}, {weights:,} weights, {request.run.dtype}; from its config.json alone",
         f"pruned    {n_pruned:,} weights in {len(pruned)} tensors ({n_pruned / weights:.1%} of the model)",
         *(f"          {line}" for line in gathered({name: tuple(p.shape) for name, p in pruned.items()})),
+        *(f"pattern   {name}: {count:,} weights in {n} tensors" for name, (n, count) in pattern_sizes(pruned, fits)),
+        f"zeros     {sum(scopes.n_prune(1 - pruning.sparsity)):,} at the end",
+        *(f"note      {note}" for note in misfits),
         "",
         *_bytes(asked, n_pruned, _spread(ranks, replicas)),
         "",

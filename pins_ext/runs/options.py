@@ -281,6 +281,16 @@ def densities(text: str) -> float | dict[str, float]:
     return {pattern: _number(value) for pattern, _, value in pairs}
 
 
+def patterns(text: str) -> str | dict[str, str]:
+    """A pattern, or name=pattern pairs with commas between, or the same as JSON."""
+    if text.startswith("{"):
+        return {name: str(pattern) for name, pattern in _json(text).items()}
+    if "=" not in text:
+        return text
+    pairs = (part.rpartition("=") for part in text.split(","))
+    return {name: pattern for name, _, pattern in pairs}
+
+
 def share(text: str) -> float:
     """A share of 1; one that was meant in percent gets a hint."""
     percent = _number(text.strip().removesuffix("%"))

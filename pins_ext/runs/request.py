@@ -105,6 +105,7 @@ PRUNING_PARSERS = {
     "scope": options.groups,
     "min_density": options.densities,
     "max_density": options.densities,
+    "pattern": options.patterns,
 }
 
 _INCIDENTAL = (
@@ -158,7 +159,8 @@ class Request:
         if self.pruning is None:
             return "dense"
         name = "PINS" if self.pruning.criterion == "pins" else str(self.pruning.criterion)
-        return f"{name} {100 * self.pruning.sparsity:g} %"
+        pattern = f" {self.pruning.pattern_text}" if self.pruning.patterned else ""
+        return f"{name} {100 * self.pruning.sparsity:g} %{pattern}"
 
     @property
     def regularizes(self) -> bool:

@@ -397,3 +397,66 @@ def test_recognised_patterns_are_the_tightest_and_random_zeros_have_none() -> No
     found = recognised(transposed, -2)
     assert found is not None
     assert found.name == "4x1"
+
+
+def test_verify_names_patterns_and_finds_what_breaks_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    pruner = trained(model, PruneConfig(sparsity=0.5, pattern={"0.*": "2:4", "1.*": "4x1"}, **QUICK))
+    assert pruner.verify()["patterns"] == {"2:4": 1, "4x1": 1}
+    pruner.masks.bits[0].bitwise_not_()
+    pruner.masks.bits[0][0] = 0b1110001
+    with pytest.raises(RuntimeError, match=r"0\.weight: 1 groups or blocks do not have the pattern 2:4"):
+        pruner.verify()
+
+
+def test_before_a_score_is_known_there_is_no_pattern_to_verify() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    config = PruneConfig(sparsity=0.5, pattern="2:4", schedule="constant", warmup=0, cooldown=2)
+    pruner = Pruner(model, optimizer, config, 40)
+    for _ in range(3):
+        model[0].weight.grad = torch.randn(8, 8)
+        optimizer.step()
+    assert pruner.verify()["patterns"] == {}
+    for _ in range(20):
+        model[0].weight.grad = torch.randn(8, 8)
+        optimizer.step()
+    assert pruner.verify()["patterns"] == {"2:4": 1}
+    assert pruner.stats()["threshold"] is None
+
+
+def test_plan_tells_patterns_misfits_and_what_blocks_leave() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(15, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.warns(ConflictWarning, match="2.weight is pruned without"):
+        plan = Pruner(model, optimizer, PruneConfig(sparsity=0.4, pattern="16x16", **QUICK), 24).plan()
+    assert plan["patterns"] == {"16x16": (2, 512)}
+    assert any("2.weight is pruned without the pattern 16x16" in line for line in plan["conflicts"])
+    assert "pattern 16x16: 512 weights in 2 tensors" in str(plan)
+    # 223 of 557: none of the two blocks at their share, all 45 others, and then no whole block more.
+    assert (plan["zeros_at_the_end"], plan["remainder"]) == (45, 178)
+    assert "178 fewer than asked for: blocks go whole" in str(plan)
+
+
+def test_from_sparse_recognises_a_pattern_or_checks_the_one_it_is_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight *= reference.group_mask(model[0].weight.abs(), 2, 4, -1)
+        model[1].weight *= (torch.rand(8, 32) < 0.5).repeat_interleave(4, 0)
+        model[2].weight *= torch.rand(32, 32) < 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Pruner.from_sparse(model, optimizer)
+    assert pruner.verify()["patterns"] == {"2:4": 1, "4x1": 1}
+    assert pruner.plan()["patterns"] == {"2:4": (1, 512), "4x1": (1, 1024)}
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    assert pruner.verify()["patterns"] == {"2:4": 1, "4x1": 1}
+    pruner.detach()
+    pruner = Pruner.from_sparse(model, optimizer, PruneConfig(pattern={"0.*": "2:4"}))
+    assert pruner.verify()["patterns"] == {"2:4": 1}
+    pruner.detach()
+    with pytest.raises(ValueError, match=r"2\.weight does not have the pattern 2:4"):
+        Pruner.from_sparse(model, optimizer, PruneConfig(pattern={"2.*": "2:4"}))
+    Pruner.from_sparse(model, optimizer).detach()
