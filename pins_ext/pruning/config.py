@@ -90,7 +90,7 @@ class PruneConfig:
     scope: str | Mapping[str, tuple[str, ...]] = _option(
         "auto",
         "weights compete globally, within each tensor (layer), within groups of name patterns, or, one-shot only, "
-        "within each output of a layer (row); auto: row for wanda, else global",
+        "within each output of a layer (row); auto: row for wanda without a pattern, else global",
     )
     include: tuple[str, ...] = _option(
         (), "prune the parameters whose names match these patterns, instead of the default"
@@ -127,7 +127,7 @@ class PruneConfig:
             if choices and not own and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
         if self.scope == "auto":
-            object.__setattr__(self, "scope", "row" if self.rule.reads_inputs else "global")
+            object.__setattr__(self, "scope", "row" if self.rule.reads_inputs and not self.patterned else "global")
         percent = _fits(self.sparsity, 2, 99)
         hint = f" ({self.sparsity:g} % is {self.sparsity / 100:g})" if percent else ""
         self._check(_fits(self.sparsity, 0, 1) and self.sparsity < 1, "sparsity", f"a number in [0, 1){hint}")
@@ -175,6 +175,10 @@ class PruneConfig:
         self._check(all(isinstance(p, str) for p in wanted.values()), "pattern", ACCEPTED)
         for text in wanted.values():
             Pattern.parse(text)
+        if self.patterned and self.scope == "row":
+            raise ValueError(
+                "scope='row' prunes every row alike, a pattern every group or block: leave one of them out"
+            )
         if self.patterned and self.ties == "reference":
             raise ValueError("a pattern needs an exact count: use ties='exact'")
         if self.patterned and self.sparsity == 0:

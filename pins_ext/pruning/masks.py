@@ -104,7 +104,8 @@ class Masks:
             score: what the score is made of.
             ratio: share of the weights that is kept.
         """
-        self._pack(score, self.selection.cutoffs(score, ratio))
+        units = Units(score, self.scopes.fits) if self._units is not None else None
+        self._pack(score, self.selection.cutoffs(score, ratio, units=units), units)
         self._chosen_for = (0, *self.scopes.n_prune(ratio))
 
     def counting(self) -> Counted | None:

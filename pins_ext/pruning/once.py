@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pins_ext.pruning.gathered import Gathered, gathered
 from pins_ext.pruning.inputs import output_dims
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.parameters import prunable_parameters
+from pins_ext.pruning.patterns import fitted
+from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.pruning.rows import prune_rows
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.streamed import GradientStream
@@ -93,7 +96,10 @@ def prune_once(
         raise ValueError("scope='row' prunes the same number in every row: leave out densities and ties")
     purpose = "scope='row'" if by_rows else f"criterion={config.criterion!r}"
     dims = output_dims(model, parameters, purpose) if by_rows or config.rule.reads_inputs else []
-    scopes = None if by_rows else Scopes(list(parameters), [p.numel() for p in parameters.values()], config)
+    fits, misfits = fitted(model, parameters, config)
+    for misfit in misfits:
+        warnings.warn(misfit, ConflictWarning, stacklevel=2)
+    scopes = None if by_rows else Scopes(list(parameters), [p.numel() for p in parameters.values()], config, fits)
     say = progress or (lambda stage, done: None)
     with torch.no_grad():
         source = gathered(model, parameters, config, dims, learning_rate)

@@ -72,17 +72,20 @@ class Selection:
         table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
         found = []
         for part, layout, count in zip(scopes.parts, self._parts, wanted, strict=True):
-            if part.grouped and count == part.free:
-                # No competition: of every group all but the best go.
-                found.append(self._all)
-                table[list(part.members)] = self._all
-                continue
-            operands = self._operands(part, score, units)
-            if scopes.bounded:
+            settled = part.grouped and count == part.free
+            operands = score if settled else self._operands(part, score, units)
+            if scopes.bounded and not settled:
                 self._fill_bounded(part, operands, count, table)
+                continue
+            if settled:
+                # No competition: of every group all but the best go.
+                cutoff = self._all
             else:
                 near = before[part.members[0], None] if before is not None and not part.grouped else None
-                found.append(self._select(part, layout, operands, count, None, near))
+                cutoff = self._select(part, layout, operands, count, None, near)
+            found.append(cutoff)
+            if scopes.bounded:
+                table[list(part.members)] = cutoff
         return table if scopes.bounded else torch.stack(found)[self._part_of]
 
     def _operands(self, part: Part, score: Operands, units: Units | None) -> Operands:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pins_ext import PruneConfig, Pruner, ops, reference
+from pins_ext import PruneConfig, Pruner, ops, prune_once, reference
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.patterns import Fit, Pattern, recognised
 from pins_ext.pruning.importance import Operands
@@ -460,3 +460,20 @@ def test_from_sparse_recognises_a_pattern_or_checks_the_one_it_is_given() -> Non
     with pytest.raises(ValueError, match=r"2\.weight does not have the pattern 2:4"):
         Pruner.from_sparse(model, optimizer, PruneConfig(pattern={"2.*": "2:4"}))
     Pruner.from_sparse(model, optimizer).detach()
+
+
+def test_one_shot_pruning_takes_patterns_wanda_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    expected = reference.group_mask(model[0].weight.detach().abs() * x.norm(dim=0), 2, 4, -1)
+    found = prune_once(model, [x], PruneConfig(sparsity=0.5, criterion="wanda", pattern="2:4"), loss=lambda m, b: m(b))
+    assert found.sparsity == 0.5
+    assert torch.equal(model[0].weight != 0, expected)
+    by_blocks = PruneConfig(sparsity=0.5, criterion="magnitude", pattern="4x1")
+    other = nn.Sequential(nn.Linear(16, 8), nn.Linear(9, 8))
+    with pytest.warns(ConflictWarning, match="1.weight"):
+        prune_once(other, [], PruneConfig(sparsity=0.5, criterion="magnitude", pattern="2:4"))
+    prune_once(nn.Sequential(nn.Linear(16, 8)), [], by_blocks)
+    with pytest.raises(ValueError, match="scope='row'"):
+        PruneConfig(sparsity=0.5, criterion="wanda", pattern="2:4", scope="row")
