@@ -64,7 +64,7 @@ def check(config: PruneConfig) -> None:
         raise ValueError("initial_sparsity: the schedule starts from the sparsity that is there; leave it out")
     if config.patterned:
         raise ValueError(
-            "pattern: the zeros of the start need not fit it; go on without total_steps to keep a pattern that is there, "
+            "pattern: the zeros of the start need not fit it; leave out total_steps to keep a pattern that is there, "
             "or prune into one with a plain Pruner"
         )
     if config.beta1 == 0 or config.state_dtype not in ("float32", "bfloat16"):
