@@ -40,7 +40,8 @@ class Pattern:
 
     Attributes:
         name: as it is written.
-        keep, of: N and M; 0 for blocks.
+        keep: N; 0 for blocks.
+        of: M; 0 for blocks.
         block: outputs x inputs of a block; (1, 1) for N:M.
     """
 
