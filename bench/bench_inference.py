@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.options import Parser
 
+from . import inference_curves as curves
 from . import inference_peers as peers
 from .inference_peers import AbsentError, Call
 from .machine import describe
@@ -32,6 +33,7 @@ of the least processor time with one thread, of the least wall time with more.
 examples:
   pins-ext bench-inference --tokens 1 16 1x128 --sparsity 0.8 0.9 0.95
   pins-ext bench-inference runs/rte --threads 2 --tokens 8x128 --output rte.json
+  pins-ext bench-inference --curves --output curves.json
 """
 
 
@@ -44,6 +46,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: 1)")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20)")
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the random BERT (default: 12)")
+    parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="the random BERT over sparsities from 0.5 to 0.98, at 1 and 128 tokens, and over tokens from 1 to 2048, at "
+        "0.9; and where each of our kernels becomes faster than each peer. --sparsity and --tokens give other places",
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON to write; a plot goes beside it (.svg)")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
@@ -53,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--threads and --rounds must be at least 1")
     if "checkpoint" in given and ("sparsity" in given or "layers" in given):
         raise UsageError("--sparsity and --layers are for the random BERT: leave them out with a checkpoint")
+    if given.get("curves"):
+        return _curves(given, threads, rounds)
     shapes = [_shape(text) for text in given.get("tokens", ["1", "16", "128"])]
     models = _models(given)
     torch.set_num_threads(threads)
@@ -64,6 +74,45 @@ def main(argv: Sequence[str]) -> int:
             cases.append(case)
     if "output" in given:
         _write(Path(given["output"]), {"machine": describe(torch.device("cpu")), "threads": threads, "cases": cases})
+    return EXIT_OK
+
+
+def _curves(given: dict[str, Any], threads: int, rounds: int) -> int:
+    """Two curves over sparsity and one over tokens."""
+    if "checkpoint" in given:
+        raise UsageError("--curves is for the random BERT, whose sparsity can be chosen: leave the checkpoint out")
+    sparsities = sorted(given.get("sparsity", curves.SPARSITIES))
+    shapes = sorted((_shape(text) for text in given.get("tokens", curves.TOKENS)), key=lambda s: s[0] * s[1])
+    if not all(0 < s < 1 for s in sparsities):
+        raise UsageError("--sparsity must lie between 0 and 1")
+    if len(sparsities) < 2 or len(shapes) < 2:
+        raise UsageError("--curves needs at least two places for each of --sparsity and --tokens, or none for its own")
+    torch.set_num_threads(threads)
+    fixed = [(1, 1), (1, 128)]
+    plan = [(shape, s) for shape in fixed for s in sparsities] + [(shape, 0.9) for shape in shapes]
+    found: dict[tuple[tuple[int, int], float], dict[str, float]] = {}
+    with torch.inference_mode():
+        for i, (shape, sparsity) in enumerate(plan):
+            if (shape, sparsity) in found:
+                continue
+            print(f"{i + 1}/{len(plan)}: {shape[0]} x {shape[1]} tokens, {sparsity:.1%} zeros", flush=True)
+            model = _random_bert(sparsity, given.get("layers", 12))
+            rows = _case({"": model}, shape, threads, rounds, csr=False)["rows"]
+            key = "processor_ms" if threads == 1 else "least_ms"
+            found[shape, sparsity] = {name.strip(): row[key] for name, row in rows.items()}
+    drawn = [
+        curves.summary("sparsity", f"{b} x {n} tokens", [curves.Point(s, found[(b, n), s]) for s in sparsities])
+        for b, n in fixed
+    ]
+    drawn.append(curves.summary("tokens", "90 % zeros", [curves.Point(b * n, found[(b, n), 0.9]) for b, n in shapes]))
+    print("\n".join(line for curve in drawn for line in curves.lines(curve)))
+    if "output" in given:
+        file = Path(given["output"])
+        results = {"machine": describe(torch.device("cpu")), "threads": threads, "curves": drawn}
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        figure = _figure(len(drawn), 4)
+        curves.draw(drawn, figure)
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     return EXIT_OK
 
 
@@ -85,23 +134,27 @@ def _models(given: dict[str, Any]) -> dict[str, nn.Module]:
 
         model, _ = load_or_refuse(Path(given["checkpoint"]))
         return {Path(given["checkpoint"]).name: model.float()}
-    from transformers import BertConfig, BertModel
-
     sparsities = given.get("sparsity", [0.8, 0.9, 0.95])
     if not all(0.7 <= s < 1 for s in sparsities):
         raise UsageError("--sparsity must lie between 0.7 and 1: below, layers stay dense")
-    models: dict[str, nn.Module] = {}
-    for sparsity in sparsities:
-        torch.manual_seed(0)
-        model = BertModel(BertConfig(num_hidden_layers=given.get("layers", 12)), add_pooling_layer=False).eval()
-        for name, p in model.named_parameters():
-            if ".layer." in name and p.dim() == 2:
-                p.data[torch.rand(p.shape) < sparsity] = 0
-        models[f"{sparsity:.1%}".replace(".0%", "%")] = model
-    return models
+    return {f"{s:.1%}".replace(".0%", "%"): _random_bert(s, given.get("layers", 12)) for s in sparsities}
 
 
-def _case(models: dict[str, nn.Module], shape: tuple[int, int], threads: int, rounds: int) -> dict[str, Any]:
+def _random_bert(sparsity: float, layers: int) -> nn.Module:
+    """BERT-base with random weights, those of its layers pruned at random."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model: nn.Module = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+    for name, p in model.named_parameters():
+        if ".layer." in name and p.dim() == 2:
+            p.data[torch.rand(p.shape) < sparsity] = 0
+    return model
+
+
+def _case(
+    models: dict[str, nn.Module], shape: tuple[int, int], threads: int, rounds: int, csr: bool = True
+) -> dict[str, Any]:
     first = next(iter(models.values()))
     vocabulary = int(getattr(first.config, "vocab_size", 100))
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +189,8 @@ def _case(models: dict[str, nn.Module], shape: tuple[int, int], threads: int, ro
             add("OpenVINO bfloat16", partial(peers.openvino, file, inputs, threads, "bf16"))
             add("OpenVINO int8", partial(peers.openvino_int8, file, inputs, threads))
         for name, model in models.items():
-            add(f"torch CSR {name}", partial(peers.torch_csr, model, inputs))
+            if csr:
+                add(f"torch CSR {name}", partial(peers.torch_csr, model, inputs))
             for values in ("float32", "bfloat16", "int8"):
                 add(f"pins_ext {values} {name}", partial(peers.ours, model, inputs, values))
         samples = measure(calls, rounds)
@@ -190,12 +244,16 @@ def _resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-def _write(file: Path, results: dict[str, Any]) -> None:
+def _figure(rows: int, height: float) -> Any:
     from matplotlib.figure import Figure
 
+    return Figure(figsize=(9, height * rows), layout="constrained")
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     cases = results["cases"]
-    figure = Figure(figsize=(9, 3.5 * len(cases)), layout="constrained")
+    figure = _figure(len(cases), 3.5)
     for case, axes in zip(cases, figure.subplots(len(cases), 1, squeeze=False)[:, 0], strict=True):
         key = "processor_ms" if case["threads"] == 1 else "least_ms"
         names = list(case["rows"])[::-1]

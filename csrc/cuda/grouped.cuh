@@ -36,7 +36,9 @@ PINS_HD float element(const void* x, int64_t i) {
 
 template <typename T>
 PINS_HD void set_element(void* y, int64_t i, float value) {
-  write(static_cast<T*>(y) + i, stored<T, 1>({value}));
+  Pack<T, 1> rounded;
+  store(rounded.at[0], value);
+  write(static_cast<T*>(y) + i, rounded);
 }
 
 PINS_HD float load_as(int dtype, const void* x, int64_t i) {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pins_ext.bench.inference_curves import Point, crossing, lines, summary
 from pins_ext.cli.main import main
 
 
@@ -38,6 +39,45 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
         (["--threads", "0"], "--threads and --rounds must be at least 1"),
         (["none", "--sparsity", "0.9"], "leave them out with a checkpoint"),
         (["none"], "none is no folder"),
+        (["none", "--curves"], "leave the checkpoint out"),
+        (["--curves", "--sparsity", "0.5"], "at least two places"),
+        (["--curves", "--sparsity", "0.5", "1.5"], "--sparsity must lie between 0 and 1"),
     ]:
         assert main(["bench-inference", *argv]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_curves_cover_sparsity_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "curves.json"
+    argv = ["--curves", "--layers", "1", "--sparsity", "0.5", "0.98", "--tokens", "2x3", "1", "--rounds", "1"]
+    assert main(["bench-inference", *argv, "--output", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "1/6: 1 x 1 tokens, 50.0% zeros" in said
+    assert "pins_ext float32 is faster than: torch float32 " in said
+    found = json.loads(file.read_text())["curves"]
+    assert [(c["over"], c["where"], c["x"]) for c in found] == [
+        ("sparsity", "1 x 1 tokens", [0.5, 0.98]),
+        ("sparsity", "1 x 128 tokens", [0.5, 0.98]),
+        ("tokens", "90 % zeros", [1, 6]),
+    ]
+    for curve in found:
+        assert {"torch float32", "pins_ext float32", "pins_ext int8"} <= curve["series"].keys()
+        assert all(len(times) == 2 and min(times) > 0 for times in curve["series"].values())
+    assert file.with_suffix(".svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ours", "word", "place"),
+    [
+        ([1.0, 1.0, 1.0], "everywhere", None),
+        ([4.0, 5.0, 6.0], "nowhere", None),
+        ([8.0, 8.0, 0.5], "from", 0.7),  # log ratios -2, -2, 2: half way
+        ([1.0, 4.0, 4.0], "up to", 0.4),  # 1, -1
+        ([1.0, 4.0, 1.0], "on and off", None),
+    ],
+)
+def test_crossings(ours: list[float], word: str, place: float | None) -> None:
+    points = [Point(x, {"pins_ext a": ms, "b": 2.0}) for x, ms in zip((0.3, 0.5, 0.9), ours, strict=True)]
+    found = crossing(points, "pins_ext a", "b")
+    assert found == (word, None if place is None else pytest.approx(place))
+    assert word in "\n".join(lines(summary("sparsity", "here", points)))
