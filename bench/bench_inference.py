@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--curves",
         action="store_true",
-        help="the random BERT over sparsities from 0.5 to 0.98, at 1 and 128 tokens, and over tokens from 1 to 2048, at "
-        "0.9; and where each of our kernels becomes faster than each peer. --sparsity and --tokens give other places",
+        help="the random BERT over sparsities from 0.5 to 0.98, at 1 and 128 tokens, and over tokens from 1 to 2048, "
+        "at 0.9; and where our kernels become faster than each peer. --sparsity and --tokens give other places",
     )
     parser.add_argument("--output", metavar="FILE", help="JSON to write; a plot goes beside it (.svg)")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")

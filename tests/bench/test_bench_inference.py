@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pins_ext.bench import inference_peers
 from pins_ext.bench.inference_curves import Point, crossing, lines, summary
 from pins_ext.cli.main import main
 
@@ -47,7 +48,14 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
         assert message in capsys.readouterr().err
 
 
-def test_curves_cover_sparsity_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_curves_cover_sparsity_and_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported(*args: object) -> None:
+        raise inference_peers.AbsentError("left out: an export for each place would take a minute")
+
+    monkeypatch.setattr(inference_peers, "exported", exported)
     file = tmp_path / "curves.json"
     argv = ["--curves", "--layers", "1", "--sparsity", "0.5", "0.98", "--tokens", "2x3", "1", "--rounds", "1"]
     assert main(["bench-inference", *argv, "--output", str(file)]) == 0
