@@ -32,7 +32,7 @@ _OUTPUT = (
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = Parser(prog="pins-ext report", description=_ABOUT)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train or save_result wrote")
     parser.add_argument("-o", "--output", metavar="FILE", help=_OUTPUT)
     parser.add_argument("--title", metavar="TEXT", help="heading")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")

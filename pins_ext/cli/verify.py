@@ -23,7 +23,7 @@ examples:
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 when the result does not hold."""
     parser = Parser(prog="pins-ext verify", description=_ABOUT)
-    parser.add_argument("run", metavar="RUN", help="a folder that train wrote")
+    parser.add_argument("run", metavar="RUN", help="a folder that train or save_result wrote")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     asked = Path(parser.parse_args(argv).run)

@@ -241,7 +241,7 @@ def read_record(folder: Path) -> RunRecord:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise RecordError(f"{file} was not written by pins-ext train")
+        raise RecordError(f"{file} was not written by pins-ext")
     if data.get("version") != VERSION:
         raise RecordError(f"{file} has version {data.get('version')!r}, this software reads {VERSION}")
     try:

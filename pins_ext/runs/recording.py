@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from pins_ext import __version__
 from pins_ext.integrations.logs import NEW_MASK, plain
 from pins_ext.integrations.timing import plain_step_seconds, pruning_seconds
+from pins_ext.pruning.pruner import Pruner
 from pins_ext.runs.prepare import Prepared
 from pins_ext.runs.record import (
     DataFacts,
@@ -49,7 +50,6 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
         train_seconds: wall time of training, evaluations included.
     """
     request, task, trainer = prepared.request, prepared.task, prepared.trainer
-    log = trainer.state.log_history
     record = RunRecord(
         label=request.label,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -73,30 +73,42 @@ def make_record(prepared: Prepared, metrics: Mapping[str, float], train_seconds:
         planned_steps=prepared.total_steps,
         flags=request.tokens,
         config=_settings(prepared),
-        schedule=_schedule(prepared),
-        history=tuple(_chosen(entry, (*_HISTORY, *_LOSSES)) for entry in log if "loss" in entry),
-        masks=tuple(_chosen(entry, _MASKS) for entry in log if NEW_MASK in entry),
-        evaluations=tuple(
+        final=_final(prepared, metrics),
+        timings=_timings(prepared, train_seconds),
+        notes=tuple(prepared.notes),
+        **logged(trainer.state.log_history),
+        **surroundings(trainer.args.device, prepared.pins.pruner),
+    )
+    return as_read(record)
+
+
+def logged(log: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The parts of a record that a Trainer's history tells: `history`, `masks` and `evaluations`."""
+    log = list(log)
+    return {
+        "history": tuple(_chosen(entry, (*_HISTORY, *_LOSSES)) for entry in log if "loss" in entry),
+        "masks": tuple(_chosen(entry, _MASKS) for entry in log if NEW_MASK in entry),
+        "evaluations": tuple(
             _chosen(entry, ("at_target", *(name for name in entry if name.startswith("eval_"))))
             for entry in log
             if "eval_loss" in entry
         ),
-        final=_final(prepared, metrics),
-        timings=_timings(prepared, train_seconds),
-        versions={
+    }
+
+
+def surroundings(device: torch.device, pruner: Pruner | None) -> dict[str, Any]:
+    """The parts of a record that are the same for every way of training: `schedule`, `versions`, `machine`."""
+    return {
+        "schedule": () if pruner is None else _schedule(pruner),
+        "versions": {
             "pins_ext": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in _PACKAGES if find_spec(name)},
         },
-        machine=MachineFacts(
-            platform.platform(),
-            str(trainer.args.device),
-            torch.get_num_threads(),
-            torch.ops.pins_ext.cpu_capability(),
+        "machine": MachineFacts(
+            platform.platform(), str(device), torch.get_num_threads(), torch.ops.pins_ext.cpu_capability()
         ),
-        notes=tuple(prepared.notes),
-    )
-    return as_read(record)
+    }
 
 
 def _chosen(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -105,11 +117,8 @@ def _chosen(entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {"step": entry["step"], **{name: found[name] for name in names if isinstance(found.get(name), (int, float))}}
 
 
-def _schedule(prepared: Prepared) -> tuple[Entry, ...]:
+def _schedule(pruner: Pruner) -> tuple[Entry, ...]:
     """The sparsity that was asked for after each step, in enough points to draw it."""
-    pruner = prepared.pins.pruner
-    if pruner is None:
-        return ()
     total = pruner.schedule.total
     steps = [*range(0, total, max(1, total // _SCHEDULE_POINTS)), total - 1]
     return tuple({"step": t + 1, "target_sparsity": 1 - pruner.schedule.remaining_ratio(t)} for t in steps)
@@ -136,12 +145,23 @@ def _final(prepared: Prepared, metrics: Mapping[str, float]) -> Final:
     )
     if pruner is None or verified is None:
         return final
+    return dataclasses.replace(final, **pruned(pruner, verified, prepared.pins.stats()["threshold"]))
+
+
+def pruned(pruner: Pruner, verified: Mapping[str, Any], threshold: float | None) -> dict[str, Any]:
+    """What a finished pruner adds to `Final`.
+
+    Args:
+        pruner: of the run.
+        verified: what its `finalize` returned.
+        threshold: the last one.
+    """
     tensors = {
         name: TensorFacts(p.numel(), p.numel() - int(torch.count_nonzero(p)), tuple(p.shape))
         for name, p in zip(pruner.names, pruner.parameters, strict=True)
     }
     counts = {name: verified[name] for name in ("weights", "zeros", "kept")}
-    return dataclasses.replace(final, **counts, threshold=prepared.pins.stats()["threshold"], tensors=tensors)
+    return {**counts, "threshold": threshold, "tensors": tensors}
 
 
 def _timings(prepared: Prepared, train_seconds: float) -> Timings:

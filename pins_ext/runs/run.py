@@ -10,20 +10,18 @@ from typing import Any, cast
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pins_ext.files.atomic import SaveError, newest_complete, write_file
-from pins_ext.files.plain import to_json
-from pins_ext.integrations.callback import PRUNER_FILE
+from pins_ext.files.atomic import SaveError, newest_complete
 from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.integrations.logs import EVALUATED_ZEROS
-from pins_ext.runs.errors import CommandError, StoppedError, UsageError, one_line
+from pins_ext.runs.errors import CommandError, StoppedError, UsageError
 from pins_ext.runs.folder import RunFolder
-from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.interrupt import StopOnSignal
 from pins_ext.runs.prepare import Prepared, prepare
 from pins_ext.runs.progress import Watch
-from pins_ext.runs.record import RECORD, RunRecord, read_record
+from pins_ext.runs.record import RunRecord, read_record
 from pins_ext.runs.recording import make_record
 from pins_ext.runs.request import NEWEST, Request
+from pins_ext.runs.saving import write_result
 from pins_ext.runs.start import SayWhatStarts
 from pins_ext.tasks import Task
 from pins_ext.tasks.load import EMBEDDED
@@ -101,18 +99,11 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> RunRecord
         metrics |= trainer.evaluate(task.test, metric_key_prefix="test")
     record = make_record(prepared, metrics, seconds)
     with folder.publishing(lambda text: console.print(text, soft_wrap=True, markup=False)) as result:
-        cast(PreTrainedModel, trainer.model).save_pretrained(result)
-        cast(PreTrainedTokenizerBase, task.tokenizer).save_pretrained(result)
-        if prepared.pins.pruner is not None:
-            prepared.pins.pruner.save(result / PRUNER_FILE)
-        write_file(result / RECORD, to_json(record))
-        try:
-            report = render([record])
-        except Exception as error:
-            # A picture that can't be drawn is no reason to lose a trained model.
-            console.print(f"no report: {one_line(error)}; try again with pins-ext report", soft_wrap=True)
-        else:
-            write_file(result / REPORT, report)
+        model = cast(PreTrainedModel, trainer.model)
+        tokenizer = cast(PreTrainedTokenizerBase, task.tokenizer)
+        no_report = write_result(result, record, model, tokenizer, prepared.pins.pruner)
+        if no_report is not None:
+            console.print(no_report, soft_wrap=True)
     return record
 
 
