@@ -69,18 +69,21 @@ class PinsAdamW(FusedOptimizer):
         return super().__getstate__() | {"moment_dtype": self.moment_dtype}
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
-        rates = [group["lr"] for group in owners]
-        factors = [
-            (host_rate(group["lr"]) or 0.0, group["weight_decay"], *group["betas"], group["eps"], self.state[p]["step"])
-            for p, group in zip(parameters, owners, strict=True)
-        ]
+        groups = {id(group): group for group in owners}
+        rates = {key: host_rate(group["lr"]) for key, group in groups.items()}
+        of_groups = {
+            key: (rates[key] or 0.0, group["weight_decay"], *group["betas"], group["eps"])
+            for key, group in groups.items()
+        }
+        steps = [self.state[p]["step"] for p in parameters]
+        factors = [(*of_groups[id(group)], step) for group, step in zip(owners, steps, strict=True)]
         device, skipped = parameters[0].device, self._skipped(parameters)
-        if skipped is None and all(host_rate(lr) is not None for lr in rates):
+        if skipped is None and all(rate is not None for rate in rates.values()):
             rows = {f: _adamw_row(*f) for f in set(factors)}
             return ops.to_device(torch.tensor([rows[f] for f in factors], dtype=torch.float32), device)
         table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
         _, decay, beta1, beta2, eps, step = table.unbind(1)
-        lr = rates_on(rates, device)
+        lr = rates_on([group["lr"] for group in owners], device)
         if skipped is not None:
             step = (step - skipped).clamp(min=1)
         step_size, bias_sqrt = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
