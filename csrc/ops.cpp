@@ -56,6 +56,10 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
       "Tensor threshold, *, Tensor? factors=None, Tensor? pointers=None) -> ()");
+  // select and pack_ in one pass where a bracket has few weights; on the CPU alone.
+  m.def(
+      "pack_around_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor(c!) threshold, Tensor[] a, Tensor[] b, "
+      "Tensor places, Tensor chunks, str score, Tensor bracket, *, Tensor? factors=None) -> ()");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] ipt, "
       "Tensor(e!)[] shadow, Tensor[] grads, Tensor[] masks, Tensor places, Tensor chunks, Tensor hyper, "

@@ -82,6 +82,13 @@ struct PackStats {
   int64_t kept, flipped, nan;
 };
 
+// Weights of a chunk inside a bracket, one entry each; room for a whole chunk.
+struct Inside {
+  uint32_t* keys;
+  uint16_t* places;
+  uint8_t* kept;
+};
+
 // AdamW: first = exp_avg, second = exp_avg_sq. SGD: first = momentum_buffer.
 struct Update {
   Run run;
@@ -114,6 +121,7 @@ struct Kernels {
   void (*count[kScoreCount])(const Scores&, const Bracket&, Tally&);
   int64_t (*inside[kScoreCount])(const Scores&, const Bracket&, uint32_t* keys, uint16_t* places);
   void (*pack[kScoreCount])(const Scores&, const Pack&, PackStats&);
+  int64_t (*pack_around[kScoreCount])(const Scores&, const Bracket&, uint8_t* mask, PackStats&, Inside&);
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);
   void (*apply_mask)(const ApplyMask&);

@@ -1,4 +1,4 @@
-// sample, count_, collect_, tie_index and pack_ on the CPU.
+// sample, count_, collect_, tie_index, pack_ and pack_around_ on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -199,15 +199,33 @@ int64_t weights_before(const Place& place, const Run& run, int64_t index) {
   return low;
 }
 
+// What the operators that write masks share.
+Scored check_packing(const Work& work, const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b,
+                     const std::string& score, const OptionalTensor& factors, const Inputs& inputs) {
+  const Scored scored = check_scores(work, a, b, score, factors);
+  check_list("masks", masks, work.tensors(), kCpu, {ScalarType::Byte});
+  check_masks(masks, work.numel);
+  check_shape("stats", stats, {static_cast<int64_t>(work.tensors()), 3}, ScalarType::Long, kCpu);
+  inputs.check_outputs({{"masks", masks}});
+  inputs.check_output([] { return "stats"; }, stats);
+  return scored;
+}
+
+// Integer sums: the order of threads cannot be seen.
+void add_stats(int64_t* total, const PackStats& own) {
+  __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);
+  __atomic_fetch_add(total + 1, own.flipped, __ATOMIC_RELAXED);
+  __atomic_fetch_add(total + 2, own.nan, __ATOMIC_RELAXED);
+}
+
 void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
            const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& factors,
            const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
   const int64_t n = static_cast<int64_t>(work.tensors());
-  const Scored scored = check_scores(work, a, b, score, factors);
-  check_list("masks", masks, n, kCpu, {ScalarType::Byte});
-  check_masks(masks, work.numel);
-  check_shape("stats", stats, {n, 3}, ScalarType::Long, kCpu);
+  const Inputs inputs{
+      {"places", &places}, {"chunks", &chunks}, {"threshold", &threshold}, {"factors", if_given(factors)}};
+  const Scored scored = check_packing(work, masks, stats, a, b, score, factors, inputs);
   const int64_t rows = threshold.dim() > 0 && threshold.size(0) == n ? n : 1;
   check_shape("threshold", threshold, {rows, 2}, ScalarType::Long, kCpu);
   const int64_t* thresholds = longs_of(threshold);
@@ -215,11 +233,6 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
     PINS_CHECK(thresholds[2 * i] >= 0 && thresholds[2 * i] <= 0xffffffff, item("threshold", i), " has key ",
                thresholds[2 * i], ", which is no 32-bit key");
   }
-
-  const Inputs inputs{
-      {"places", &places}, {"chunks", &chunks}, {"threshold", &threshold}, {"factors", if_given(factors)}};
-  inputs.check_outputs({{"masks", masks}});
-  inputs.check_output([] { return "stats"; }, stats);
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * n, 0);
   const Masks masks_at(masks);
@@ -231,12 +244,70 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
     pack(scored.at(work, chunk),
          {masks_at.at(chunk), static_cast<uint32_t>(row[0]), weights_before(work.places[chunk.tensor], run, row[1])},
          own);
-    // Integer sums: the order of threads cannot be seen.
-    int64_t* total = totals + 3 * chunk.tensor;
-    __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);
-    __atomic_fetch_add(total + 1, own.flipped, __ATOMIC_RELAXED);
-    __atomic_fetch_add(total + 2, own.nan, __ATOMIC_RELAXED);
+    add_stats(totals + 3 * chunk.tensor, own);
   });
+}
+
+// A weight inside the bracket, and where its bit is.
+struct Candidate {
+  int64_t key, index, tensor, local;
+  bool kept;  // before
+
+  bool operator<(const Candidate& other) const { return key < other.key || (key == other.key && index < other.index); }
+};
+
+// Masks from a bracket: what lies below is pruned, what lies above is kept, and of the weights inside, in the order of
+// (key, index), the bracket's rank says how many are pruned. threshold is then that of `settle`.
+void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& threshold, const Tensors& a,
+                  const Tensors& b, const Tensor& places, const Tensor& chunks, const std::string& score,
+                  const Tensor& bracket, const OptionalTensor& factors) {
+  const Work work = check_work(places, chunks);
+  const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}, {"factors", if_given(factors)}};
+  const Scored scored = check_packing(work, masks, stats, a, b, score, factors, inputs);
+  const CheckedBracket checked = check_bracket(bracket);
+  check_shape("threshold", threshold, {1, 2}, ScalarType::Long, kCpu);
+  inputs.check_output([] { return "threshold"; }, threshold);
+  int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
+  std::fill(totals, totals + 3 * work.tensors(), 0);
+  const Masks masks_at(masks);
+  const auto pack_around = kernels().pack_around[scored.kind];
+  std::vector<Candidate> candidates;
+  std::mutex mutex;
+  for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
+    uint32_t keys[kChunk];
+    uint16_t places_in_chunk[kChunk];
+    uint8_t kept[kChunk];
+    Inside found{keys, places_in_chunk, kept};
+    PackStats own{0, 0, 0};
+    const int64_t size = pack_around(scored.at(work, chunk), checked.bounds, masks_at.at(chunk), own, found);
+    add_stats(totals + 3 * chunk.tensor, own);
+    if (size == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t local = chunk.offset + places_in_chunk[i];
+      candidates.push_back(
+          {keys[i], global_index(work.places[chunk.tensor], local), chunk.tensor, local, kept[i] != 0});
+    }
+  });
+  const int64_t count = static_cast<int64_t>(candidates.size());
+  int64_t* result = static_cast<int64_t*>(threshold.data_ptr());
+  result[0] = checked.bounds.lo;
+  result[1] = 0;
+  if (count == 0 && checked.rank == 0) return;
+  PINS_CHECK(0 <= checked.rank && checked.rank < count, "bracket has rank ", checked.rank, ", but only ", count,
+             " weights inside");
+  std::sort(candidates.begin(), candidates.end());
+  for (int64_t i = 0; i < checked.rank; ++i) {
+    const Candidate& loser = candidates[i];
+    masks_at.at({loser.tensor, 0})[loser.local / 8] &= static_cast<uint8_t>(~(1u << (loser.local % 8)));
+    int64_t* total = totals + 3 * loser.tensor;
+    total[0] -= 1;
+    total[1] += loser.kept ? 1 : -1;
+  }
+  const Candidate& first = candidates[checked.rank];
+  const bool tied = checked.rank > 0 && candidates[checked.rank - 1].key == first.key;
+  result[0] = first.key;
+  result[1] = tied ? first.index : 0;
 }
 
 }  // namespace
@@ -248,4 +319,5 @@ STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
   m.impl("collect_", TORCH_BOX(&pins_ext::cpu::collect_));
   m.impl("tie_index", TORCH_BOX(&pins_ext::cpu::tie_index));
   m.impl("pack_", TORCH_BOX(&pins_ext::cpu::pack_));
+  m.impl("pack_around_", TORCH_BOX(&pins_ext::cpu::pack_around_));
 }

@@ -127,3 +127,35 @@ void pack(const Scores& scores, const Pack& args, PackStats& stats) {
     }
   }
 }
+
+// Bit = keep, of the weights beside the bracket. Those inside are kept for now, and returned: their keys and places in
+// the run, and whether they were kept before.
+template <Score score>
+int64_t pack_around(const Scores& scores, const Bracket& bracket, uint8_t* mask, PackStats& stats, Inside& found) {
+  Buffer a_buffer, b_buffer;
+  Bits block;
+  int64_t size = 0;
+  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
+    const int64_t n = block_size(scores.run, at);
+    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    for (int64_t start = 0; start < n; start += kWord) {
+      const uint32_t* word_keys = block.values + start;
+      const uint64_t valid = low_bits(n - start);
+      const uint64_t low = below(word_keys, bracket.lo);
+      const uint64_t keep = ~low & valid;
+      uint8_t* bytes = mask + (at + start) / 8;
+      const uint64_t before = load_word(bytes);
+      stats.kept += __builtin_popcountll(keep);
+      stats.flipped += __builtin_popcountll(keep ^ (before & valid));
+      stats.nan += __builtin_popcountll(~below(word_keys, 0xffffffffu) & valid);
+      store_word(bytes, keep);
+      for (uint64_t rest = up_to(word_keys, bracket.hi) & keep; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        found.keys[size] = word_keys[i];
+        found.kept[size] = static_cast<uint8_t>(before >> i & 1);
+        found.places[size++] = static_cast<uint16_t>(at + start + i);
+      }
+    }
+  }
+  return size;
+}

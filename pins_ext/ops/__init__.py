@@ -19,10 +19,10 @@ from pins_ext.ops.cpu import cpu_capability
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
-from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_bits, set_bits, unpack_bits
+from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.rounding import rounding_key
-from pins_ext.ops.select import CANDIDATES, SAMPLES, score_of_key
+from pins_ext.ops.select import CANDIDATES, SAMPLES, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
 
@@ -76,7 +76,9 @@ __all__ = [
     "narrow",
     "new_mask",
     "pack_",
+    "pack_around_",
     "pack_bits",
+    "pack_lowest_",
     "rounding_key",
     "sample",
     "score_of_key",

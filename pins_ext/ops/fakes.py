@@ -117,6 +117,7 @@ for _name in (
     "count_",
     "collect_",
     "pack_",
+    "pack_around_",
     "masked_adamw_",
     "masked_sgd_",
     "apply_mask_",

@@ -83,6 +83,47 @@ def pack_(
     torch.ops.pins_ext.pack_(masks, stats, a, b, places, chunks, score, threshold, factors=factors, pointers=pointers)
 
 
+def pack_around_(
+    masks: Sequence[Tensor],
+    stats: Tensor,
+    threshold: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    bracket: Tensor,
+    *,
+    factors: Tensor | None = None,
+) -> None:
+    """Write packed masks from a bracket around the threshold, and find the threshold, in one pass; on the CPU.
+
+    Weights below the bracket are pruned, those above it kept; the weights inside are ordered by (order key, global
+    index), and as many of them as the bracket's rank says are pruned. They are held in memory, 40 bytes each: narrow
+    the bracket first.
+
+    Args:
+        masks: uint8 [n tensors of `mask_bytes`]; written.
+        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written.
+        threshold: int64 [1, 2], (order key, tie index), as `select` returns it; written.
+        a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
+            float16.
+        b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
+            otherwise empty.
+        places: int64 [n, 13], `Layout.places`.
+        chunks: int64 [m, 2], `Layout.chunks`.
+        score: one of `SCORES`.
+        bracket: int64 [5]: lowest and highest key, width of a bin as a shift, rank of the weight looked for among those
+            from the lowest key on, 1 once it is a single key.
+        factors: float32 [n], of the score fisher: 1 / (1 - beta2^t) of each tensor; None for the others.
+
+    Raises:
+        RuntimeError: an unknown score, an argument of another dtype, shape or device, not contiguous, a rank that lies
+            outside the bracket, an output that shares memory with a table.
+    """
+    torch.ops.pins_ext.pack_around_(masks, stats, threshold, a, b, places, chunks, score, bracket, factors=factors)
+
+
 def apply_mask_(
     params: Sequence[Tensor],
     masks: Sequence[Tensor],

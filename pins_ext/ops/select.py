@@ -128,7 +128,11 @@ def choose(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor | None,
     A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
     bracket misled, further counting passes follow: two resolve anything to one key.
     """
-    bracket = _bin_of(scored, bracket, counts)
+    return _choose_inside(scored, n_prune, exact, _bin_of(scored, bracket, counts))
+
+
+def _choose_inside(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor) -> Tensor:
+    """The cutoff, from a bracket of one bin around it."""
     candidates, found = scored.candidates(bracket)
     bracket, tie = pins.settle(bracket, candidates, found.reshape(1))
     # One key, and none of its weights is pruned.
@@ -169,6 +173,62 @@ def select(
     position = position_of(n_prune, total, exact)
     scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, factors)
     return choose(scored, n_prune, exact, bracket, counts)
+
+
+def _bin_on_host(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> tuple[Tensor, int]:
+    """What `_bin_of` finds, and at most how many weights are inside; on the CPU."""
+    if bracket is None or counts is None:
+        bracket, counts = scored.begun(), scored.scratch
+        pins.count_(counts, *scored._operands, bracket, **scored._keywords)
+        more = False
+    else:
+        more = True
+    found = pins.narrow(bracket, counts, scored.position)
+    lo, hi, shift = bracket[:3].tolist()
+    if not lo <= int(found[0]) <= int(found[1]) <= hi:
+        return _bin_on_host(scored, None, None) if more else (found, scored.total)
+    return found, int(counts[1 + ((int(found[0]) - lo) >> shift)])
+
+
+def pack_lowest_(
+    masks: list[Tensor],
+    stats: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    n_prune: Tensor,
+    *,
+    factors: Tensor | None = None,
+    bracket: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """`select` and `pack_` of CPU tensors in one pass fewer: weights are ordered while the masks are written.
+
+    Args:
+        masks, stats: see `pack_`; written.
+        a, b, places, chunks, score, n_prune, factors, bracket, counts: see `select`; ties are broken by index.
+
+    Returns:
+        int64 [1, 2], the threshold that `select` returns.
+    """
+    operands, total, wanted = (a, b, places, chunks, score), sum(tensor.numel() for tensor in a), int(n_prune)
+    if not 0 < wanted < total:
+        threshold = select(*operands, n_prune, factors=factors, bracket=bracket, counts=counts).reshape(1, 2)
+        pins.pack_(masks, stats, *operands, threshold, factors=factors)
+        return threshold
+    scratch = places.new_empty(1 + BINS)
+    position = position_of(n_prune, total, exact=True)
+    scored = Scored(*operands, None, position, total, scratch, factors)
+    found, inside = _bin_on_host(scored, bracket, counts)
+    if inside > CANDIDATES:
+        threshold = _choose_inside(scored, n_prune, True, found).reshape(1, 2)
+        pins.pack_(masks, stats, *operands, threshold, factors=factors)
+        return threshold
+    threshold = places.new_empty(1, 2)
+    pins.pack_around_(masks, stats, threshold, *operands, found, factors=factors)
+    return threshold
 
 
 def score_of_key(threshold: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ class Masks:
         if wanted == self._chosen_for:
             return
         score = importance.score()
+        if self.selection.packs and bool(importance.known):
+            self.cutoff = self.selection.pack(self.bits, self._stats, score, ratio, counted)
+            self._hold_fixed()
+            self._chosen_for = wanted
+            return
         units = Units(score, self.scopes.fits) if self._units is not None else None
         cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None, units)
         if self.scopes.exact:
@@ -142,6 +147,9 @@ class Masks:
         else:
             for i in range(len(self.bits)):
                 self._pack_one(i, score, cutoff[i : i + 1], units)
+        self._hold_fixed()
+
+    def _hold_fixed(self) -> None:
         for bits, fixed in zip(self.bits, self.fixed or (), strict=False):
             bits &= fixed
 

@@ -88,6 +88,38 @@ class Selection:
                 table[list(part.members)] = cutoff
         return table if scopes.bounded else torch.stack(found)[self._part_of]
 
+    @property
+    def packs(self) -> bool:
+        """Whether the masks can be written while the cutoff is found: on the CPU, of one process, under one cutoff."""
+        return self.layout.places.is_cpu and self.ranks.alone and self.scopes.is_global and self.scopes.exact
+
+    def pack(
+        self, masks: list[Tensor], stats: Tensor, score: Operands, remaining_ratio: float, counted: Counted | None
+    ) -> Tensor:
+        """Write the masks and their statistics in the pass that finds the cutoff; only where `packs`.
+
+        Args:
+            masks, stats: see ops.pack_; written.
+            score, remaining_ratio, counted: see `cutoffs`.
+
+        Returns:
+            The cutoff, int64 [1, 2].
+        """
+        wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
+        return ops.pack_lowest_(
+            masks,
+            stats,
+            score.a,
+            score.b,
+            self.layout.places,
+            self.layout.chunks,
+            score.kind,
+            torch.tensor(wanted),
+            factors=score.factors,
+            bracket=bracket,
+            counts=counts,
+        )
+
     def _operands(self, part: Part, score: Operands, units: Units | None) -> Operands:
         """What the units of a part compete by; tensors of other parts are left out."""
         if not part.patterned:

@@ -92,6 +92,12 @@ def pack() -> Arguments:
     return [masks_of(a)[1], stats, a, b, *tables(), "product", torch.tensor([[3200000000, 0]])], {}
 
 
+def pack_around() -> Arguments:
+    args, _ = pack()
+    bracket = torch.tensor([3200000000, 3210000000, 10, 3, 0])
+    return [*args[:2], torch.zeros(1, 2, dtype=torch.int64), *args[2:7], bracket], {}
+
+
 def adamw() -> Arguments:
     params, mean, square, ipt, shadow, grads = lists(6)
     rest = [*tables(), torch.ones(3, 8), torch.ones(1), rng_of(0), "pins"]
@@ -160,6 +166,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "cutoff": cutoff,
     "select": select,
     "pack_": pack,
+    "pack_around_": pack_around,
     "masked_adamw_": adamw,
     "masked_sgd_": sgd,
     "apply_mask_": apply_mask,
@@ -262,6 +269,12 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         r"threshold must have shape \(1, 2\), got \(2, 2\)",
     ),
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
+    "threshold of a bracket": (
+        "pack_around_",
+        2,
+        torch.zeros(2, dtype=torch.int64),
+        r"threshold must have shape \(1, 2\), got \(2,\)",
+    ),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
     "grouped: a weight of another dtype": (
         "grouped_pack",

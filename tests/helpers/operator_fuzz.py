@@ -152,6 +152,13 @@ def _pack(p: Problem) -> Call:
     return _scored(p) | {"masks": p.masks(), "stats": torch.ones(len(p.numel), 3, dtype=torch.int64), "threshold": keys}
 
 
+def _pack_around(p: Problem) -> Call:
+    # Every weight is inside: any rank is one of theirs.
+    bracket = torch.tensor([0, 2**32 - 1, 16, p.dice.randrange(max(1, sum(p.numel))), 0])
+    outputs = {"stats": torch.ones(len(p.numel), 3, dtype=torch.int64), "threshold": torch.full((1, 2), -1)}
+    return _scored(p) | {"masks": p.masks(), **outputs, "bracket": bracket}
+
+
 def _update(p: Problem) -> Call:
     lists = {
         "params": p.floats(p.dtype),
@@ -233,6 +240,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "tie_index": _tie_index,
     "select": _select,
     "pack_": _pack,
+    "pack_around_": _pack_around,
     "masked_adamw_": _adamw,
     "masked_sgd_": _sgd,
     "apply_mask_": _apply_mask,

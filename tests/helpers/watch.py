@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pins_ext import ops
+from pins_ext.pruning.selection import Selection
 
 SELECT = import_module("pins_ext.ops.select")
 PACKAGE = Path(ops.__file__).parents[1]
@@ -124,12 +125,15 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "step")]
     host_rate = readers[0].host_rate
     SELECT.Scored.looked = lambda self, flag: False
+    packs = Selection.packs
+    Selection.packs = property(lambda self: False)  # type: ignore[assignment, method-assign]
     for module in readers:
         module.host_rate = lambda lr: None if isinstance(lr, Tensor) else float(lr)
     try:
         yield
     finally:
         SELECT.Scored.looked = looked
+        Selection.packs = packs  # type: ignore[method-assign]
         for module in readers:
             module.host_rate = host_rate
         library._destroy()
