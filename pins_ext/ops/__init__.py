@@ -38,7 +38,7 @@ from pins_ext.ops.threshold import (
     settle,
     tie_index,
 )
-from pins_ext.ops.transfer import to_device
+from pins_ext.ops.transfer import PointerTables, to_device
 from pins_ext.ops.update import masked_adamw_, masked_sgd_
 from pins_ext.triton_kernels import register as register_triton
 
@@ -54,6 +54,7 @@ __all__ = [
     "GroupedWeight",
     "Layout",
     "PackedWeight",
+    "PointerTables",
     "Shard",
     "Subsets",
     "accumulate_",

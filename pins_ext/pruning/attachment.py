@@ -147,7 +147,7 @@ class Slot(ABC):
             self.apply_masks(self.indices, fixed)
         if fixed is not None and self.importance.shadow:
             shadow = [self.importance.shadow[i] for i in self.indices]
-            self.masks.apply(shadow, self.indices, self._subsets.of(self.indices), fixed)
+            self.masks.apply(shadow, self.indices, self._subsets.of(self.indices), fixed, of="shadow")
         self.reset()
         self._subsets.next_step()
 
@@ -167,9 +167,9 @@ class Slot(ABC):
             for name, state in self.optimizer.state[p].items():
                 if isinstance(state, Tensor) and state.shape == p.shape:
                     states.setdefault(name, []).append((i, local(state)))
-        for entries in states.values():
+        for name, entries in states.items():
             places, of_name = zip(*entries, strict=True)
-            self.masks.apply(list(of_name), places, self._subsets.of(places), bits)
+            self.masks.apply(list(of_name), places, self._subsets.of(places), bits, of=name)
 
     def learning_rates(self) -> dict[int, Rate]:
         """Rate of the step under way by the tensor's place; 0 for a parameter that is in no group any more."""

@@ -108,6 +108,7 @@ class Importance:
         self.parameters = list(parameters)
         device = layout.places.device
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
+        self._pointers = ops.PointerTables()
         self._seen_by_all = False
         self._barred: Sequence[Tensor] | None = None
         self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
@@ -243,8 +244,9 @@ class Importance:
         if callable(self.config.criterion):
             grads = [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
             weights, scaling = [], Scaling(found_inf=scaling.found_inf)
+        ipt = [self.ipt[i] for i in indices]
         torch.ops.pins_ext.accumulate_(
-            [self.ipt[i] for i in indices],
+            ipt,
             weights,
             grads,
             layout.places,
@@ -256,6 +258,7 @@ class Importance:
             grad_scale=scaling.grad_scale,
             clip=scaling.clip,
             found_inf=scaling.found_inf,
+            pointers=self._pointers.of(("accumulate", part), layout.places, ipt, weights, grads),
         )
 
     def _own_score(self, p: Tensor, g: Tensor, lr: Any, scaling: Scaling) -> Tensor:
@@ -309,17 +312,21 @@ class Importance:
         )
         tables = (layout.places, layout.chunks)
         rest = (accepted, self.rng(step, stream=_FOLD), self.config.beta1, self.config.beta2)
+        use = ("fold", indices[0] if indices else None)
         if not self.config.rule.reads_moments:
             ipt = [self.ipt[i] for i in indices]
-            torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts)
+            pointers = self._pointers.of(use, layout.places, *averages, ipt)
+            torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts, pointers=pointers)
             return
         moments = self.moments()
         weights, first, second = ([x[i] for i in indices] for x in (self.parameters, *moments[:2]))
         factors = moments.factors
         if len(indices) < len(factors):
             factors = factors[ops.to_device(torch.tensor(list(indices)), factors.device)]
+        lists = (*averages, weights, first, second)
+        pointers = self._pointers.of(use, layout.places, *lists)
         torch.ops.pins_ext.fold_moments_(
-            *averages, weights, first, second, *tables, factors, *rest, bracket=bracket, counts=counts
+            *lists, *tables, factors, *rest, bracket=bracket, counts=counts, pointers=pointers
         )
 
     def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:

@@ -56,6 +56,7 @@ class Masks:
         device = layout.places.device
         self.sizes = [local(p).numel() for p in parameters]
         self.bits = [ops.new_mask(local(p)) for p in parameters]
+        self._pointers = ops.PointerTables()
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.fixed: list[Tensor] | None = None
         self.frozen = False
@@ -143,7 +144,10 @@ class Masks:
         if units is None:
             kind, a, b, factors = score
             tables = (self.layout.places, self.layout.chunks)
-            torch.ops.pins_ext.pack_(self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors)
+            pointers = self._pointers.of("pack", self.layout.places, self.bits, a, b)
+            torch.ops.pins_ext.pack_(
+                self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
+            )
         else:
             for i in range(len(self.bits)):
                 self._pack_one(i, score, cutoff[i : i + 1], units)
@@ -175,7 +179,12 @@ class Masks:
         row[0, 2] = values(score, i).isnan().sum()
 
     def apply(
-        self, tensors: list[Tensor], indices: Sequence[int], layout: ops.Layout, bits: list[Tensor] | None = None
+        self,
+        tensors: list[Tensor],
+        indices: Sequence[int],
+        layout: ops.Layout,
+        bits: list[Tensor] | None = None,
+        of: str = "weights",
     ) -> None:
         """Zero the pruned elements of tensors that are shaped like the pruned ones at these places.
 
@@ -184,9 +193,12 @@ class Masks:
             indices: their places in the whole list.
             layout: theirs.
             bits: the masks of all tensors; None: those of the last choice.
+            of: what is zeroed: weights, or the name of a state.
         """
-        bits = self.bits if bits is None else bits
-        torch.ops.pins_ext.apply_mask_(tensors, [bits[i] for i in indices], layout.places, layout.chunks)
+        own = [(self.bits if bits is None else bits)[i] for i in indices]
+        use = (of, bits is None, indices[0] if indices else None)
+        pointers = self._pointers.of(use, layout.places, tensors, own)
+        torch.ops.pins_ext.apply_mask_(tensors, own, layout.places, layout.chunks, pointers=pointers)
         torch.autograd.graph.increment_version(tensors)
 
     def pruned(self, masks: list[Tensor] | None = None) -> list[int]:

@@ -35,6 +35,7 @@ class Selection:
         at = torch.tensor([parts[i] for i in range(len(parts))], dtype=torch.int64)
         self._part_of = ops.to_device(at, layout.places.device)
         self._all = ops.to_device(torch.tensor([MAX_KEY, MAX_INDEX]), layout.places.device)
+        self._pointers = ops.PointerTables()
         # Bounds on densities also need each tensor alone.
         self._alone: dict[int, ops.Layout] = {}
         if scopes.bounded:
@@ -205,6 +206,8 @@ class Selection:
             factors=factors,
             bracket=bracket,
             counts=counts,
+            # Bounds on densities ask for ever other tensors together.
+            pointers=None if self.scopes.bounded else self._pointers.of(part.members[0], layout.places, a, b),
         )
 
     def _kept(self, members: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:

@@ -25,6 +25,14 @@ PACKAGE = Path(ops.__file__).parents[1]
 # read a CPU tensor without any operator and are watched by name.
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item", "allclose")
 
+ADDRESSED = tuple(
+    f"pins_ext.{name}"
+    for name in (
+        *("accumulate_", "fold_", "fold_moments_", "pack_", "apply_mask_"),
+        *("select", "sample", "count_", "collect_", "tie_index"),
+    )
+)
+
 # Tables that are still the host's. What bracket.py does on the CPU, kernels do on a GPU.
 HOST = ("layout.py:_laid_out",)
 
@@ -34,13 +42,15 @@ class Watch:
 
     Attributes:
         calls: operator calls by name. reads: of device values by the host, by place in the package: "masks.py:91".
-        uploads: through ops.to_device.
+        uploads: through ops.to_device. tables: those of them that are tables of addresses.
+        unaddressed: calls of operators of pruning that were given no such table.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
-        self.uploads = 0
+        self.uploads = self.tables = 0
+        self.unaddressed: Counter[str] = Counter()
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -71,6 +81,8 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(f.overloadpacket).removeprefix("aten.")
         self.watch.calls[name] += 1
+        if name in ADDRESSED and (kwargs or {}).get("pointers") is None:
+            self.watch.unaddressed[name] += 1
         if name in READS or (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])):
             self.watch.read()
         return f(*args, **(kwargs or {}))
@@ -91,6 +103,7 @@ def _named(watch: Watch) -> Iterator[None]:
 
     def uploading(values: Tensor, device: torch.device) -> Tensor:
         watch.uploads += 1
+        watch.tables += traceback.extract_stack(limit=2)[0].filename.endswith("transfer.py")
         return upload(values, device)
 
     homes = [m for m in vars(ops).values() if getattr(m, "to_device", None) is upload]
@@ -127,6 +140,8 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     SELECT.Scored.looked = lambda self, flag: False
     packs = Selection.packs
     Selection.packs = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    read_on = ops.PointerTables.read_on
+    ops.PointerTables.read_on = staticmethod(lambda device: True)
     for module in readers:
         module.host_rate = lambda lr: None if isinstance(lr, Tensor) else float(lr)
     try:
@@ -134,6 +149,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     finally:
         SELECT.Scored.looked = looked
         Selection.packs = packs  # type: ignore[method-assign]
+        ops.PointerTables.read_on = staticmethod(read_on)
         for module in readers:
             module.host_rate = host_rate
         library._destroy()

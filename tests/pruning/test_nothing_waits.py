@@ -49,6 +49,7 @@ class Steps:
 
     Attributes:
         calls: operator calls of each step, without those of backward.
+        tables: of addresses, uploaded up to each step.
     """
 
     def __init__(self, watch: Watch, optimizer: str, n: int, lr: Any = 1e-3, **config: Any) -> None:
@@ -59,15 +60,17 @@ class Steps:
         settings = {"sparsity": 0.7, "warmup": 4, "cooldown": 6, "delta_t": 4, "include": ["*.weight"], **config}
         self.pruner = Pruner(self.model, self.optimizer, PruneConfig(**settings), total_steps=STEPS)
         self.calls: list[int] = []
+        self.tables: list[int] = []
 
-    def run(self) -> Steps:
+    def run(self, set_to_none: bool = True) -> Steps:
         for _ in range(STEPS):
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none)
             self.model(torch.randn(4, 16)).square().mean().backward()
             before = sum(self.watch.calls.values())
             with self.watch.on():
                 self.optimizer.step()
             self.calls.append(sum(self.watch.calls.values()) - before)
+            self.tables.append(self.watch.tables)
         return self
 
     def kind(self, t: int) -> str:
@@ -109,6 +112,25 @@ def test_no_criterion_reads_a_device_value(watch: Watch, optimizer: str, config:
     assert not watch.reads
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"scope": "layer"}, {"criterion": "moments"}, {"mask_optimizer_state": True}], ids=str
+)
+@pytest.mark.parametrize("optimizer", ["PinsAdamW", "AdamW"])
+def test_tables_of_addresses_are_uploaded_once(watch: Watch, optimizer: str, config: dict[str, Any]) -> None:
+    """As long as gradients keep their addresses; a gradient that moved brings the table of its operator alone."""
+    steps = Steps(watch, optimizer, 3, **config)
+    steps.run(set_to_none=False)
+    assert watch.unaddressed == {}
+    assert watch.tables
+    assert steps.tables[-1] == steps.tables[STEPS // 2]
+    for p in steps.model.parameters():
+        p.grad = torch.ones_like(p)
+    before = watch.tables
+    with watch.on():
+        steps.optimizer.step()
+    assert watch.tables - before == (optimizer == "AdamW" and "criterion" not in config)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_learning_rate_on_the_device_is_not_read(watch: Watch, optimizer: str) -> None:
     Steps(watch, optimizer, 3, lr=torch.tensor(1e-3)).run()
@@ -127,8 +149,9 @@ def test_a_gradient_scaler_is_not_read(watch: Watch, optimizer: str) -> None:
 @pytest.mark.parametrize("policy", ["reference", "strict"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_operator_calls_do_not_grow_with_the_model(watch: Watch, optimizer: str, policy: str) -> None:
-    small = Steps(watch, optimizer, 2, mask_policy=policy).run()
-    large = Steps(watch, optimizer, 30, mask_policy=policy).run()
+    # Gradients that move bring a new table of their addresses, whatever their number; these stay.
+    small = Steps(watch, optimizer, 2, mask_policy=policy).run(set_to_none=False)
+    large = Steps(watch, optimizer, 30, mask_policy=policy).run(set_to_none=False)
     # In the first step the optimizer makes its states.
     assert small.calls[1:] == large.calls[1:]
     for t, calls in enumerate(large.calls):
