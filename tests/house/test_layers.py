@@ -181,7 +181,7 @@ def test_few_arrows_and_no_circle_between_rooms() -> None:
 
 def test_what_uses_the_core_does_not_know_the_specification() -> None:
     """Only what checks the operators reads it."""
-    checks = {"pins_ext.cli.doctor", "pins_ext.studies.diagnosis.exchanges"}
+    checks = {"pins_ext.cli.doctor"}
     readers = {m for m, others in FILES.items() if "pins_ext.reference" in others and "bench" not in m}
     assert readers <= checks
 

@@ -18,6 +18,7 @@ from pins_ext.pruning.pruner import Pruner
 from pins_ext.studies.diagnosis.changes import Diagnosis, spread
 from pins_ext.studies.diagnosis.exchanges import Exchanger, draw
 from pins_ext.studies.diagnosis.fixed_loss import FixedLoss
+from pins_ext.studies.diagnosis.summary import _share
 
 FIXED = list(batches(2, seed=7))
 
@@ -211,6 +212,21 @@ def test_steps_are_spread() -> None:
     assert spread(range(100), 4) == [12, 37, 62, 87]
     assert spread([], 3) == []
     assert spread(range(5), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (0.0000001, "less than 0.001 %"),
+        (0.0123, "1.2 %"),
+        (0.994, "99 %"),
+        (0.996, "100 %"),
+        (1.0, "100 %"),
+        (12, "1,200 %"),
+    ],
+)
+def test_a_share_has_no_exponent(part: float, text: str) -> None:
+    assert _share(part) == text
 
 
 def test_batches_are_needed() -> None:

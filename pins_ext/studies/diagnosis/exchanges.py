@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pins_ext import ops, reference
+from pins_ext import ops
+from pins_ext.pruning.patterns import values as scores_of
 from pins_ext.pruning.pruner import Pruner
 from pins_ext.studies.diagnosis.fixed_loss import FixedLoss
 
@@ -191,17 +192,13 @@ class Exchanger:
 
     def _nearest(self, count: int) -> list[Tensor]:
         """Of the kept and of the pruned weights those whose scores are nearest to the threshold of their tensor."""
-        kind, a, b, factors = self.pruner.importance.score()
-        if kind == "magnitude" and not self.pruner.importance.shadow:
-            a = self.loss.kept
+        operands = self.pruner.importance.score()
+        if operands.kind == "magnitude" and not self.pruner.importance.shadow:
+            operands = operands._replace(a=self.loss.kept)
         thresholds = ops.score_of_key(self.pruner.masks.cutoff).double()
         found = [(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)) for _ in self.sides]
         for i, (base, size) in enumerate(zip(self.bases, self.sizes, strict=True)):
-            score = (
-                reference.score(kind, a[i], b[i] if b else None, 1.0 if factors is None else factors[i])
-                .double()
-                .flatten()
-            )
+            score = scores_of(operands, i).double().flatten()
             distance = (score - thresholds[i if len(thresholds) > 1 else 0]).abs().nan_to_num(nan=math.inf)
             for side, bits in enumerate(self.sides):
                 at = ops.unpack_bits(bits[i], (size,)).nonzero().flatten()
