@@ -15,15 +15,21 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.ops import PackedWeight
+from pins_ext.ops.grouped import GroupedWeight
 
 OPERATORS = sorted(
     s.name.removeprefix("pins_ext::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("pins_ext::")
 )
 
 
-def packs(function: Callable[..., Any]) -> list[str]:
-    """The parameters of a function that stand for all five tensors of a packed weight."""
-    return [name for name, hint in typing.get_type_hints(function).items() if name != "return" and hint is PackedWeight]
+PACKED = (PackedWeight, GroupedWeight)
+"""Named tuples of tensors that a function takes, or returns, in place of these tensors."""
+
+
+def packs(function: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a function that stand for all tensors of a packed weight: name -> its class."""
+    hints = typing.get_type_hints(function)
+    return {name: hint for name, hint in hints.items() if name != "return" and hint in PACKED}
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, bool, Any]]:
@@ -32,7 +38,7 @@ def parameters_of(function: Callable[..., Any]) -> list[tuple[str, bool, Any]]:
     return [
         (name, p.kind is p.KEYWORD_ONLY, p.default)
         for p in inspect.signature(function).parameters.values()
-        for name in (PackedWeight._fields if p.name in packed else [p.name])
+        for name in (packed[p.name]._fields if p.name in packed else [p.name])
     ]
 
 
@@ -47,10 +53,10 @@ def arguments_of(op: str) -> list[tuple[str, bool, Any]]:
 def as_called(op: str) -> tuple[Arguments, Arguments]:
     """The good call of an operator, and the same call of its function; both get tensors of their own."""
     (args, kwargs), (typed, typed_kwargs) = CALLS[op](), CALLS[op]()
-    if packs(getattr(ops, op)):
-        at = [name for name, _, _ in arguments_of(op)].index(PackedWeight._fields[0])
-        size = len(PackedWeight._fields)
-        typed[at : at + size] = [PackedWeight(*typed[at : at + size])]
+    for kind in packs(getattr(ops, op)).values():
+        at = [name for name, _, _ in arguments_of(op)].index(kind._fields[0])
+        size = len(kind._fields)
+        typed[at : at + size] = [kind(*typed[at : at + size])]
     return (args, kwargs), (typed, typed_kwargs)
 
 
@@ -113,11 +119,11 @@ def test_every_argument_reaches_the_operator(op: str, monkeypatch: pytest.Monkey
 
     def receive(*args: object, **kwargs: object) -> tuple[object, ...]:
         received.update(dict(zip(positional, args, strict=False)) | kwargs)
-        return tuple(range(5))
+        return tuple(range(len(getattr(typing.get_type_hints(function)["return"], "_fields", range(5)))))
 
     monkeypatch.setattr(torch.ops.pins_ext, op, receive)
     function = getattr(ops, op)
-    packed = {name: PackedWeight(*(arguments[f] for f in PackedWeight._fields)) for name in packs(function)}  # type: ignore[arg-type]
+    packed = {name: kind(*(arguments[f] for f in kind._fields)) for name, kind in packs(function).items()}
     function(**{name: arguments.get(name) for name in inspect.signature(function).parameters} | packed)
     assert received == arguments
 
