@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pins_ext.regularization.self_regularizer import SelfRegularizer
     from pins_ext.sparse.format import load_sparse, save_sparse
     from pins_ext.sparse.inference import sparsify_for_inference
+    from pins_ext.sparse.semi_structured import to_semi_structured
 
 _HOME = {
     "PruneConfig": "pruning.config",
@@ -33,6 +34,7 @@ _HOME = {
     "prune_once": "pruning.once",
     "save_sparse": "sparse.format",
     "sparsify_for_inference": "sparse.inference",
+    "to_semi_structured": "sparse.semi_structured",
 }
 _MODULES = ("integrations", "ops", "optim")
 
@@ -50,6 +52,7 @@ __all__ = [
     "prune_once",
     "save_sparse",
     "sparsify_for_inference",
+    "to_semi_structured",
 ]
 
 

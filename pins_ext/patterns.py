@@ -6,7 +6,7 @@ Nothing here imports torch: the flags of the command are made from it before tor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -29,6 +29,9 @@ _KNOWN = (
 
 _EXPLAINED = 0.99
 """Share of the zeros that must lie in empty blocks for these to be the pattern: a kept weight may be zero by chance."""
+
+_HEAD = 256
+"""Rows that are looked at before a whole matrix is."""
 
 _GROUPED = {4: 0.5, 8: 0.9, 16: 0.9}
 """M -> share of the zeros that N:M must ask for to be the pattern: without structure few long groups are full."""
@@ -125,6 +128,11 @@ class Fit:
         return int(broken.sum())
 
 
+def pattern_text(pattern: str | Mapping[str, str]) -> str:
+    """A configuration's pattern in words."""
+    return pattern if isinstance(pattern, str) else ", ".join(f"{of} for {name}" for name, of in pattern.items())
+
+
 def recognised(mask: Tensor, axis: int) -> Pattern | None:
     """The tightest pattern that explains the zeros of a matrix.
 
@@ -135,7 +143,10 @@ def recognised(mask: Tensor, axis: int) -> Pattern | None:
     zeros = mask.numel() - int(mask.sum())
     if mask.dim() < 2 or not 0 < zeros < mask.numel():
         return None
-    found = [fit.pattern for fit in _fits(mask.shape, axis) if _explains(fit, mask, zeros)]
+    head = mask[..., :_HEAD, :]
+    missing = head.numel() - int(head.sum())
+    fits = [fit for fit in _fits(mask.shape, axis) if missing == 0 or _explains(fit, head, missing, 0.9)]
+    found = [fit.pattern for fit in fits if _explains(fit, mask, zeros)]
     groups = [pattern for pattern in found if pattern.grouped]
     # Small N / M first, and of equal ones the short group, which is the stricter.
     groups.sort(key=lambda pattern: (pattern.keep / pattern.of, pattern.of))
@@ -151,8 +162,11 @@ def _fits(shape: Sequence[int], axis: int) -> Iterator[Fit]:
             yield fit
 
 
-def _explains(fit: Fit, mask: Tensor, zeros: int) -> bool:
+def _explains(fit: Fit, mask: Tensor, zeros: int, share: float = 1.0) -> bool:
+    """Whether the pattern holds and asks for (this share of) as many of the zeros as it must."""
+    if fit.misfit(mask.shape) is not None:
+        return True  # a few rows that end within a block
     if fit.pattern.grouped:
         asked = 1 - fit.pattern.keep / fit.pattern.of
-        return asked >= _GROUPED[fit.pattern.of] * zeros / mask.numel() and fit.violations(mask) == 0
-    return int((fit.counted(mask) == 0).sum()) * prod(fit.cells) >= _EXPLAINED * zeros
+        return asked >= share * _GROUPED[fit.pattern.of] * zeros / mask.numel() and fit.violations(mask) == 0
+    return int((fit.counted(mask) == 0).sum()) * prod(fit.cells) >= share * _EXPLAINED * zeros

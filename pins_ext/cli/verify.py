@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pins_ext.patterns import NONE, pattern_text
 from pins_ext.runs.errors import EXIT_FAILED, EXIT_OK, UsageError
 from pins_ext.runs.folder import results_in
 from pins_ext.runs.html import percent
@@ -42,5 +43,7 @@ def main(argv: Sequence[str]) -> int:
             exit_code = EXIT_FAILED
             print("\n".join(f"WRONG  {folder}: {problem}" for problem in problems))
         else:
-            print(f"holds  {folder}: {final.zeros:,} of {final.weights:,} prunable weights are zero ({share})")
+            wanted = record.config.pruning.get("pattern", NONE)
+            pattern = "" if wanted == NONE else f", pattern {pattern_text(wanted)}"
+            print(f"holds  {folder}: {final.zeros:,} of {final.weights:,} prunable weights are zero ({share}){pattern}")
     return exit_code

@@ -236,13 +236,6 @@ class PruneConfig:
         return any(pattern != NONE for pattern in wanted)
 
     @property
-    def pattern_text(self) -> str:
-        """The pattern in words."""
-        if isinstance(self.pattern, str):
-            return self.pattern
-        return ", ".join(f"{pattern} for {name}" for name, pattern in self.pattern.items())
-
-    @property
     def needs_shadow(self) -> bool:
         """Whether a pruned weight's last unmasked value is kept, so that it can score above zero and return."""
         return self.mask_policy == "strict" and self.regrow == "shadow" and self.rule.zero_at_zero

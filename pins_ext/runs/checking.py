@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pins_ext.patterns import Fit
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.patterns import fitted
 from pins_ext.runs.record import RunRecord
 
 
@@ -32,11 +35,23 @@ def check(folder: Path, record: RunRecord) -> list[str]:
             problems.append(f"{name} is missing or has another shape")
         elif (zeros := p.numel() - int(torch.count_nonzero(p))) != expected.zeros:
             problems.append(f"{name} has {zeros:,} zeros, recorded are {expected.zeros:,}")
-    return problems + (_check_masks(folder, record, parameters) if record.final.tensors else [])
+    if not record.final.tensors:
+        return problems
+    # A tensor that is missing is among the problems already.
+    fits = _fits(record, model, parameters) if not problems else {}
+    return problems + _check_masks(folder, record, parameters, fits)
 
 
-def _check_masks(folder: Path, record: RunRecord, parameters: Mapping[str, Any]) -> list[str]:
-    """What the pruner's file says is pruned must be zero."""
+def _fits(record: RunRecord, model: Any, parameters: Mapping[str, Any]) -> dict[str, Fit]:
+    """The pattern of each pruned tensor that was to have one."""
+    config = PruneConfig(pattern=record.config.pruning.get("pattern", "none"))
+    pruned = {name: parameters[name] for name in record.final.tensors}
+    found, _ = fitted(model, pruned, config)
+    return {name: fit for name, fit in zip(pruned, found, strict=True) if fit is not None}
+
+
+def _check_masks(folder: Path, record: RunRecord, parameters: Mapping[str, Any], fits: Mapping[str, Fit]) -> list[str]:
+    """What the pruner's file says is pruned must be zero, and have the pattern that was asked for."""
     from safetensors.torch import load_file
 
     from pins_ext.integrations.callback import PRUNER_FILE
@@ -54,6 +69,8 @@ def _check_masks(folder: Path, record: RunRecord, parameters: Mapping[str, Any])
             continue
         mask = unpack_bits(bits, parameters[name].shape)
         kept += int(mask.sum())
+        if name in fits and (broken := fits[name].violations(mask)):
+            problems.append(f"{name}: {broken:,} groups or blocks do not have the pattern {fits[name].pattern.name}")
         if alive := int(parameters[name].detach()[~mask].count_nonzero()):
             problems.append(f"{name}: {alive:,} weights that the mask prunes are not zero")
     if not problems and kept != record.final.kept:

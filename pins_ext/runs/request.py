@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pins_ext.patterns import pattern_text
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.runs import options, trainer_flags
 from pins_ext.runs.errors import UsageError
@@ -159,7 +160,7 @@ class Request:
         if self.pruning is None:
             return "dense"
         name = "PINS" if self.pruning.criterion == "pins" else str(self.pruning.criterion)
-        pattern = f" {self.pruning.pattern_text}" if self.pruning.patterned else ""
+        pattern = f" {pattern_text(self.pruning.pattern)}" if self.pruning.patterned else ""
         return f"{name} {100 * self.pruning.sparsity:g} %{pattern}"
 
     @property

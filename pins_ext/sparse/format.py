@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.files.atomic import flush, replace, sha256
+from pins_ext.patterns import recognised
+from pins_ext.pruning.patterns import input_axes
 from pins_ext.sparse import compression as zstd
 from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, decode, encode, plan
 from pins_ext.sparse.index import COMPRESSIONS, FILE, Index, SparseFormatError, sizes
@@ -77,7 +79,7 @@ def save_sparse(
         entries, shards = _write_shards(aside, tensors, int8, compression, shard_bytes)
         _write_configuration(model, aside, tokenizer, dtype)
         files = {file.name: (file.stat().st_size, sha256(file)) for file in sorted(aside.iterdir()) if file.is_file()}
-        index = Index(entries, shards, aliases, files, compression)
+        index = Index(entries, shards, aliases, files, compression, _patterns(model, entries))
         index.write(aside, PRODUCER)
         flush(aside)
         replace(aside, folder)
@@ -198,6 +200,17 @@ def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, 
             first[key] = name
             tensors[name] = _Source(tensor, dtype if dtype is not None and tensor.is_floating_point() else None)
     return tensors, aliases
+
+
+def _patterns(model: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
+    """The patterns of the zeros of the matrices of which the model says which dimension is the input."""
+    axes, parameters = input_axes(model), dict(model.named_parameters())
+    found: dict[str, str] = {}
+    for name in entries.keys() & axes.keys() & parameters.keys():
+        if entries[name].layout == "rows":
+            pattern = recognised(parameters[name].detach() != 0, axes[name])
+            found |= {} if pattern is None else {name: pattern.name}
+    return dict(sorted(found.items()))
 
 
 class _Source:

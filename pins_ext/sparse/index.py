@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
 from pins_ext.files.atomic import sha256
+from pins_ext.patterns import Pattern
 from pins_ext.sparse.encoding import EncodingError, Entry
 
 FILE = "pins_sparse.json"
@@ -38,6 +39,8 @@ class Index:
         aliases: name -> the name of the tensor that it shares its memory with.
         files: every file of the checkpoint but the index -> (size in bytes, SHA-256).
         compression: of each array in the shards.
+        patterns: tensor name -> the pattern of its zeros (2:4, 16x16, see pins_ext.patterns), where one was recognised;
+            informative.
     """
 
     entries: Mapping[str, Entry]
@@ -45,6 +48,7 @@ class Index:
     aliases: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]
     compression: str = "none"
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path, producer: str) -> None:
         """Write the index file.
@@ -60,6 +64,7 @@ class Index:
             "compression": self.compression,
             "tensors": {name: asdict(entry) | {"shard": self.shards[name]} for name, entry in self.entries.items()},
             "aliases": dict(self.aliases),
+            **({"patterns": dict(self.patterns)} if self.patterns else {}),
             "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in self.files.items()},
         }
         (folder / FILE).write_text(json.dumps(body | {"sha256": digest_of(body)}, indent=1), encoding="utf-8")
@@ -139,7 +144,12 @@ def _parsed(body: Mapping[str, Any]) -> Index:
             raise ValueError(f"{name!r} can't stand for {target!r}")
     if body["compression"] not in COMPRESSIONS:
         raise ValueError(f"compression {body['compression']!r}; this software knows {', '.join(COMPRESSIONS)}")
-    return Index(entries, shards, dict(body["aliases"]), files, body["compression"])
+    patterns = dict(body.get("patterns", {}))
+    for name, pattern in patterns.items():
+        if name not in entries or not isinstance(pattern, str):
+            raise ValueError(f"{name!r} can't have the pattern {pattern!r}")
+        Pattern.parse(pattern)
+    return Index(entries, shards, dict(body["aliases"]), files, body["compression"], patterns)
 
 
 def sizes(index: Index) -> dict[str, int]:

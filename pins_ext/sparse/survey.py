@@ -26,8 +26,10 @@ GROUPS = {4: 0.5, 8: 0.9, 16: 0.9}
 2:4 is what GPUs have kernels for.
 """
 
-BLOCKS = (4, 8, 16, 32, 64)
-"""Edges of the square blocks that are looked for."""
+BLOCKS = (
+    (4, 1), (1, 4), (8, 1), (1, 8), (16, 1), (1, 16), (4, 4), (32, 1), (1, 32), (8, 8), (16, 16), (32, 32), (64, 64),
+)  # fmt: skip
+"""Rows and columns of the blocks that are looked for, the smallest first."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -151,7 +153,7 @@ def _slices(reader: Any, sliced: Any, name: str, shape: tuple[int, ...]) -> Iter
         yield reader.get_tensor(name)
         return
     # Blocks and groups of rows must not be cut.
-    unit = BLOCKS[-1] if len(shape) == 2 else 1
+    unit = BLOCKS[-1][0] if len(shape) == 2 else 1
     rows = max(unit, _CHUNK_WEIGHTS // prod(shape[1:]) // unit * unit)
     for begin in range(0, shape[0], rows):
         yield sliced[begin : begin + rows]
@@ -173,7 +175,7 @@ class _Counts:
         # Along a row, and down a column.
         self.along = {m: 0 for m in GROUPS if matrix and columns % m == 0}
         self.down = {m: 0 for m in GROUPS if matrix and self.shape[-2] % m == 0}
-        self.empty = {b: 0 for b in BLOCKS if matrix and columns % b == 0 and self.shape[-2] % b == 0}
+        self.empty = {(a, b): 0 for a, b in BLOCKS if matrix and columns % b == 0 and self.shape[-2] % a == 0}
         self.rows, self.columns = rows, columns
 
     def add(self, part: Tensor) -> None:
@@ -200,8 +202,11 @@ class _Counts:
         # A full group shows that there is no such pattern.
         self.along = {m: n for m, n in self.along.items() if n < m}
         self.down = {m: n for m, n in self.down.items() if n < m}
-        for b in self.empty:
-            self.empty[b] += int((~live.view(rows // b, b, -1, b).any(3).any(1)).sum())
+        for (a, b), empty in tuple(self.empty.items()):
+            self.empty[a, b] = empty + int((~live.view(rows // a, a, -1, b).any(3).any(1)).sum())
+        # More zeros outside of empty blocks than may be left over in the end show that there is no such pattern.
+        room = (1 - _EXPLAINED) * self.rows * self.columns
+        self.empty = {(a, b): n for (a, b), n in self.empty.items() if self.zeros - n * a * b <= room}
 
     @property
     def dead_rows(self) -> int:
@@ -229,8 +234,8 @@ class _Counts:
         lines = self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
         if lines >= _EXPLAINED * self.zeros:
             return [*found, "whole rows and columns"]
-        blocks = [b for b, empty in self.empty.items() if empty * b * b >= _EXPLAINED * self.zeros]
-        return [*found, *([f"blocks of {blocks[-1]} x {blocks[-1]}"] if blocks else [])]
+        blocks = [(a, b) for (a, b), empty in self.empty.items() if empty * a * b >= _EXPLAINED * self.zeros]
+        return [*found, *(f"blocks of {a} x {b}" for a, b in blocks[-1:])]
 
 
 def _groups(most: dict[int, int], axis: str, sparsity: float) -> list[str]:

@@ -78,6 +78,13 @@ def test_verify_confirms_and_notices(unbroken: Path, tmp_path: Path, capsys: pyt
     broken.mkdir()
     for file in unbroken.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
+    record = json.loads((broken / "metrics.json").read_text())
+    record["config"]["pruning"]["pattern"] = {"*": "none", "*layer.1.output*": "2:4"}
+    (broken / "metrics.json").write_text(json.dumps(record))
+    assert main(["verify", str(broken)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("groups or blocks do not have the pattern 2:4") == 1
+    assert "layer.1.output.dense.weight: " in said
     tensors = weights(broken)
     name = "bert.encoder.layer.1.output.dense.weight"
     tensors[name][tensors[name] == 0] = 1e-9
@@ -92,6 +99,24 @@ def test_verify_confirms_and_notices(unbroken: Path, tmp_path: Path, capsys: pyt
     assert main(["verify", str(broken)]) == 1
     assert "transformers can't load it" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "absent")]) == 2
+
+
+def test_a_pattern_is_pruned_named_and_verified(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert main(["train", *flags(tiny, output, "--sparsity", "0.5", "--pattern", "2:4")]) == 0
+    assert "PINS 50 % 2:4" in capsys.readouterr().out
+    record = json.loads((output / "metrics.json").read_text())
+    assert record["config"]["pruning"]["pattern"] == "2:4"
+    pruned = weights(output)
+    for name in record["final"]["tensors"]:
+        assert ((pruned[name] != 0).view(len(pruned[name]), -1, 4).sum(-1) <= 2).all()
+    assert "PINS 50 % 2:4" in (output / "report.html").read_text()
+    assert main(["verify", str(output)]) == 0
+    assert "(50.0000 %), pattern 2:4" in capsys.readouterr().out
+    assert main(["inspect", str(output)]) == 0
+    assert "2:4 in rows in 12 matrices" in capsys.readouterr().out
+    assert main(["train", *flags(tiny, tmp_path / "no", "--pattern", "2:4")]) == 2
+    assert "2,048: set sparsity to 0.5" in capsys.readouterr().err
 
 
 def test_report_is_written_again_and_compares(

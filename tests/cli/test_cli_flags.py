@@ -30,6 +30,17 @@ def test_every_pruning_option_is_a_flag() -> None:
     assert "--deepspeed" not in text
 
 
+def test_patterns_are_one_for_all_or_by_name() -> None:
+    by_name = {"*": "2:4", "*attention*": "none"}
+    for text in ("*=2:4,*attention*=none", json.dumps(by_name)):
+        pruning = parsed("--sparsity", "0.5", "--pattern", text).pruning
+        assert pruning is not None
+        assert pruning.pattern == by_name
+    assert parsed("--sparsity", "0.5", "--pattern", "2:4").label == "PINS 50 % 2:4"
+    with pytest.raises(UsageError, match="'3:2' is no pattern; there are none, N:M"):
+        parsed("--pattern", "3:2")
+
+
 def test_help_all_lists_the_trainer_s_flags() -> None:
     text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=True)
     for flag in ("--adam-beta1", "--torch-empty-cache-steps", "--ddp-timeout"):

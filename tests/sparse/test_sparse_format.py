@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -16,9 +17,10 @@ from helpers.small_models import decoder_config, encoder_folder
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2LMHeadModel, pipeline
 
+from pins_ext import Pruner, reference
 from pins_ext.sparse.encoding import Entry, decode, encode, plan, row_scales
 from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
-from pins_ext.sparse.index import FILE, SparseFormatError, sizes
+from pins_ext.sparse.index import FILE, SparseFormatError, digest_of, sizes
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,6 +125,31 @@ def test_a_plain_module_is_loaded_into_one_of_its_kind(tmp_path: Path) -> None:
     assert_same(model.state_dict(), other.state_dict())
     with pytest.raises(SparseFormatError, match=r"doesn't fit Linear: the \w+ lacks"):
         load_sparse(tmp_path / "sparse", model=nn.Linear(3, 3))
+
+
+def test_patterns_are_recorded_and_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Embedding(64, 64))
+    with torch.no_grad():
+        model[0].weight *= reference.group_mask(model[0].weight.abs(), 2, 4, -1)
+        model[1].weight *= (torch.rand(16, 64) < 0.5).repeat_interleave(4, 0)
+        model[2].weight *= torch.rand(64, 64) < 0.5
+        model[3].weight *= reference.group_mask(model[3].weight.abs(), 2, 4, -1)
+    save_sparse(model, tmp_path / "a")
+    patterns = {"0.weight": "2:4", "1.weight": "4x1"}
+    assert SparseCheckpoint(tmp_path / "a").index.patterns == patterns
+    again = load_sparse(tmp_path / "a", model=copy.deepcopy(model))
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+    assert Pruner.from_sparse(again, optimizer).verify()["patterns"] == {"2:4": 1, "4x1": 1}
+    body = json.loads((tmp_path / "a" / "pins_sparse.json").read_text())
+    assert body["patterns"] == patterns
+    for wrong in ({"nobody": "2:4"}, {"0.weight": "4:2"}, {"0.weight": 4}, [1]):
+        body["patterns"] = wrong
+        body.pop("sha256", None)
+        body["sha256"] = digest_of(body)
+        (tmp_path / "a" / "pins_sparse.json").write_text(json.dumps(body))
+        with pytest.raises(SparseFormatError, match=FILE):
+            load_sparse(tmp_path / "a", model=copy.deepcopy(model))
 
 
 def test_a_stored_shape_that_does_not_fit_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:

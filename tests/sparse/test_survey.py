@@ -100,6 +100,17 @@ def test_what_is_found_is_what_is_there(checkpoint: Path, monkeypatch: pytest.Mo
     assert total["packed_bytes"] < total["dense_bytes"]
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(4, 1), (1, 4), (16, 1), (16, 16), (64, 64)])
+def test_blocks_of_any_known_shape_are_named_the_largest_first(tmp_path: Path, rows: int, columns: int) -> None:
+    kept = torch.rand(256 // rows, 256 // columns, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask = kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    save_file(
+        {"w": dense(256, 256) * mask, "x": dense(256, 256) * (torch.rand(256, 256) < 0.5)}, tmp_path / "a.safetensors"
+    )
+    found = {each.name: each.patterns for each in survey(tmp_path / "a.safetensors")}
+    assert found == {"w": (f"blocks of {rows} x {columns}",), "x": ()}
+
+
 def test_two_of_four_need_not_be_whole_columns(tmp_path: Path) -> None:
     kept = torch.rand(64, 16, 4, generator=torch.Generator().manual_seed(3)).argsort(-1) < 2
     save_file(

@@ -1,0 +1,65 @@
+"""2:4 layers handed to torch's kernels: refused in words where there are none, measured where they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pins_ext
+from pins_ext import reference
+from pins_ext.sparse.calibration import Trial
+from pins_ext.sparse.inference import NothingSparseError
+from pins_ext.sparse.semi_structured import two_of_four, verdict
+
+
+def model() -> nn.Module:
+    """Linear layers of 2:4, of other zeros, of none, and a Conv1D of 2:4."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128), nn.Linear(128, 128), Conv1D(64, 128))
+    with torch.no_grad():
+        made[0].weight *= reference.group_mask(made[0].weight.abs(), 2, 4, -1)
+        made[1].weight *= reference.group_mask(made[1].weight.abs(), 4, 8, -1)
+        made[3].weight *= reference.group_mask(made[3].weight.abs(), 2, 4, -2)
+    return made
+
+
+def test_on_the_cpu_it_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"2:4 kernels for CUDA alone, and this model is on cpu: move it"):
+        pins_ext.to_semi_structured(model())
+    with pytest.raises(ValueError, match="tokens must be positive"):
+        pins_ext.to_semi_structured(model(), tokens=())
+
+
+def test_layers_are_2_of_4_along_their_inputs_or_stay_dense_with_a_reason() -> None:
+    places, dense = two_of_four(model())
+    assert places == ["0", "3"]
+    assert dense["1"] == "its zeros are not 2:4 along the inputs"
+    assert "zeros" in dense["2"]
+    with pytest.raises(NothingSparseError, match='prune with pattern="2:4" first'):
+        two_of_four(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_the_verdict_says_so_when_it_gains_nothing() -> None:
+    trials = [Trial((8, 8), 0.5, (1, 128), (10.0, 100.0), (20.0, 50.0), ("a", "b"))]
+    said = verdict(trials, 2)
+    assert "2:4 at 1 token: 0.020 ms dense, 0.040 ms 2:4 (0.50 x), no faster than dense: 2:4 gains nothing here" in said
+    assert "2:4 at 128 tokens: 0.200 ms dense, 0.100 ms 2:4 (2.00 x), faster than dense" in said
+    assert said.endswith("2 layers are 2:4 now")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_outputs_are_those_of_the_dense_model(dtype: torch.dtype) -> None:
+    dense = model().to("cuda", dtype).eval()
+    said: list[str] = []
+    sparse = pins_ext.to_semi_structured(copy.deepcopy(dense), tokens=(1, 64), say=said.append)
+    assert type(sparse[0].weight.data).__name__.startswith("SparseSemiStructured")
+    assert "layers are 2:4 now" in said[-1]
+    x = torch.randn(4, 64, 128, device="cuda", dtype=dtype)
+    # Sums of 128 products in another order, in 8 bits.
+    torch.testing.assert_close(sparse(x), dense(x), rtol=2e-2, atol=2e-2)
