@@ -8,7 +8,7 @@ from torch import Tensor
 from pins_ext import ops, reference
 
 from .data import Draw, Problem
-from .protocol import Case
+from .protocol import Case, Streams
 from .suite import Group, rotations
 
 _LR, _BETA1, _BETA2 = 3e-5, 0.85, 0.95
@@ -49,9 +49,11 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             eu.mul_(_BETA2).add_((1 - _BETA2) * (ipt - ea).abs())
 
     _, _, ipt, ea, eu = sets[0]
+    w, s = problem.dtype, problem.state_dtype
+    into, over = Streams((s,), (w, w)), Streams((s, s), (s,))
     found = [
-        Case("accumulate_", accumulate, "kernel", n, 2 * weight + 2 * state, outputs=lambda: ipt),
-        Case("fold_", fold, "kernel", n, 5 * state, outputs=lambda: [*ea, *eu]),
+        Case("accumulate_", accumulate, "kernel", n, 2 * weight + 2 * state, outputs=lambda: ipt, streams=into),
+        Case("fold_", fold, "kernel", n, 5 * state, outputs=lambda: [*ea, *eu], streams=over),
         Case(
             "fold_ + count",
             lambda turn: fold(turn, bracket, counts),
@@ -59,6 +61,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             n,
             5 * state,
             outputs=lambda: [*ea, *eu, counts],
+            streams=over,
         ),
     ]
     eager = [

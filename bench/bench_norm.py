@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from pins_ext import ops
 
 from .data import Draw, Problem
-from .protocol import Case
+from .protocol import Case, Streams
 from .suite import Group, rotations
 
 
@@ -24,7 +24,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         return kernels.sum_of_squares(sets[turn % len(sets)], layout.places, layout.chunks)
 
     found = [
-        Case("sum_of_squares", norm, "kernel", n, weight),
+        Case("sum_of_squares", norm, "kernel", n, weight, streams=Streams((), (problem.dtype,))),
         Case("norm + clip factor", lambda turn: ops.clip_factor(norm(turn), 1.0)[1], "kernel", n, weight),
     ]
     if not peers:

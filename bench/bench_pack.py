@@ -7,7 +7,7 @@ import torch
 from pins_ext import ops
 
 from .data import Draw, Problem, masks_of
-from .protocol import Case
+from .protocol import Case, Streams
 from .suite import Group, rotations
 
 
@@ -44,9 +44,10 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         for p, a, b in zip(*sets[turn % len(sets)], strict=True):
             p.masked_fill_(a * b < score, 0.0)
 
+    scores, weights = Streams((), (problem.state_dtype,) * 2), Streams((problem.dtype,))
     found = [
-        Case("pack_", pack, "kernel", n, 2 * state + 0.25, outputs=lambda: [*packed, stats]),
-        Case("apply_mask_", apply, "kernel", n, 2 * weight + 0.125, outputs=lambda: sets[0][0]),
+        Case("pack_", pack, "kernel", n, 2 * state + 0.25, outputs=lambda: [*packed, stats], streams=scores),
+        Case("apply_mask_", apply, "kernel", n, 2 * weight + 0.125, outputs=lambda: sets[0][0], streams=weights),
         Case("pack_ + apply_mask_", both, "kernel", n, 2 * state + 2 * weight + 0.375, outputs=lambda: sets[0][0]),
     ]
     peer = [Case("eager score < threshold, masked_fill_", eager, "peer", n, against="pack_ + apply_mask_")]

@@ -9,7 +9,7 @@ from pins_ext import ops
 
 from .baselines import selection_cases
 from .data import Draw, Problem
-from .protocol import Case
+from .protocol import Case, Streams
 from .suite import Group, rotations
 
 _KIND = "product"
@@ -63,6 +63,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             n,
             read_bytes(problem),
             outputs=lambda: [counts],
+            streams=Streams((), (problem.state_dtype,) * 2),
         ),
         Case("sample", lambda turn: kernels.sample(*sets[0], places, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n),
     ]

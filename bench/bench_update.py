@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 from pins_ext import ops, reference
 
 from .data import Draw, Problem, masks_of
-from .protocol import Case
+from .protocol import Case, Streams
 from .suite import Group
 
 _LR, _DECAY, _BETA1, _BETA2, _EPS, _STEP = 3e-5, 1e-2, 0.9, 0.999, 1e-8, 100
@@ -40,9 +40,19 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
         kernels.masked_sgd_(p, m, ipt, [], g, masks, places, chunks, sgd_hyper, accepted, key, "pins")
 
+    # Weights and moments; a state.
+    w, s = problem.dtype, problem.state_dtype
     plain, full = 7 * weight, 7 * weight + 2 * state + 0.125
     found = [
-        Case("masked_adamw_ alone", lambda turn: run_adamw([], []), "kernel", n, plain, outputs=lambda: [*p, *m, *v]),
+        Case(
+            "masked_adamw_ alone",
+            lambda turn: run_adamw([], []),
+            "kernel",
+            n,
+            plain,
+            outputs=lambda: [*p, *m, *v],
+            streams=Streams((w, w, w), (w,)),
+        ),
         Case(
             "masked_adamw_ + ipt",
             lambda turn: run_adamw(ipt, []),
@@ -50,6 +60,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             n,
             plain + 2 * state,
             outputs=lambda: [*p, *ipt],
+            streams=Streams((w, w, w, s), (w,)),
         ),
         Case(
             "masked_adamw_ + ipt + mask",
@@ -58,6 +69,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             n,
             full,
             outputs=lambda: [*p, *ipt],
+            streams=Streams((w, w, w, s), (w,)),
         ),
         Case(
             "masked_sgd_ + ipt + mask",
@@ -66,6 +78,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             n,
             full - 2 * weight,
             outputs=lambda: [*p, *m, *ipt],
+            streams=Streams((w, w, s), (w,)),
         ),
     ]
     return found + (_peers(p, g, m, v, plain) if peers else [])

@@ -24,6 +24,33 @@ _BLOCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
+class Streams:
+    """What a kernel moves: whole tensors of the weights' size.
+
+    Attributes:
+        written: dtypes of what is updated in place.
+        read: dtypes of what is only read.
+    """
+
+    written: tuple[torch.dtype, ...] = ()
+    read: tuple[torch.dtype, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the case that measures the floor."""
+        return f"floor: {_sizes(self.written)} in place, {_sizes(self.read)} read"
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Counted once for reading and once for writing."""
+        return sum(2 * d.itemsize for d in self.written) + sum(d.itemsize for d in self.read)
+
+
+def _sizes(dtypes: Sequence[torch.dtype]) -> str:
+    return "+".join(str(d.itemsize) for d in dtypes) + " B" if dtypes else "nothing"
+
+
+@dataclass(frozen=True)
 class Case:
     """One thing to time.
 
@@ -37,6 +64,7 @@ class Case:
         setup: run once before the first call, if it fits. needs: bytes that it and a call take beside the operands.
         predict: seconds a call will take, from a small piece.
         outputs: tensors that a call has written, for the test of bitwise repeatability; by default what `run` returns.
+        streams: what one call moves, for a floor of its own; masks, a bit a weight, are left out.
     """
 
     name: str
@@ -51,6 +79,7 @@ class Case:
     setup: Callable[[], object] | None = None
     predict: Callable[[], float] | None = None
     outputs: Callable[[], Sequence[Tensor]] | None = None
+    streams: Streams | None = None
 
 
 @dataclass
@@ -267,12 +296,64 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def bandwidth_cases(device: torch.device, least_bytes: int = 1 << 26) -> list[Case]:
-    """Copy (`copy_`: a byte read, a byte written) and read (`amax`) over buffers larger than the last-level cache."""
-    n = max(4 * memory.last_level_cache(device), least_bytes) // 4
+    """Copy (`copy_`: a byte read, a byte written) and read (`amax`) over buffers larger than the last-level cache.
+
+    On a CPU with several threads, the copy of one of them, too: what more cores bring.
+    """
+    n = _elements(device, least_bytes)
     generator = torch.Generator(device).manual_seed(1)
     source = torch.rand(n, generator=generator, device=device)
     target = torch.rand(n, generator=generator, device=device)
-    return [
+
+    def copy_alone(turn: int) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            target.copy_(source)
+        finally:
+            torch.set_num_threads(threads)
+
+    found = [
         Case("copy", lambda turn: target.copy_(source), "bandwidth", n, 8),
         Case("read", lambda turn: source.amax(), "bandwidth", n, 4),
     ]
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        found.append(Case("copy, one thread", copy_alone, "bandwidth", n, 8))
+    return found
+
+
+def floor_cases(cases: Sequence[Case], device: torch.device, least_bytes: int = 1 << 26) -> list[Case]:
+    """For each set of streams, the loop that moves them without arithmetic: the floor of the cases that have it.
+
+    Copy is no floor of an update in place: it also reads the lines that it overwrites. On the CPU alone.
+    """
+    if device.type != "cpu":
+        return []
+    n, buffers = _elements(device, least_bytes), _Buffers()
+    return [
+        Case(streams.name, buffers.run_of(streams, n), "bandwidth", n, streams.bytes_per_weight)
+        for streams in dict.fromkeys(case.streams for case in cases if case.streams is not None)
+    ]
+
+
+class _Buffers:
+    """Tensors that the floors share."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.dtype, list[Tensor]] = {}
+
+    def run_of(self, streams: Streams, n: int) -> Callable[[int], None]:
+        taken: dict[torch.dtype, int] = {}
+        written, read = ([self._next(d, taken, n) for d in dtypes] for dtypes in (streams.written, streams.read))
+        return lambda turn: torch.ops.pins_ext.stream_(written, read)
+
+    def _next(self, dtype: torch.dtype, taken: dict[torch.dtype, int], n: int) -> Tensor:
+        own, place = self._made.setdefault(dtype, []), taken.get(dtype, 0)
+        taken[dtype] = place + 1
+        if place == len(own):
+            own.append(torch.rand(n).to(dtype))
+        return own[place]
+
+
+def _elements(device: torch.device, least_bytes: int) -> int:
+    return max(4 * memory.last_level_cache(device), least_bytes) // 4

@@ -23,8 +23,10 @@ class Record:
 
     Attributes:
         gbps: bytes counted over the median. copy_gbps, read_gbps: bandwidths measured between the samples of this
-            case's group. share_of_copy: gbps over copy_gbps. passes: of `select`, its time over the time to read the
-            states once. times_ours: of a peer, its median over that of the case it is compared with (`against`).
+            case's group. share_of_copy: gbps over copy_gbps.
+        share_of_floor: the time of a loop without arithmetic over the same streams, over this case's.
+        passes: of `select`, its time over the time to read the states once.
+        times_ours: of a peer, its median over that of the case it is compared with (`against`).
         extra_bytes: peak memory beside the operands. calls: kernel launches (CUDA) or operator calls (CPU).
         repeatable: whether two runs wrote the same bits. slow: whether it contains kthvalue, a sort or a quantile.
         others: share of the machine's CPU time that other processes used between the samples; above neighbours.QUIET
@@ -52,6 +54,7 @@ class Record:
     copy_gbps: float | None = None
     read_gbps: float | None = None
     share_of_copy: float | None = None
+    share_of_floor: float | None = None
     passes: float | None = None
     against: str = ""
     times_ours: float | None = None
@@ -105,6 +108,7 @@ def record_of(
         copy_gbps=copy,
         read_gbps=read,
         share_of_copy=gbps / copy if gbps and copy else None,
+        share_of_floor=_share_of_floor(case, median, all_seen),
         passes=read / gbps if is_select and gbps and read else None,
         against=case.against,
         times_ours=median / ours if median and ours else None,
@@ -115,6 +119,13 @@ def record_of(
         others=others,
         error=timing.error,
     )
+
+
+def _share_of_floor(case: Case, median: float | None, all_seen: Mapping[str, Timing]) -> float | None:
+    if case.streams is None or not median:
+        return None
+    speed = _bandwidth(all_seen.get(case.streams.name))
+    return case.weights * case.streams.bytes_per_weight / speed / 1e9 / median if speed else None
 
 
 def _bandwidth(timing: Timing | None) -> float | None:

@@ -14,8 +14,19 @@ from .records import Record
 from .suite import Group
 from .targets import DASH, TIMES, Line, shown
 
-_COLUMNS = ("B/weight", "ms", f"p5 {DASH} p95", "GB/s", "of copy", f"{TIMES} ours", "extra", "calls", "bits")
-_NARROW, _WIDE = 6, 130
+_COLUMNS = (
+    "B/weight",
+    "ms",
+    f"p5 {DASH} p95",
+    "GB/s",
+    "of copy",
+    "of floor",
+    f"{TIMES} ours",
+    "extra",
+    "calls",
+    "bits",
+)
+_NARROW, _WIDE = 7, 140
 DISTURBED = "times are disturbed, those of torch's operators, which join their threads once per tensor, most"
 _STYLES = {"stretch": "bold green", "pass": "green", "missed": "bold red", "not measured": "dim"}
 
@@ -104,6 +115,7 @@ def _cells(record: Record) -> list[str]:
         spread,
         f"{record.gbps:.2f}" if record.gbps else "",
         passes or (f"{record.share_of_copy:.0%}" if record.share_of_copy and record.kind != "bandwidth" else ""),
+        f"{record.share_of_floor:.0%}" if record.share_of_floor else "",
         f"{record.times_ours:.2f}" if record.times_ours else "",
         f"{record.extra_bytes / 1e6:,.0f} MB" if record.extra_bytes is not None and record.kind != "bandwidth" else "",
         str(record.calls) if record.calls is not None and record.kind != "bandwidth" else "",

@@ -13,7 +13,7 @@ import torch
 from . import memory
 from .contention import Neighbours
 from .data import Problem
-from .protocol import Case, Limits, bandwidth_cases, measure, reason, repeatable
+from .protocol import Case, Limits, bandwidth_cases, floor_cases, measure, reason, repeatable
 from .records import Record, record_of
 
 _SMALL = 1 << 20
@@ -134,7 +134,8 @@ def _measure_group(
         small = problem.smaller(_SMALL)
         same = repeatable(lambda: group.build(small, False))
         watcher.tick("drawing data")
-        cases = [*bandwidth_cases(device, bandwidth_bytes), *group.build(problem, group.peers)]
+        built = group.build(problem, group.peers)
+        cases = [*bandwidth_cases(device, bandwidth_bytes), *floor_cases(built, device, bandwidth_bytes), *built]
         watcher.group(group, len(cases) * (limits.rounds + 1))
         seen = measure(cases, device, limits, watcher.tick, neighbours)
     except (MemoryError, torch.OutOfMemoryError, RuntimeError, ValueError) as error:

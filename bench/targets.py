@@ -106,6 +106,12 @@ def _share(*cases: str, dtype: str | None = None) -> Callable[[Sequence[Record]]
     return measure
 
 
+def _share_of_floor(records: Sequence[Record]) -> Measured:
+    for record in main_records(records):
+        if record.share_of_floor:
+            yield record.case, record, record.share_of_floor
+
+
 def _passes(records: Sequence[Record]) -> Measured:
     record = _find(records, "select")
     if record is not None:
@@ -155,6 +161,7 @@ TARGETS = (
     Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cuda", 1.6, 1.42, False, "x",
            _beside(FLOOR, AVERAGE, inverse=True)),
     Target("kernel's bandwidth over that of copy", "cpu", 0.75, 0.90, True, "share", _share(*_CPU_KERNELS)),
+    Target("kernel's share of its own floor", "cpu", 0.85, 0.95, True, "share", _share_of_floor),
     Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cpu", 1.7, 1.45, False, "x",
            _beside(FLOOR, AVERAGE, inverse=True)),
     Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "both", 2.2, 1.65, False, "x",

@@ -96,6 +96,8 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def("grouped_expand(Tensor values, Tensor columns, Tensor bases, Tensor starts, int in_features) -> Tensor");
   // float64 [1], summed in an order that depends on neither threads nor device: of gradients, the norm to clip by.
   m.def("sum_of_squares(Tensor[] tensors, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> Tensor");
+  // Reads the one and writes the other back as it is: the floor of a kernel that updates in place. On the CPU alone.
+  m.def("stream_(Tensor(a!)[] written, Tensor[] read) -> ()");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }

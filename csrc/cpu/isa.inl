@@ -11,6 +11,7 @@
 #include "sparse.inl"
 #include "sparse_bytes.inl"
 #include "norm.inl"
+#include "stream.inl"
 
 #define PINS_ACCUMULATE(id, name, formula) accumulate<Criterion::id>,
 #define PINS_KEYS(id, name, formula) keys<Score::id>,
@@ -36,5 +37,6 @@ constexpr Kernels table(const char* name) {
       apply_mask,
       sparse_loops(),
       sum_of_squares,
+      stream,
   };
 }

@@ -107,6 +107,14 @@ struct ApplyMask {
   const uint8_t* mask;
 };
 
+// Tensors of one size, those that are written first.
+struct Streams {
+  static constexpr int kMost = 16;
+  char* data[kMost];
+  int64_t itemsize[kMost];
+  int size, written;
+};
+
 #define PINS_ONE(id, name, formula) +1
 constexpr int kCriterionCount = PINS_CRITERIA(PINS_ONE);
 constexpr int kScoreCount = PINS_SCORES(PINS_ONE);
@@ -127,6 +135,7 @@ struct Kernels {
   void (*apply_mask)(const ApplyMask&);
   SparseLoops sparse;
   double (*sum_of_squares)(const Span&, int64_t count);
+  uint32_t (*stream)(const Streams&, int64_t first, int64_t count, uint32_t nothing);
 };
 
 extern const Kernels default_kernels;

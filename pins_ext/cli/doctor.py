@@ -27,6 +27,8 @@ _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safet
 TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
 CPU_ONLY = "none, there it is grouped_linear and grouped_expand"
 PACKED, SPLIT = "none, matrices are packed on the CPU", "none, there select and pack_ do it"
+MEASURE = "none, benchmarks measure copies there"
+ONLY_CPU = (CPU_ONLY, PACKED, SPLIT, MEASURE)
 FALLBACK = {"grouped_linear": "Triton", "grouped_expand": "torch's own operators"}
 """Operators for a GPU: what runs them in a build without CUDA C++. On a CPU they are plain torch."""
 
@@ -36,6 +38,7 @@ OPERATORS = {
     "select": DRIVER,
     **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
     "pack_around_": SPLIT,
+    "stream_": MEASURE,
     **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),
     "grouped_pack": PACKED,
     **dict.fromkeys(FALLBACK, COMPILED),
@@ -141,7 +144,7 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
         if name in FALLBACK and not compiled:
             kind = f"{FALLBACK[name]}: this build has no CUDA C++"
             problem = triton if name == "grouped_linear" else None
-        elif kind not in (CPU_ONLY, PACKED, SPLIT) and not _has_kernel(name, "CUDA"):
+        elif kind not in ONLY_CPU and not _has_kernel(name, "CUDA"):
             problem = "this build has no CUDA kernels, rebuild with nvcc and PINS_EXT_CUDA=1"
         elif kind == TRITON and triton is not None:
             problem = triton
@@ -165,11 +168,7 @@ def _gpu(available: bool) -> Iterator[Finding]:
 
     if available:
         names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-        missing = [
-            name
-            for name, kind in OPERATORS.items()
-            if kind not in (CPU_ONLY, PACKED, SPLIT) and not _has_kernel(name, "CUDA")
-        ]
+        missing = [name for name, kind in OPERATORS.items() if kind not in ONLY_CPU and not _has_kernel(name, "CUDA")]
         text = f"{names}, CUDA {torch.version.cuda}, Triton {_version('triton')}"
         if missing:
             yield Finding("gpu", f"{text}; no kernel for {', '.join(missing)}: models can't be pruned on it", "broken")

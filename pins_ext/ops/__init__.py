@@ -15,7 +15,7 @@ from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket, grouped
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
-from pins_ext.ops.cpu import cpu_capability
+from pins_ext.ops.cpu import cpu_capability, stream_
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
@@ -89,6 +89,7 @@ __all__ = [
     "sparse_linear",
     "sparse_linear_int8",
     "sparse_pack",
+    "stream_",
     "sum_of_squares",
     "tie_index",
     "to_device",

@@ -121,5 +121,6 @@ for _name in (
     "masked_adamw_",
     "masked_sgd_",
     "apply_mask_",
+    "stream_",
 ):
     torch.library.register_fake(f"pins_ext::{_name}", _no_output)

@@ -41,6 +41,7 @@ def test_a_run_is_saved_and_read(run: records.Run, tmp_path: Path) -> None:
         "copy_gbps",
         "read_gbps",
         "share_of_copy",
+        "share_of_floor",
         "extra_bytes",
         "calls",
     ):

@@ -132,6 +132,11 @@ def sum_of_squares() -> Arguments:
     return [*lists(1), *tables()], {}
 
 
+def stream() -> Arguments:
+    a, b = tensors([700, 700], torch.float32)
+    return [[a, b.bfloat16()], [b]], {}
+
+
 def sparse_linear_int8() -> Arguments:
     x = tensors([7 * 300], torch.float32)[0].reshape(7, 300)
     codes = (pruned_weight() * 20).to(torch.int8)
@@ -174,6 +179,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "sparse_linear": sparse_linear,
     "sparse_linear_int8": sparse_linear_int8,
     "sum_of_squares": sum_of_squares,
+    "stream_": stream,
     "grouped_pack": grouped_pack,
     "grouped_linear": grouped_linear,
     "grouped_expand": grouped_expand,
@@ -275,6 +281,8 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         torch.zeros(2, dtype=torch.int64),
         r"threshold must have shape \(1, 2\), got \(2,\)",
     ),
+    "streams of two sizes": ("stream_", 1, [torch.ones(699)], r"read\[0\] must have 700 elements, got 699"),
+    "too many streams": ("stream_", 1, [torch.ones(700)] * 15, "may have 16 tensors in all, got 17"),
     "stats": ("pack_", 1, torch.zeros(3, 2, dtype=torch.int64), r"stats must have shape \(3, 3\), got \(3, 2\)"),
     "grouped: a weight of another dtype": (
         "grouped_pack",

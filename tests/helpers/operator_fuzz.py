@@ -196,6 +196,13 @@ def _sum_of_squares(p: Problem) -> Call:
     return {"tensors": p.floats(p.dtype), **p.tables}
 
 
+def _stream(p: Problem) -> Call:
+    n = p.dice.choice((0, 1, 63, 255, 257, 16384, 40001))
+    both = [torch.randn(n, generator=p.torch).to(p.dice.choice(FLOATS)) for _ in range(p.dice.randrange(5))]
+    cut = p.dice.randrange(1 + len(both))
+    return {"written": both[:cut], "read": both[cut:]}
+
+
 def _pruned_weight(p: Problem) -> Tensor:
     shape = (p.dice.choice((1, 15, 16, 33)), p.dice.choice((1, 63, 64, 300)))
     weight = torch.randn(shape, generator=p.torch)
@@ -245,6 +252,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "masked_sgd_": _sgd,
     "apply_mask_": _apply_mask,
     "sum_of_squares": _sum_of_squares,
+    "stream_": _stream,
     "sparse_pack": _sparse_pack,
     "sparse_linear": _sparse_linear,
     "sparse_linear_int8": _sparse_linear_int8,
