@@ -84,15 +84,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
     _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
 
-    def window(step: Callable[[], object], turn: int) -> None:
-        for i in range(delta_t):
-            model.backward(turn * delta_t + i)
-            step()
-
-    def first(optimizer: torch.optim.Optimizer) -> None:
-        # The moments are made by the first step.
-        model.backward(0)
-        optimizer.step()
+    window, first = partial(_window, model, delta_t), partial(_first, model)
 
     def written() -> list[Tensor]:
         return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks.bits]
@@ -130,7 +122,92 @@ def _settle(model: Model, delta_t: int, exp_avg_ipt: Iterable[Tensor], exp_avg_u
         b.copy_(unc)
 
 
+def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
+    """Clipping and step, as fine-tuning recipes do them: `pins` and `fisher` beside torch's clip and fused AdamW.
+
+    Bytes counted per step: the norm reads g; torch's clip reads it twice and writes it; `fisher` reads p and v twice at
+    a window's end.
+    """
+    weight, state = problem.sizes
+    model = Model(problem)
+    parameters = list(model.weights)
+    n = sum(p.numel() for p in parameters)
+    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
+    plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
+
+    def ours(criterion: str, counted: float) -> Case:
+        optimizer = PinsAdamW(parameters, lr=_LR)
+        config = PruneConfig(
+            1 - problem.ratio,
+            criterion=criterion,
+            delta_t=delta_t,
+            schedule="constant",
+            warmup=0,
+            cooldown=2,
+            include=("*",),
+            state_dtype=dtype,
+        )
+        pruner = Pruner(model, optimizer, config, total_steps=1 << 40)
+        if criterion == "pins":
+            _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
+
+        def step() -> None:
+            # Half the norm of the gradients: they are multiplied.
+            optimizer.clip_grad_norm_(0.5 * math.sqrt(n) * _GRADIENT)
+            optimizer.step()
+
+        return Case(
+            clipped_name_of(delta_t, criterion),
+            partial(_window, model, delta_t, step),
+            "step",
+            n,
+            counted,
+            delta_t,
+            setup=partial(_first, model, optimizer),
+            outputs=lambda: [*parameters, *pruner.masks.bits],
+        )
+
+    def clip_and_step() -> None:
+        # Far above the gradients' norm: they keep their values, and torch multiplies all the same.
+        torch.nn.utils.clip_grad_norm_(parameters, 1e12)
+        plain.step()
+
+    update = 8 * weight + 0.125
+    return [
+        ours("pins", update + 2 * state + (5 * state + 2 * state + 0.25) / delta_t),
+        ours("fisher", update + (4 * weight + 0.25) / delta_t),
+        Case(
+            CLIPPED_FLOOR,
+            partial(_window, model, delta_t, clip_and_step),
+            "floor",
+            n,
+            10 * weight,
+            delta_t,
+            against=clipped_name_of(delta_t, "pins"),
+            setup=partial(_first, model, plain),
+        ),
+    ]
+
+
+def _window(model: Model, delta_t: int, step: Callable[[], object], turn: int) -> None:
+    for i in range(delta_t):
+        model.backward(turn * delta_t + i)
+        step()
+
+
+def _first(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """The moments are made by the first step."""
+    model.backward(0)
+    optimizer.step()
+
+
 FLOOR = "torch fused AdamW, no pruning"
+CLIPPED_FLOOR = "torch clip_grad_norm_ + fused AdamW, no pruning"
+
+
+def clipped_name_of(delta_t: int, criterion: str) -> str:
+    """Name of our case that clips."""
+    return f"clip + step, deltaT = {delta_t}, {criterion}"
 
 
 def name_of(delta_t: int) -> str:
@@ -193,6 +270,17 @@ def group(problem: Problem, peers: bool, delta_t: int) -> Group:
     # Weights, gradients, the moments of two optimizers; states.
     operand_bytes = (5 + gradient_sets(problem)) * weight + 3 * state
     return Group("step", problem, partial(_cases_at, delta_t), peers, operand_bytes, f"deltaT = {delta_t}")
+
+
+def clipped_group(problem: Problem, peers: bool, delta_t: int) -> Group:
+    """Clipping and step; torch's is measured with or without peers."""
+    weight, state = problem.sizes
+    operand_bytes = (7 + gradient_sets(problem)) * weight + 3 * state
+    return Group("clip", problem, partial(_clipped_cases_at, delta_t), peers, operand_bytes, f"deltaT = {delta_t}")
+
+
+def _clipped_cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:
+    return clipped_cases(problem, delta_t)
 
 
 def _cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:

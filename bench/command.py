@@ -29,6 +29,7 @@ from .targets import lines
 GROUPS: dict[str, list[Callable[[Problem, bool], Group]]] = {
     "select": [bench_select.group],
     "step": [partial(bench_step.group, delta_t=10), partial(bench_step.group, delta_t=1)],
+    "clip": [partial(bench_step.clipped_group, delta_t=10)],
     "update": [bench_update.group],
     "importance": [bench_importance.group],
     "pack": [bench_pack.group],
@@ -42,8 +43,9 @@ _QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 _ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
 PyTorch itself and the released algorithm offer. Prints a table per group and the targets, writes JSON and a picture.
 
-stems: select, step, update, importance, pack, norm on one model's shapes, with peers; scores: select over score
-distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000 small ones, misaligned views.
+stems: select, step, clip (clipping and step together), update, importance, pack, norm on one model's shapes, with
+peers; scores: select over score distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000
+small ones, misaligned views. "of floor" is the share of a loop that moves the same tensors without arithmetic.
 """
 _EXAMPLES = """examples:
   pins-ext bench --quick                          under two minutes on two cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .bench_step import FLOOR, name_of
+from .bench_step import CLIPPED_FLOOR, FLOOR, clipped_name_of, name_of
 from .records import Record
 
 Measured = Iterable[tuple[str, Record, float | None]]
@@ -129,11 +129,15 @@ def _beside(peer: str, ours: str, inverse: bool = False) -> Callable[[Sequence[R
     return measure
 
 
-def _kthvalue(records: Sequence[Record]) -> Measured:
-    """The ratio that contains kthvalue never stands without the one that does not."""
-    for find in ("kthvalue", "topk(sorted=False)"):
-        for _, record, value in _beside(f"eager score + cat + {find}", "select")(records):
-            yield find, record, value
+def _clipped(criterion: str) -> Callable[[Sequence[Record]], Measured]:
+    """Time of our clipping and step over that of torch's."""
+
+    def measure(records: Sequence[Record]) -> Measured:
+        ours, floor = (_find(records, name) for name in (clipped_name_of(10, criterion), CLIPPED_FLOOR))
+        if ours is not None and floor is not None and ours.median_s and floor.median_s:
+            yield "", ours, ours.median_s / floor.median_s
+
+    return measure
 
 
 def _transient(records: Sequence[Record]) -> Measured:
@@ -162,13 +166,21 @@ TARGETS = (
            _beside(FLOOR, AVERAGE, inverse=True)),
     Target("kernel's bandwidth over that of copy", "cpu", 0.75, 0.90, True, "share", _share(*_CPU_KERNELS)),
     Target("kernel's share of its own floor", "cpu", 0.85, 0.95, True, "share", _share_of_floor),
-    Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cpu", 1.7, 1.45, False, "x",
+    Target("clip + step at deltaT = 10 / torch clip_grad_norm_ + fused AdamW (floor 1.04)", "cpu", 1.15, 1.0, False,
+           "x", _clipped("pins")),
+    Target("the same with criterion fisher (floor 0.82)", "cpu", 1.0, 0.9, False, "x", _clipped("fisher")),
+    Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cpu", 1.45, 1.2, False, "x",
            _beside(FLOOR, AVERAGE, inverse=True)),
-    Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "both", 2.2, 1.65, False, "x",
+    Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "cuda", 2.2, 1.65, False, "x",
+           _beside(FLOOR, MASK, inverse=True)),
+    Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "cpu", 2.0, 1.65, False, "x",
            _beside(FLOOR, MASK, inverse=True)),
     Target("mask step against tuned eager, without kthvalue", "both", 4, 5, True, "x", _beside(TUNED, MASK)),
-    Target("score + global select against eager score + cat + a selection of torch's", "cpu", 25, 50, True, "x",
-           _kthvalue),
+    # The ratio that contains kthvalue never stands without the one that does not.
+    Target("score + global select against eager score + cat + kthvalue", "cpu", 30, 50, True, "x",
+           _beside("eager score + cat + kthvalue", "select")),
+    Target("score + global select against eager score + cat + topk(sorted=False)", "cpu", 25, 45, True, "x",
+           _beside("eager score + cat + topk(sorted=False)", "select")),
     Target("transient memory at selection", "both", 64e6, 24e6, False, "MB", _transient),
 )  # fmt: skip
-"""As PERFORMANCE targets were set before anything was measured; `both` on every device."""
+"""Set before what they ask for was measured; `both` on every device."""

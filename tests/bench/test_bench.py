@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +14,17 @@ from torch import Tensor
 
 import pins_ext.bench as bench
 from pins_ext import ops
-from pins_ext.bench import baselines, bench_step, command, contention, data, machine, memory, suite
-from pins_ext.bench.protocol import Case, Limits, bandwidth_cases, measure, repeatable
+from pins_ext.bench import baselines, bench_step, command, contention, data, machine, memory, records, suite
+from pins_ext.bench.protocol import (
+    Case,
+    Limits,
+    Streams,
+    Timing,
+    bandwidth_cases,
+    floor_cases,
+    measure,
+    repeatable,
+)
 
 CPU = torch.device("cpu")
 FEW = Limits(rounds=5, warmups=1, patience=5.0)
@@ -314,3 +324,41 @@ def test_random_masks_are_packed() -> None:
     assert [m.numel() for m in masks] == [ops.mask_bytes(70_001), 8]
     kept = sum(int(b).bit_count() for b in masks[0].tolist())
     assert kept == pytest.approx(14_000, rel=0.05)
+
+
+def test_a_floor_moves_the_streams_of_its_case() -> None:
+    f32, bf16 = torch.float32, torch.bfloat16
+    streams = Streams((f32, bf16), (f32,))
+    assert streams.bytes_per_weight == 8 + 4 + 4
+    cases = [Case(name, lambda turn: None, streams=streams) for name in ("a", "b")]
+    (floor,) = floor_cases(cases, CPU, 1 << 12)
+    assert floor.weights * floor.bytes_per_weight == floor.weights * streams.bytes_per_weight
+    moved: list[tuple[list[torch.dtype], list[torch.dtype]]] = []
+
+    def stream(written: list[Tensor], read: list[Tensor]) -> None:
+        moved.append(([x.dtype for x in written], [x.dtype for x in read]))
+
+    with patch.object(torch.ops.pins_ext, "stream_", stream):
+        floor.run(0)
+    assert moved == [([f32, bf16], [f32])]
+
+
+def test_the_share_of_the_floor_is_per_weight() -> None:
+    """A floor of 16 bytes and 100 weights in 2 s; the case has 50 weights in 4 s: a quarter of the floor's speed."""
+    streams = Streams((torch.float32,), (torch.float32, torch.float32))
+    case = Case("x", lambda turn: None, weights=50, bytes_per_weight=16, streams=streams)
+    seen = {streams.name: Timing([2.0], bytes_moved=1600), "x": Timing([4.0])}
+    flat = data.Problem("flat", ((50,),), torch.float32, CPU)
+    record = records.record_of("importance", "", flat, case, seen["x"], all_seen=seen)
+    assert record.share_of_floor == pytest.approx(0.25)
+
+
+def test_one_thread_copies_alone_and_leaves_the_threads_as_they_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (alone,) = (c for c in bandwidth_cases(CPU, 1 << 12) if c.name == "copy, one thread")
+        alone.run(0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -77,9 +77,10 @@ def test_verdicts() -> None:
 
 
 def test_kthvalue_never_stands_alone(run: records.Run) -> None:
-    for line in targets.lines(run.records, "cpu"):
-        if "kthvalue" in line.target.metric and "without" not in line.target.metric:
-            assert "topk" in line.label
+    told = [line.target.metric for line in targets.lines(run.records, "cpu", all_targets=False)]
+    beside = "score + global select against eager score + cat + "
+    assert beside + "kthvalue" in told
+    assert beside + "topk(sorted=False)" in told
 
 
 def test_the_picture_is_drawn(run: records.Run, tmp_path: Path) -> None:

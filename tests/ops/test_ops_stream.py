@@ -22,4 +22,3 @@ def test_nothing_changes(dtype: torch.dtype, n: int) -> None:
     before = [x.clone() for x in (*written, *read)]
     ops.stream_(written, read)
     assert all(torch.equal(bits(x), bits(y)) for x, y in zip((*written, *read), before, strict=True))
-
