@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 
 from pins_ext.files.atomic import write_file
 from pins_ext.integrations import logs as names
-from pins_ext.integrations.evaluation import EvaluationView
+from pins_ext.integrations.evaluation import EvaluationView, score_of
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
 from pins_ext.pruning.config import PruneConfig
@@ -217,7 +217,7 @@ class PinsCallback(TrainerCallback):
             if not self.at_target:
                 self._best_before = (state.best_metric, state.best_global_step, state.best_model_checkpoint)
         if self.self_regularizer is not None and metrics:
-            score = _score(args, metrics, self.metric)
+            score = score_of(args, metrics, self.metric)
             if score is not None:
                 self.self_regularizer.evaluated(score)
         self._close_view()
@@ -399,17 +399,3 @@ def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, 
             "and PinsCallback follows that optimizer by its hooks"
         )
     return fused[stock], {name: value for name, value in options.items() if name != "fused"}
-
-
-def _score(args: TrainingArguments, metrics: Mapping[str, float], metric: tuple[str, bool] | None) -> float | None:
-    """The evaluation's score, higher is better: the best model's metric, else `metric`, else accuracy or -loss."""
-    if args.metric_for_best_model:
-        name, greater = args.metric_for_best_model, bool(args.greater_is_better)
-    elif metric is not None:
-        name, greater = metric
-    else:
-        name, greater = ("eval_accuracy", True) if "eval_accuracy" in metrics else ("eval_loss", False)
-    name = name if name.startswith("eval_") else f"eval_{name}"
-    if name not in metrics:
-        return None
-    return metrics[name] if greater else -metrics[name]

@@ -1,12 +1,14 @@
-"""Evaluations of a Trainer that knows nothing of pruning: they see the masked model."""
+"""Evaluations of a Trainer that knows nothing of pruning: they see the masked model, and have one score."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from pins_ext.pruning.pruner import Pruner
 
@@ -46,3 +48,17 @@ class EvaluationView:
         """Close, and watch the model no more."""
         self.close()
         self._handle.remove()
+
+
+def score_of(args: TrainingArguments, metrics: Mapping[str, float], metric: tuple[str, bool] | None) -> float | None:
+    """The evaluation's score, higher is better: the best model's metric, else `metric`, else accuracy or -loss."""
+    if args.metric_for_best_model:
+        name, greater = args.metric_for_best_model, bool(args.greater_is_better)
+    elif metric is not None:
+        name, greater = metric
+    else:
+        name, greater = ("eval_accuracy", True) if "eval_accuracy" in metrics else ("eval_loss", False)
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if name not in metrics:
+        return None
+    return metrics[name] if greater else -metrics[name]

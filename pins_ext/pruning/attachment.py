@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +14,10 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import local, local_gradient
-from pins_ext.optim.fused import COPY_WARNING, FusedOptimizer
+from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.step import Rate, Scaling, is_rehearsal
+from pins_ext.pruning import copies
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import check_moments
@@ -223,11 +222,7 @@ class HookedSlot(Slot):
         """See Slot."""
         # torch.compile breaks its graph at both: what a step does is decided on the host, anew in every step.
         before, after = (partial(torch.compiler.disable(hook), driver, self) for hook in (_before, _after))
-        hooks = self.optimizer._optimizer_step_pre_hooks
-        for number in [number for number, hook in hooks.items() if isinstance(hook, _CopyWarning)]:
-            del hooks[number]
-        # torch leaves hooks out of a copy: the copy gets one that tells its user.
-        vars(self.optimizer)["__getstate__"] = partial(_state_of_copy, self.optimizer)
+        copies.warn_copies(self.optimizer)
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
@@ -238,7 +233,7 @@ class HookedSlot(Slot):
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            vars(self.optimizer).pop("__getstate__", None)
+            copies.let_copies_be(self.optimizer)
         self._handles = []
 
     @property
@@ -411,24 +406,6 @@ def _before(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: An
 def _after(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not slot.rehearsed:
         driver.end_step(slot)
-
-
-def _state_of_copy(optimizer: Optimizer) -> dict[str, Any]:
-    """What a copy of a pruned optimizer begins with."""
-    state = type(optimizer).__getstate__(optimizer)
-    return {**state, "_optimizer_step_pre_hooks": OrderedDict({-1: _CopyWarning()})}
-
-
-class _CopyWarning:
-    """A step hook: tells of the first step of a copy that no pruner follows."""
-
-    told = False
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.told:
-            self.told = True
-            warnings.warn(COPY_WARNING, stacklevel=4)
 
 
 def _taken(optimizer: Optimizer) -> bool:

@@ -11,7 +11,8 @@ import torch
 from bert import CONFIG, WITHOUT_DROPOUT, arguments, assert_same, model, pins, stock, weights
 from transformers import Trainer, TrainerCallback
 
-from pins_ext.integrations.callback import PinsCallback, _score
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.evaluation import score_of
 from pins_ext.integrations.trainer import PinsTrainer
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "logging_steps": 1}
@@ -75,10 +76,10 @@ def test_a_view_is_not_the_target(tmp_path: Path) -> None:
 
 def test_the_best_teacher_follows_the_tasks_metric(tmp_path: Path) -> None:
     args, found = arguments(tmp_path), {"eval_accuracy": 0.5, "eval_loss": 2.0, "eval_matthews": 0.25}
-    assert _score(args, found, ("matthews", True)) == 0.25
-    assert _score(args, found, ("perplexity", False)) is None
-    assert _score(args, found, None) == 0.5
+    assert score_of(args, found, ("matthews", True)) == 0.25
+    assert score_of(args, found, ("perplexity", False)) is None
+    assert score_of(args, found, None) == 0.5
     chosen = copy.copy(args)
     chosen.metric_for_best_model, chosen.greater_is_better = "loss", False
-    assert _score(chosen, found, ("matthews", True)) == -2.0
-    assert torch.tensor(_score(args, {"eval_loss": 2.0}, None)) == -2.0
+    assert score_of(chosen, found, ("matthews", True)) == -2.0
+    assert torch.tensor(score_of(args, {"eval_loss": 2.0}, None)) == -2.0
