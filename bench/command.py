@@ -12,11 +12,22 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
 from pins_ext.runs.options import Formatter
 
-from . import bench_importance, bench_norm, bench_pack, bench_select, bench_step, bench_update, machine
+from . import (
+    bench_importance,
+    bench_norm,
+    bench_pack,
+    bench_select,
+    bench_step,
+    bench_update,
+    machine,
+    scaling,
+    scaling_picture,
+)
 from .contention import QUIET
 from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
 from .protocol import Limits
@@ -52,6 +63,7 @@ _EXAMPLES = """examples:
   pins-ext bench select step                      two stems, BERT-base's 85 M weights
   pins-ext bench --params 1.1e9 --device cuda     BERT's layers, repeated up to 1.1 G weights
   pins-ext bench --shapes llama-7b --dtype bf16   6.5 G weights with bf16 states
+  pins-ext bench --scaling --largest 2.2e9        cost as the work grows; a few minutes without --largest
   pins-ext bench --baseline                       beside the newest saved run of this machine
 
 Peers that run out of memory, refuse the size or would take too long stay in the table with the reason.
@@ -65,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
+    if options.stems and options.scaling:
+        parser.error("--scaling measures steps: leave the stems out")
+    if options.largest and not options.scaling:
+        parser.error("--largest belongs to --scaling")
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -75,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--baseline: {error}")
     if baseline is not None:
         console.print(f"[dim]baseline: {baseline.date}, {baseline.machine['name']}[/dim]")
+    if options.scaling:
+        return _scale(options, device, console, results)
     groups = plan(options, device)
     about = machine.describe(device)
     console.print(
@@ -106,6 +124,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = draw(done, picture)
     console.print(f"{done.seconds:.0f} s; wrote {path}{f' and {picture.name}' if drawn else ''}", soft_wrap=True)
     return 130 if outcome.interrupted else 0
+
+
+def _scale(options: argparse.Namespace, device: torch.device, console: Console, results: Path) -> int:
+    """`--scaling`: 0, or 130 when interrupted, with what was measured until then written."""
+    usual = Limits.of(device, quick=True)
+    limits = Limits(options.rounds or usual.rounds, usual.warmups, options.patience or 20.0, 2)
+    base = options.params or (1_000_000 if options.quick else 8_000_000)
+    largest = options.largest or (4_000_000 if options.quick else 64_000_000)
+    wanted = scaling.points(base, largest, torch.get_num_threads(), device)
+    about, found, code = machine.describe(device), [], 0
+    columns = "{:<10}{:>15}{:>12}{:>12}{:>8}"
+    console.print(columns.format("axis", "value", "ms a step", "torch's ms", "ratio"), highlight=False)
+    dtype = DTYPES[options.dtype]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("points", total=len(wanted))
+        try:
+            for point in scaling.measured(wanted, dtype, device, limits, options.seed, options.wait):
+                found.append(point)
+                progress.advance(task)
+                console.print(columns.format(*_scaling_cells(point)), highlight=False, markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            code = 130
+    for axis, fitted in scaling.slopes(found).items():
+        if fitted is not None:
+            console.print(f"slope over {axis}: {fitted:+.2f}", highlight=False)
+    if max((p.others or 0.0 for p in found), default=0.0) > QUIET:
+        console.print(f"[yellow]other processes used the CPU: {DISTURBED}[/yellow]")
+    date = datetime.date.today().isoformat()
+    stem = [machine.file_stem(about["name"]), date, "scaling", *(["quick"] if options.quick else [])]
+    path = options.json or results / ("-".join(stem) + ".json")
+    kept = {k: v for k, v in vars(options).items() if k not in ("json", "baseline", "wait")}
+    scaling.save(path, about, date, kept, found)
+    picture = path.with_suffix(".svg")
+    drawn = scaling_picture.draw(found, f"pins_ext on {about['name']} · torch {about['torch']} · {date}", picture)
+    console.print(f"wrote {path}{f' and {picture.name}' if drawn else ''}", soft_wrap=True)
+    return code
+
+
+def _scaling_cells(point: scaling.Point) -> tuple[str, ...]:
+    value = f"{point.value:,.0f}" if point.axis != "sparsity" else f"{point.value:g}"
+    if not point.seconds or not point.plain_seconds:
+        return point.axis, value, "none", "", f"  {point.error}"
+    times = (f"{1e3 * t:.2f}" for t in (point.seconds, point.plain_seconds))
+    return point.axis, value, *times, f"{point.seconds / point.plain_seconds:.2f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,6 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="wait up to this long in all until other processes rest",
     )
+    add(
+        "--scaling",
+        action="store_true",
+        help="instead of stems: a step over sizes, threads, numbers of tensors, windows and sparsities, with fitted "
+        "slopes; --params is the size at which the others vary (8e6; --quick: 1e6)",
+    )
+    add("--largest", type=count, metavar="N", help="most weights of --scaling, up to 2.2e9 and more; default 64e6")
     add("--no-peers", action="store_true", help="our operators only")
     add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
     add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")

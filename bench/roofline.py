@@ -15,13 +15,13 @@ from .targets import AVERAGE, MASK, TIMES, main_records
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_OURS, _ACCENT, _, _, _, _PEER = COLORS
-_INK, _SOFT, _GRID = "#1f2937", "#6b7280", "#e8ebef"
-_STYLE: Any = {
+OURS, ACCENT, _, _, _, PEER = COLORS
+_INK, _SOFT, GRID = "#1f2937", "#6b7280", "#e8ebef"
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
-    "axes.edgecolor": _GRID,
+    "axes.edgecolor": GRID,
     "axes.labelcolor": _SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,7 +48,7 @@ def draw(run: Run, path: Path) -> bool:
     if not kernels and not steps:
         return False
     rows = max(len(kernels), len(steps), 4)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11.5 if kernels and steps else 6.5, 1.5 + 0.3 * rows), layout="constrained")
         panels = [panel for panel in ((_draw_kernels, kernels), (_draw_steps, steps)) if panel[1]]
         for axes, (paint, records) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -73,7 +73,7 @@ def _kernels(records: Sequence[Record]) -> list[Record]:
     """What moves counted bytes: our operators and torch's fused optimizers."""
     found: dict[str, Record] = {}
     for record in _one_problem(records):
-        moves = record.kind in ("kernel", "floor", "peer") and record.stem != "step"
+        moves = record.kind in ("kernel", "floor", "peer") and record.stem not in ("step", "clip")
         if moves and record.gbps and not record.case.startswith("select after"):
             found.setdefault(record.case, record)
     return list(found.values())
@@ -90,12 +90,12 @@ def _steps(records: Sequence[Record]) -> list[Record]:
 def _draw_kernels(axes: Axes, records: Sequence[Record]) -> None:
     labels = [f"{r.case}  ({r.bytes_per_weight:g} B)" for r in records]
     values = [r.gbps or 0 for r in records]
-    colors = [_OURS if r.kind == "kernel" else _PEER for r in records]
+    colors = [OURS if r.kind == "kernel" else PEER for r in records]
     _bars(axes, labels, values, colors, [_text(r) for r in records])
     for name, style, side in (("copy", "-", "left"), ("read", ":", "right")):
         bandwidth = statistics.median(getattr(r, f"{name}_gbps") or 0 for r in records)
-        axes.axvline(bandwidth, color=_ACCENT, linewidth=1.3, linestyle=style)
-        axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=_ACCENT, fontsize=8, va="bottom", ha=side)
+        axes.axvline(bandwidth, color=ACCENT, linewidth=1.3, linestyle=style)
+        axes.text(bandwidth, -0.62, f" {name} {bandwidth:.1f} ", color=ACCENT, fontsize=8, va="bottom", ha=side)
     axes.set_xlim(0, 1.12 * max(*values, *(r.copy_gbps or 0 for r in records)))
     first = records[0]
     axes.set_xlabel(f"GB/s of counted bytes · {first.weights / 1e6:,.0f} M weights, {first.dtype}", loc="right")
@@ -112,12 +112,12 @@ def _draw_steps(axes: Axes, records: Sequence[Record]) -> None:
     values = [(r.median_s or 0) / floors[r.label] for r in rows]
     labels = [r.case if r.kind == "step" else f"{_short(r.case)}, {r.label}" for r in rows]
     _bars(
-        axes, labels, values, [_OURS if r.kind == "step" else _PEER for r in rows], [f"{v:.2f} {TIMES}" for v in values]
+        axes, labels, values, [OURS if r.kind == "step" else PEER for r in rows], [f"{v:.2f} {TIMES}" for v in values]
     )
     axes.set_xscale("log")
     axes.set_xlim(0.8, 2.2 * max(values, default=1))
-    axes.axvline(1, color=_ACCENT, linewidth=1.3)
-    axes.text(1, -0.62, " torch fused AdamW", color=_ACCENT, fontsize=8, va="bottom")
+    axes.axvline(1, color=ACCENT, linewidth=1.3)
+    axes.text(1, -0.62, " torch fused AdamW", color=ACCENT, fontsize=8, va="bottom")
     for i, row in enumerate(rows):
         if row.case in _FLOORS and row.dtype == "float32":
             axes.plot([_FLOORS[row.case]] * 2, [i - 0.42, i + 0.42], color=_INK, linewidth=1.2)
@@ -137,6 +137,6 @@ def _bars(
     axes.barh(places, values, height=_BAR, color=colors, zorder=2)
     axes.set_yticks(places, labels)
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
     for place, value, text in zip(places, values, texts, strict=True):
         axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
