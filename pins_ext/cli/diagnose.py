@@ -30,8 +30,9 @@ _EXAMPLES = """examples:
   pins-ext diagnose --task glue/rte --model bert-base-uncased --recipe --loss-batches 8
   pins-ext diagnose --max-steps 100 --delta-t 5 --masks 20 --exchange-masks 0"""
 
-_WITHOUT = ("compare", "resume", "resume_from_checkpoint", "label", "early_stopping")
-"""Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go."""
+_WITHOUT = ("compare", "resume", "resume_from_checkpoint", "label", "early_stopping", "pattern")
+"""Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go, and exchanges single
+weights, which a pattern forbids."""
 
 _HELP = {
     "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",

@@ -173,7 +173,7 @@ class Masks:
         above = ops.new_mask(scores)
         operands = ([scores], [], of_units.places, of_units.chunks, "identity", cutoff)
         torch.ops.pins_ext.pack_([above], torch.empty_like(row), *operands)
-        kept = units.kept(i, ops.unpack_bits(above, scores.shape))
+        kept = units.kept(i, scores, ops.unpack_bits(above, scores.shape))
         operands = ([kept.float()], [], *tables, "identity", ops.to_device(torch.tensor([[_ZERO, 0]]), cutoff.device))
         torch.ops.pins_ext.pack_(bits, row, *operands)
         row[0, 2] = values(score, i).isnan().sum()

@@ -183,12 +183,18 @@ class Units:
             self._held[i] = found
         return found
 
-    def kept(self, i: int, above: Tensor) -> Tensor:
-        """Boolean mask of the weights, from that of the units at or above a cutoff."""
+    def kept(self, i: int, units: Tensor, above: Tensor) -> Tensor:
+        """Boolean mask of the weights of the tensor at this place.
+
+        Args:
+            i: the place.
+            units: scores of its units, as `of` returns them.
+            above: which of them are at or above the cutoff.
+        """
         fit = self.fits[i]
         assert fit is not None
         if fit.pattern.grouped:
-            return above | (self.of(i) == -torch.inf)
+            return above | (units == -torch.inf)
         a, b = fit.cells
         return above.repeat_interleave(a, -2).repeat_interleave(b, -1)
 

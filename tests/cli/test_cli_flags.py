@@ -41,6 +41,11 @@ def test_patterns_are_one_for_all_or_by_name() -> None:
         parsed("--pattern", "3:2")
 
 
+def test_a_diagnosis_exchanges_single_weights_and_refuses_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", "--pattern", "2:4", "--sparsity", "0.5"]) == 2
+    assert "--pattern" in capsys.readouterr().err
+
+
 def test_help_all_lists_the_trainer_s_flags() -> None:
     text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=True)
     for flag in ("--adam-beta1", "--torch-empty-cache-steps", "--ddp-timeout"):
