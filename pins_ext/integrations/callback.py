@@ -27,6 +27,7 @@ from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.pruner import Pruner
+from pins_ext.wrappers import unwrapped_optimizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ class PinsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach to the model and its optimizer; on resuming, go on from the checkpoint's own state."""
-        refuse_unsupported(args)
+        refuse_unsupported(args, optimizer)
         self._come_before_reporters()
         if model is None or optimizer is None:
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
@@ -370,8 +371,14 @@ class PinsCallback(TrainerCallback):
             self.self_regularizer.load(folder / TEACHER_FILE, origin)
 
 
-def refuse_unsupported(args: TrainingArguments) -> None:
+def refuse_unsupported(args: TrainingArguments, optimizer: Optimizer | None = None) -> None:
     """Raise ValueError for a way of training in which pruning would silently do the wrong thing."""
+    released = optimizer is not None and getattr(unwrapped_optimizer(optimizer), "release", None) is not None
+    if released and args.max_grad_norm:
+        raise ValueError(
+            "max_grad_norm clips by this step's norm, and released gradients are gone by then: set it to 0, and give "
+            "release_gradients a max_norm"
+        )
     launched = args.distributed_state.distributed_type if args.distributed_state is not None else None
     if args.deepspeed or launched == "DEEPSPEED":
         raise ValueError("DeepSpeed steps its optimizer inside backward, where pruning can't follow: train without it")

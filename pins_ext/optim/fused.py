@@ -16,6 +16,7 @@ from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import Scaling, is_rehearsal
 
 COPY_WARNING = (
@@ -33,6 +34,7 @@ class FusedOptimizer(Optimizer):
     Attributes:
         listener: told of every step, see `StepListener`; None: a plain optimizer.
         grad_clip: float32 [1], what the next step multiplies gradients by, see `clip_grad_norm_`.
+        release: see `release_gradients`; None: gradients wait for the step.
 
     Raises:
         ValueError: a parameter group, given or loaded, asks for something of torch.optim's that is not there.
@@ -44,8 +46,10 @@ class FusedOptimizer(Optimizer):
         self._step_supports_amp_scaling = True
         self.listener: StepListener | None = None
         self.grad_clip: Tensor | None = None
+        self.release: GradientRelease | None = None
         self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
         self._left_listener = False  # a copy, of one that had a listener
+        self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
         self._ranks: tuple[tuple[int, ...], Ranks] | None = None
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
@@ -67,7 +71,8 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A listener knows the parameters it was made for: a copy is left without one.
-        return super().__getstate__() | {"_left_listener": self.listener is not None}
+        left = {"_left_listener": self.listener is not None, "_left_release": self.release is not None}
+        return super().__getstate__() | left
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict ends here too: a refused checkpoint changes nothing.
@@ -75,11 +80,12 @@ class FusedOptimizer(Optimizer):
             self._refuse_unsupported(group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        for name in ("listener", "grad_clip", "_ranks"):
+        for name in ("listener", "grad_clip", "release", "_ranks"):
             self.__dict__.setdefault(name, None)
         for name in ("_norm_layouts", "_plain"):
             self.__dict__.setdefault(name, {})
-        self.__dict__.setdefault("_left_listener", False)
+        for name in ("_left_listener", "_left_release"):
+            self.__dict__.setdefault(name, False)
         self._eager_step = torch.compiler.disable(self._step)
 
     @torch.no_grad()
@@ -96,13 +102,20 @@ class FusedOptimizer(Optimizer):
         if self.listener is None and self._left_listener:
             warnings.warn(COPY_WARNING, stacklevel=2)
         self._left_listener = False
+        if self._left_release and self.release is None:
+            raise RuntimeError(
+                "this optimizer is a copy of one that released its gradients: call release_gradients() on it, too"
+            )
         if closure is not None:
-            if self.listener is not None:
+            if self.listener is not None or self.release is not None:
                 raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
             with torch.enable_grad():
                 loss = closure()
         if is_rehearsal(self):
             self._rehearse()
+            return loss
+        if self.release is not None:
+            self.release.end()
             return loss
         try:
             # torch.compile breaks its graph here: a listener's decisions are the host's, other ones in every step.
@@ -144,6 +157,37 @@ class FusedOptimizer(Optimizer):
         """Whether the pass over these parameters stores anything in bfloat16, and so needs random bits."""
         return any(torch.bfloat16 in (p.dtype, self._moment_dtype(p)) for p in parameters)
 
+    def release_gradients(self, max_norm: float | None = None, clip: Clip = "previous") -> None:
+        """Step each parameter inside backward from now on, and free its gradient at once.
+
+        The first gradient of a backward begins the step, importance, update and mask of each parameter follow as its
+        gradient comes, and `step` ends it: no two gradients need to exist together. Without clipping, weights and masks
+        are those of ordinary steps to the last bit. There is one backward a step. Every gradient is read once more, to
+        see whether it is finite, and `step` waits for the device once. Call it when the optimizer has all its
+        parameters, and after the model is where it is trained.
+
+        Args:
+            max_norm: largest 2-norm that gradients keep; None: they are not clipped. torch's clip_grad_norm_ finds no
+                gradients to clip.
+            clip: "previous" multiplies all gradients by the factor that would have clipped those of the step before, as
+                this step's norm is not known in time; the first step is not clipped. "tensor" clips each parameter's
+                gradient by its own norm.
+
+        Raises:
+            ValueError: a negative max_norm, an unknown clip.
+            RuntimeError: inside backward, where released gradients would mean something else: a second gradient of one
+                parameter before `step` (accumulation), several ranks, a criterion whose mask needs this step's
+                gradients (see Pruner), score_gradient="task"; in `step`: a GradScaler, a gradient that is not finite,
+                whose tensor is left as it is while others of the same step have moved.
+        """
+        if clip not in ("previous", "tensor"):
+            raise ValueError(f"clip must be 'previous' or 'tensor', got {clip!r}")
+        if max_norm is not None:
+            check_not_negative(max_norm=max_norm)
+        if self.release is not None:
+            self.release.detach()
+        self.release = GradientRelease(self, max_norm, clip)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's; the clip factor of these gradients goes with them."""
         self.grad_clip = None
@@ -171,6 +215,11 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a sparse gradient.
         """
         check_not_negative(max_norm=max_norm)
+        if self.release is not None:
+            raise RuntimeError(
+                "released gradients are gone when their norm is known: clip by the step before, or by tensor, with "
+                "release_gradients(max_norm=...)"
+            )
         parameters = [p for group in self.param_groups for p in group["params"]]
         ranks = self._ranks_of(parameters)
         batches: dict[Any, list[Tensor]] = {}
@@ -248,8 +297,21 @@ class FusedOptimizer(Optimizer):
         step = max(int(self.state[p].get("step", 0)) for p in parameters)
         return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING)), parameters[0].device)
 
-    def _run(self, parameters: list[Tensor], owners: list[dict[str, Any]], pruning: PruningArguments) -> None:
-        """Check tensors, count the step, run the kernel; the owners agree on their moments."""
+    def _run(
+        self,
+        parameters: list[Tensor],
+        owners: list[dict[str, Any]],
+        pruning: PruningArguments,
+        released: Scaling | None = None,
+    ) -> None:
+        """Check tensors, count the step, run the kernel; the owners agree on their moments.
+
+        Args:
+            parameters: to step.
+            owners: the group of each.
+            pruning: what the pass takes along.
+            released: the scaling of a released gradient; one that is not finite ends the run, and counts as a step.
+        """
         name, device = type(self).__name__, parameters[0].device
         parts, grads = [local(p) for p in parameters], []
         for p, part in zip(parameters, parts, strict=True):
@@ -260,12 +322,12 @@ class FusedOptimizer(Optimizer):
             if grad.layout != torch.strided:
                 raise RuntimeError(f"{name} does not support sparse gradients")
             grads.append(grad.contiguous())
-        scaling = Scaling.of(self, device)
+        scaling = released or Scaling.of(self, device)
         names = self._moments(owners[0])
         if names or self.rounds(parameters):
             for p in parameters:
                 self._initialise(p, names)
-            self._count(parameters, scaling.found_inf)
+            self._count(parameters, scaling.found_inf if released is None else None)
         moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
         self._kernel(parts, moments, grads, self._hyper(parameters, owners), pruning, scaling)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.

@@ -55,6 +55,9 @@ class StepListener(Protocol):
     def begin_step(self) -> None:
         """Gradients are in place, weights are the old ones."""
 
+    def check_release(self) -> None:
+        """Refuse, as RuntimeError, to take part in a step whose gradients come one by one; see release_gradients."""
+
     def place_of(self, parameter: Tensor) -> int | None:
         """The parameter's place in the list of all pruned ones; None where this optimizer's step is not to prune it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -44,6 +44,8 @@ class Step:
 
 class StepDriver(Protocol):
     """Told by each slot of its optimizer's steps; a Pruner is one."""
+
+    score_gradients: Callable[[], Mapping[str, Tensor] | None] | None
 
     def begin_step(self, slot: Slot) -> None:
         """The slot's optimizer is about to step."""
@@ -308,6 +310,23 @@ class FusedSlot(Slot):
 
     # ---- StepListener -----------------------------------------------------------------------------------------------
 
+    def check_release(self) -> None:
+        """See StepListener."""
+        importance, driver = self.importance, self._driver
+        if not importance.scored_before_step or importance.scores_after_step or not importance.in_pass:
+            config = importance.config
+            which = "a function as criterion" if callable(config.criterion) else f"criterion={config.criterion!r}"
+            which += " with beta2=0" if config.smoothed and config.beta2 == 0 else ""
+            raise RuntimeError(
+                f"{which} needs all gradients of a step for its mask, and released ones are gone by then: use another "
+                "criterion, such as pins, or train without release_gradients"
+            )
+        if driver is not None and driver.score_gradients is not None:
+            raise RuntimeError(
+                "score_gradient='task' scores weights by gradients of its own, and released ones are gone by then: use "
+                "'joint', or train without release_gradients"
+            )
+
     def begin_step(self) -> None:
         """See StepListener."""
         self._passed.clear()
@@ -322,6 +341,7 @@ class FusedSlot(Slot):
         """See StepListener."""
         indices = [self._places[id(p)] for p in parameters]
         self._passed.update(indices)
+        self._scored |= self._scores_in_pass  # a released gradient is not there yet when the step begins
         importance = self.importance
         scored = self._scores_in_pass and self.step.scored and bool(importance.ipt) and not self.masks.frozen
         return PruningArguments(

@@ -20,6 +20,7 @@ ALLOWED = {
     "clip_grad_norm_": "sums of other devices",
     "rates_on": "a learning rate that lives on another device",
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
+    "_on": "released gradients: sums of other devices, and a checkpoint's norm, once",
     "load_state": "a checkpoint, once",
     "load_state_dict": "a checkpoint, once",
     "read": "a checkpoint, once",
