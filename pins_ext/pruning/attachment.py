@@ -404,7 +404,7 @@ def divide(
             f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
             f"give them to the optimizer or exclude them"
         )
-    if any(_taken(optimizer) for optimizer, _ in parts):
+    if any(taken(optimizer) for optimizer, _ in parts):
         raise RuntimeError("an optimizer already belongs to a Pruner: detach() that one first")
     return parts
 
@@ -428,7 +428,7 @@ def _after(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any
         driver.end_step(slot)
 
 
-def _taken(optimizer: Optimizer) -> bool:
+def taken(optimizer: Optimizer) -> bool:
     """Whether a pruner takes part in its steps."""
     if isinstance(optimizer, FusedOptimizer):
         return optimizer.listener is not None

@@ -71,6 +71,11 @@ class Masks:
         """Whether there has been a selection."""
         return self._chosen_for is not None
 
+    @property
+    def chosen_for(self) -> tuple[int, ...] | None:
+        """What the last selection was made for; it is another one for every new selection."""
+        return self._chosen_for
+
     def wanted(self, mask_due: bool) -> bool:
         """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""
         return mask_due or self.frozen or (self.config.mask_policy == "strict" and self.chosen)

@@ -116,8 +116,8 @@ def _view_bytes(config: PruneConfig, zeros: int, parameters: Mapping[str, Tensor
     return 0 if config.mask_policy == "strict" else zeros * max(p.element_size() for p in parameters.values())
 
 
-def conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
-    """Settings that work against each other."""
+def conflicts(config: PruneConfig, schedule: Schedule, frozen_base: bool = False) -> list[str]:
+    """Settings that work against each other; frozen_base: the pruned weights don't learn."""
     found = []
     if config.smoothed and schedule.final_start < config.delta_t:
         found.append(f"the final sparsity starts before the first window of {config.delta_t} steps has ended")
@@ -130,6 +130,8 @@ def conflicts(config: PruneConfig, schedule: Schedule) -> list[str]:
         found.append(
             f"{config.rule.name} scores by the optimizer's moments: a weight whose moments are cleared is gone"
         )
+    if frozen_base and config.rule.name == "pins":
+        found.append("pins is platon, |p g|, over a frozen base: there is no step of its weights to look ahead to")
     if config.rule.warning:
         found.append(f"{config.rule.name} {config.rule.warning}")
     return found

@@ -21,6 +21,7 @@ from pins_ext.distributed.shards import forget_gathered, layout_of, like, local
 from pins_ext.pruning import checkpoint, inspection, sparse_start
 from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.frozen import BaseSlot, base_config, base_parameters, divide_base
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import reader
@@ -53,6 +54,10 @@ class Pruner:
             gradient scaler skips, or an exception ends, is left out when the others go on.
         config: what to prune, how much and when.
         total_steps: optimizer steps of the whole run.
+        frozen_base: prune weights that don't learn (requires_grad=False), below adapters whose optimizer is given.
+            Their gradients are folded into their importance inside backward and freed one by one. Pruned weights stay
+            so, as nothing moves them; `pins` is `platon` here. To resume, load the base as it was at the start, and
+            `load` masks it. `detach` freezes the base again.
 
     Attributes:
         step: optimizer steps seen so far. names: pruned parameters in order of their global index.
@@ -70,22 +75,33 @@ class Pruner:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], config: PruneConfig, total_steps: int
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        config: PruneConfig,
+        total_steps: int,
+        frozen_base: bool = False,
     ) -> None:
         config.check_training()
-        self.model, self.config = model, config
+        config = base_config(config) if frozen_base else config
+        self.model, self.config, self.frozen_base = model, config, frozen_base
         self.schedule = Schedule.of(config, total_steps)
         forget_gathered(model)
-        parameters = prunable_parameters(model, config)
+        parameters = base_parameters(model, config) if frozen_base else prunable_parameters(model, config)
         self.names = list(parameters)
         self.n_weights = sum(p.numel() for p in parameters.values())
         fits, self._misfits = fitted(model, parameters, config)
         self._scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config, fits)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        parts = divide(self.names, list(parameters.values()), optimizers)
+        parts = (
+            divide_base(len(parameters), optimizers)
+            if frozen_base
+            else divide(self.names, list(parameters.values()), optimizers)
+        )
         self._bind(parameters, [indices for _, indices in parts])
-        self.slots = [
-            slot_of(owner, indices, part, self.names, self.importance, self.masks)
+        make = BaseSlot if frozen_base else slot_of
+        self.slots: list[Slot] = [
+            make(owner, indices, part, self.names, self.importance, self.masks)
             for part, (owner, indices) in enumerate(parts)
         ]
         self.importance.moments = reader(config, self.names, self.parameters, parts)
@@ -97,7 +113,7 @@ class Pruner:
         self._settled = False
         for slot in self.slots:
             slot.attach(self)
-        for conflict in (*self._misfits, *conflicts(config, self.schedule)):
+        for conflict in (*self._misfits, *conflicts(config, self.schedule, frozen_base)):
             warnings.warn(conflict, ConflictWarning, stacklevel=2)
 
     def __repr__(self) -> str:
@@ -110,6 +126,8 @@ class Pruner:
         """A pruner of the copies of the model and of the optimizers, which are made along if they were not yet."""
         if self._now is not None or self.masks.in_view:
             raise RuntimeError("a Pruner can't be copied within a step or inside masked_view")
+        if self.frozen_base:
+            raise RuntimeError("a Pruner of a frozen base can't be copied: make a new one, and load its state_dict")
         model = copy.deepcopy(self.model, memo)
         optimizers = [copy.deepcopy(slot.optimizer, memo) for slot in self.slots]
         with warnings.catch_warnings():
@@ -170,6 +188,7 @@ class Pruner:
         optimizer: Optimizer | Sequence[Optimizer],
         config: PruneConfig | None = None,
         total_steps: int | None = None,
+        frozen_base: bool = False,
     ) -> Pruner:
         """Go on training a sparse model with its zeros fixed: they are zero after every step, whatever else is pruned.
 
@@ -184,6 +203,7 @@ class Pruner:
                 parameter_set) and which pattern their zeros must have: the mask is where they are not zero, and never
                 changes. Without a pattern the ones that explain the zeros are recognised; `verify` names them.
             total_steps: optimizer steps of the run; None: keep the sparsity that is there.
+            frozen_base: see the class; needs total_steps, as a base that does not move keeps its zeros by itself.
 
         Raises:
             ValueError: the model has no zeros to keep, or others than the pattern asks for; with total_steps more than
@@ -193,13 +213,15 @@ class Pruner:
         if total_steps is not None:
             if config is None:
                 raise ValueError("from_sparse needs a config with total_steps: how sparse is the model to become?")
-            pruner = cls(model, optimizer, config, total_steps)
+            pruner = cls(model, optimizer, config, total_steps, frozen_base)
             try:
                 pruner._keep_zeros()
             except ValueError:
                 pruner.detach()
                 raise
             return pruner
+        if frozen_base:
+            raise ValueError("from_sparse needs total_steps with frozen_base: a frozen base keeps its zeros by itself")
         # Magnitude keeps no states; with the mask fixed no score is ever asked for.
         still = dataclasses.replace(
             config or PruneConfig(),
@@ -404,7 +426,7 @@ class Pruner:
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
         made = plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights, self.masks.fits)
-        made["conflicts"] = [*self._misfits, *made["conflicts"]]
+        made["conflicts"] = [*self._misfits, *conflicts(self.config, self.schedule, self.frozen_base)]
         return made
 
     def verify(self) -> dict[str, Any]:
@@ -464,7 +486,10 @@ class Pruner:
         """
         checkpoint.restore(state, self.local_state(), self.masks)
         self.step, self._settled = state["step"], True
-        if self.masks.fixed is not None:
+        for slot in self.slots:
+            if isinstance(slot, BaseSlot):
+                slot.restored()
+        if self.masks.fixed is not None and not self.frozen_base:
             self.schedule = sparse_start.from_there(self.schedule, self.masks)
 
     def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:

@@ -36,7 +36,9 @@ def fix_zeros(
     Raises:
         ValueError: there are none, more than there may be in the end, or a configuration that can't hold them apart.
     """
-    check(config)
+    if config.initial_sparsity:
+        raise ValueError("initial_sparsity: the schedule starts from the sparsity that is there; leave it out")
+    check_marks(config)
     zeros, scopes = masks.keep_nonzero(parameters), masks.scopes
     if not any(zeros):
         raise ValueError(NO_ZEROS)
@@ -54,17 +56,15 @@ def fix_zeros(
     importance.bar(masks.fixed or [])
 
 
-def check(config: PruneConfig) -> None:
+def check_marks(config: PruneConfig) -> None:
     """Refuse a configuration whose states can't hold a mark.
 
     Raises:
         ValueError: with what to change.
     """
-    if config.initial_sparsity:
-        raise ValueError("initial_sparsity: the schedule starts from the sparsity that is there; leave it out")
     if config.patterned:
         raise ValueError(
-            "pattern: the zeros of the start need not fit it; leave out total_steps to keep a pattern that is there, "
+            "pattern: weights that stay pruned need not fit it; leave out total_steps to keep a pattern that is there, "
             "or prune into one with a plain Pruner"
         )
     if config.beta1 == 0 or config.state_dtype not in ("float32", "bfloat16"):

@@ -19,13 +19,16 @@ class GradientStream:
     Args:
         parameters: leaf tensors that require a gradient.
         take: told of every gradient.
+        first: told when a gradient comes and none has come since `begin`, before it is taken.
 
     Attributes:
         came: places of the parameters whose gradient has come since `begin`.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], take: TakeGradient) -> None:
-        self._take = take
+    def __init__(
+        self, parameters: Sequence[Tensor], take: TakeGradient, first: Callable[[], None] = lambda: None
+    ) -> None:
+        self._take, self._first = take, first
         self.came: set[int] = set()
         self._handles: list[Any] = [
             p.register_post_accumulate_grad_hook(partial(self._hook, i)) for i, p in enumerate(parameters)
@@ -45,6 +48,8 @@ class GradientStream:
                 "a parameter's gradient came twice in one backward, in parts, of which no score can be made: use "
                 "non-reentrant activation checkpointing (use_reentrant=False)"
             )
+        if not self.came:
+            self._first()
         self.came.add(i)
         self._take(i, grad)
 

@@ -14,7 +14,7 @@ import pytest
 import pins_ext.examples
 
 FOLDER = Path(pins_ext.examples.__file__).parent
-SCRIPTS = ("plain_loop", "trainer", "accelerate_loop")
+SCRIPTS = ("plain_loop", "trainer", "accelerate_loop", "release_loop", "frozen_base")
 
 
 def assert_it_worked(printed: str) -> None:
@@ -25,8 +25,10 @@ def assert_it_worked(printed: str) -> None:
     assert accuracy > 1.5 * constant
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "trainer"])
+@pytest.mark.parametrize("name", ["plain_loop", "trainer", "release_loop", "frozen_base"])
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "frozen_base":
+        pytest.importorskip("peft")
     runpy.run_module(f"pins_ext.examples.{name}", run_name="__main__")
     assert_it_worked(capsys.readouterr().out)
 

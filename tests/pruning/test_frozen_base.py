@@ -1,0 +1,252 @@
+"""A frozen base pruned below what learns: importance from gradients that exist one at a time, masks that only grow."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import STEPS, Network, batches, same
+from torch import Tensor, nn
+
+from pins_ext import PruneConfig, Pruner
+from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.parameters import prunable_parameters
+from pins_ext.pruning.plan import ConflictWarning
+
+OPTIONS: dict[str, Any] = {"sparsity": 0.8, "delta_t": 5, "warmup": 5, "cooldown": 20, "criterion": "platon"}
+CONFIG = PruneConfig(**OPTIONS)
+
+
+def frozen(sparse: float = 0.0) -> tuple[Network, dict[str, Tensor]]:
+    """A network whose matrices in the blocks don't learn, all else does; and a copy of these matrices."""
+    model = Network(16, classes=16)
+    base = prunable_parameters(model, CONFIG)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in base.values():
+            p.requires_grad_(False)
+            p[torch.rand(p.shape, generator=generator) < sparse] = 0
+    return model, {name: p.detach().clone() for name, p in base.items()}
+
+
+def adapters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def start(config: PruneConfig = CONFIG, optimizer_class: Any = torch.optim.AdamW) -> tuple[Network, Any, Pruner, Any]:
+    model, before = frozen()
+    optimizer = optimizer_class(adapters(model), lr=1e-2)
+    return model, optimizer, Pruner(model, optimizer, config, STEPS, frozen_base=True), before
+
+
+def train(
+    model: nn.Module, optimizer: Any, steps: int = STEPS, skip: int = 0, after: Any = None, backwards: int = 1
+) -> None:
+    for i, (x, y) in enumerate(batches(steps)):
+        if i >= skip:
+            optimizer.zero_grad()
+            for part in range(backwards):
+                nn.functional.cross_entropy(model(x[part::backwards]), y[part::backwards]).backward()
+            optimizer.step()
+            if after is not None:
+                after()
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, PinsAdamW])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"mask_policy": "strict"},
+        {"criterion": "movement"},
+        {"criterion": "magnitude"},
+        {"criterion": lambda p, g, lr: (p * g).abs()},
+        {"beta2": 0.0},
+        {"state_dtype": "bfloat16", "importance_every": 5},
+        {"scope": "layer"},
+    ],
+    ids=str,
+)
+def test_masks_grow_to_the_target_and_nothing_else_moves(change: dict[str, Any], optimizer_class: Any) -> None:
+    model, optimizer, pruner, before = start(PruneConfig(**(OPTIONS | change)), optimizer_class)
+    learned = [p.detach().clone() for p in adapters(model) if all(p is not q for q in pruner.parameters)]
+    masks: list[Tensor] = []
+    pruned: list[int] = []
+
+    def look() -> None:
+        masks.append(torch.cat([pruner.mask(n).flatten() for n in pruner.names]))
+        pruned.append(sum(pruner.masks.pruned()))
+        assert all(p.grad is None for p in pruner.parameters)
+
+    train(model, optimizer, after=look)
+    assert pruner.step == STEPS
+    assert not any((later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
+    n = pruner.n_weights
+    for t in range(10, STEPS, 5):
+        assert pruned[t] == sum(pruner.masks.scopes.n_prune(pruner.schedule.remaining_ratio(t)))
+    report = pruner.finalize()
+    assert report["zeros"] == sum(pruner.masks.scopes.n_prune(pruner.schedule.final_ratio))
+    assert report["zeros"] == n - round(0.2 * n) or "scope" in change
+    for name, p in zip(pruner.names, pruner.parameters, strict=True):
+        assert torch.equal(p, before[name] * pruner.mask(name))
+    rest = [p for p in model.parameters() if all(p is not q for q in pruner.parameters)]
+    assert all(not torch.equal(p, q) for p, q in zip(rest, learned, strict=True))
+    pruner.detach()
+    assert not any(p.requires_grad or p._post_accumulate_grad_hooks for p in pruner.parameters)
+
+
+def test_the_importance_is_that_of_an_optimizer_that_does_not_move_the_base() -> None:
+    """To the last bit, up to the first mask and in it."""
+    model, optimizer, pruner, _ = start()
+    other, _ = frozen()
+    rest = adapters(other)
+    base = [p for p in other.parameters() if not p.requires_grad]
+    for p in base:
+        p.requires_grad_(True)
+    still = torch.optim.SGD(base, lr=0.0)
+    moving = torch.optim.AdamW(rest, lr=1e-2)
+    ordinary = Pruner(other, still, CONFIG, STEPS)
+    for i, (x, y) in enumerate(batches(11)):
+        for net, own in ((model, [optimizer]), (other, [still, moving])):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            for each in own:
+                each.step()
+        if i < 10:
+            for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+                pairs = zip(pruner.importance.tensors()[kind], ordinary.importance.tensors()[kind], strict=True)
+                assert all(torch.equal(a, b) for a, b in pairs), (i, kind)
+    assert sum(pruner.masks.pruned()) > 0
+    assert all(torch.equal(pruner.mask(name), ordinary.mask(name)) for name in pruner.names)
+
+
+def test_every_backward_of_a_step_counts() -> None:
+    model, optimizer, pruner, before = start()
+    scores: dict[str, list[Tensor]] = {name: [] for name in pruner.names}
+    twin = copy.deepcopy(model)
+    names = dict(twin.named_parameters())
+    for x, y in batches(3):
+        twin.load_state_dict(model.state_dict())
+        for part in (0, 1):
+            loss = nn.functional.cross_entropy(twin(x[part::2]), y[part::2])
+            for name, g in zip(scores, torch.autograd.grad(loss, [names[n] for n in scores]), strict=True):
+                scores[name].append((before[name] * g).abs())
+        optimizer.zero_grad()
+        for part in (0, 1):
+            nn.functional.cross_entropy(model(x[part::2]), y[part::2]).backward()
+        optimizer.step()
+    assert pruner.step == 3
+    for name, ipt in zip(pruner.names, pruner.importance.ipt, strict=True):
+        torch.testing.assert_close(ipt, torch.stack(scores[name]).mean(0), rtol=1e-5, atol=1e-9)
+
+
+def test_one_gradient_of_the_base_exists_at_a_time() -> None:
+    model, _ = frozen()
+    seen: list[int] = []
+    base = [p for p in model.parameters() if not p.requires_grad]
+    for p in base:
+        p.requires_grad_(True)
+        p.register_post_accumulate_grad_hook(lambda _: seen.append(sum(q.grad is not None for q in base)))
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
+    Pruner(model, optimizer, CONFIG, STEPS, frozen_base=True)
+    train(model, optimizer, 3)
+    assert seen == [1] * 3 * len(base)
+
+
+@pytest.mark.parametrize("sparse", [0.0, 0.4])
+@pytest.mark.parametrize("steps", [8, 33])
+def test_resuming_ends_at_the_same_bits(steps: int, sparse: float, tmp_path: Path) -> None:
+    def begin() -> tuple[Network, Any, Pruner]:
+        model, _ = frozen(sparse)
+        optimizer = torch.optim.AdamW(adapters(model), lr=1e-2, fused=True)
+        make = Pruner.from_sparse if sparse else Pruner
+        return model, optimizer, make(model, optimizer, CONFIG, STEPS, frozen_base=True)
+
+    whole, optimizer, pruner = begin()
+    train(whole, optimizer)
+    pruner.finalize()
+    half, half_optimizer, half_pruner = begin()
+    train(half, half_optimizer, steps)
+    half_pruner.save(tmp_path / "pruner.safetensors")
+    # As adapters are saved: the base is the one of the start.
+    again, again_optimizer, again_pruner = begin()
+    learned = {name: p for name, p in half.state_dict().items() if name not in half_pruner.names}
+    again.load_state_dict(learned, strict=False)
+    again_optimizer.load_state_dict(copy.deepcopy(half_optimizer.state_dict()))
+    again_pruner.load(tmp_path / "pruner.safetensors")
+    assert same(again, half)
+    train(again, again_optimizer, skip=steps)
+    again_pruner.finalize()
+    assert same(again, whole)
+
+
+def test_a_sparse_base_is_pruned_further() -> None:
+    model, before = frozen(0.5)
+    optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
+    pruner = Pruner.from_sparse(model, optimizer, CONFIG, STEPS, frozen_base=True)
+    zeros = [sum(pruner.masks.pruned())]
+    train(model, optimizer, after=lambda: zeros.append(sum(pruner.masks.pruned())))
+    assert zeros[0] == sum(int((w == 0).sum()) for w in before.values())
+    assert zeros == sorted(zeros)
+    n = pruner.n_weights
+    assert pruner.finalize()["zeros"] == n - round(0.2 * n) == zeros[-1]
+    assert all(not p[before[name] == 0].any() for name, p in zip(pruner.names, pruner.parameters, strict=True))
+    with pytest.raises(ValueError, match="keeps its zeros by itself"):
+        Pruner.from_sparse(model, optimizer, CONFIG, frozen_base=True)
+
+
+def test_pins_is_platon_and_says_so() -> None:
+    ends = []
+    for criterion in ("pins", "platon"):
+        model, _ = frozen()
+        optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
+        config = PruneConfig(**(OPTIONS | {"criterion": criterion}))
+        if criterion == "pins":
+            with pytest.warns(ConflictWarning, match="pins is platon"):
+                pruner = Pruner(model, optimizer, config, STEPS, frozen_base=True)
+            assert "conflict: pins is platon" in str(pruner.plan())
+        else:
+            pruner = Pruner(model, optimizer, config, STEPS, frozen_base=True)
+        train(model, optimizer)
+        ends.append(model)
+    assert same(*ends)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    model, optimizer, pruner, _ = start()
+    train(model, optimizer, 3)
+    before = [ipt.clone() for ipt in pruner.importance.ipt]
+    i = pruner.names.index("layers.0.intermediate.dense.weight")
+    pruner.parameters[i].register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("nan")))
+    with pytest.raises(RuntimeError, match="a gradient of the frozen base is not finite"):
+        train(model, optimizer, 4, skip=3)
+    moved = [not torch.equal(a, b) for a, b in zip(before, pruner.importance.ipt, strict=True)]
+    assert moved == [j != i for j in range(len(moved))]
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    model, _ = frozen()
+    optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
+    for change, said in (
+        ({"criterion": "fisher"}, "a frozen base has none"),
+        ({"criterion": "pins-update"}, "a frozen base has none"),
+        ({"mask_optimizer_state": True}, "mask_optimizer_state"),
+        ({"beta1": 0.0}, "beta1 above 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Pruner(model, optimizer, PruneConfig(**(OPTIONS | change)), STEPS, frozen_base=True)
+    with pytest.raises(ValueError, match="one optimizer of the adapters"):
+        Pruner(model, [optimizer, optimizer], CONFIG, STEPS, frozen_base=True)
+    pruner = Pruner(model, optimizer, CONFIG, STEPS, frozen_base=True)
+    with pytest.raises(RuntimeError, match="can't be copied"):
+        copy.deepcopy(pruner)
+    pruner.score_gradients = dict
+    with pytest.raises(RuntimeError, match="score_gradient='task'"):
+        train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="is to be pruned and learns"):
+        Pruner(Network(), torch.optim.SGD(Network().parameters()), CONFIG, STEPS, frozen_base=True)
