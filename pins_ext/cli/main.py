@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
+    if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _fail("runs in one process: start it without accelerate launch and torchrun", EXIT_USAGE, name)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say
@@ -94,9 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: Warning | str, *where: Any, **more: Any) -> None:
     """A warning as a line for a user, who has no use for the place in the source."""
-    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+    if not _rank():
+        print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int, command: str = "") -> int:
-    print(f"pins-ext{command and ' ' + command}: {message}", file=sys.stderr)
+    where = f" (rank {rank})" if (rank := _rank()) else ""
+    print(f"pins-ext{command and ' ' + command}{where}: {message}", file=sys.stderr)
     return code
+
+
+def _rank() -> int:
+    """Which of the processes that a launcher has started."""
+    return int(os.environ.get("RANK", "0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pins_ext.runs import request as requests
@@ -28,7 +29,8 @@ _EXAMPLES = """examples:
   pins-ext train --task wikitext2 --model gpt2 --max-length 512 --output-dir runs/wikitext2
   pins-ext train --config rte.yaml --learning-rate 1e-4       flags from a file, and one typed
   pins-ext train --output-dir runs/rte --resume               go on after Ctrl-C or a crash, to the same last bit
-  pins-ext train --task glue/rte --compare                    any task, against dense and magnitude"""
+  pins-ext train --task glue/rte --compare                    any task, against dense and magnitude
+  torchrun --nproc-per-node 4 -m pins_ext train --task glue/rte --output-dir runs/rte      four GPUs, one result"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,17 +40,18 @@ def main(argv: Sequence[str]) -> int:
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
-    _refuse_several_processes()
     request = requests.parse(parser, argv, early=refuse_out_of_reach)
 
+    from pins_ext.distributed.first import leave
     from pins_ext.runs.compare import compare
     from pins_ext.runs.run import finished, run
     from pins_ext.runs.summary import print_summary
     from pins_ext.runs.terminal import console
 
-    screen = console()
     if request.resume is not None:
         request = _continued(request, parser, argv)
+    request, rank = _joined(request)
+    screen = console(quiet=rank > 0)
     record = finished(request)
     if record is not None:
         screen.print("this run is complete; there is nothing to resume")
@@ -57,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_OK
     else:
         record, _ = run(request, screen)
+    leave()
     print_summary([record], [Path(request.run.output_dir)], screen)
     return EXIT_OK
 
@@ -82,10 +86,26 @@ def _continued(request: requests.Request, parser: Parser, argv: Sequence[str]) -
     return request
 
 
-def _refuse_several_processes() -> None:
-    """Ranks that a launcher has started would all write the same result folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def _joined(request: requests.Request) -> tuple[requests.Request, int]:
+    """Find the processes that torchrun or accelerate launch has started beside this one.
+
+    Returns:
+        The request, as it is for them, and which of them this is.
+
+    Raises:
+        UsageError: there are, and the request is one that they can't share.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return request, 0
+    if request.compares:
         raise UsageError(
-            "pins-ext train runs in one process: start it without accelerate launch and torchrun. A Trainer script of "
-            "your own prunes under both with PinsCallback"
+            "a comparison trains in one process: start it without accelerate launch and torchrun, or train one run "
+            "with --task or --train-file and without --compare"
         )
+    import torch
+    from accelerate import PartialState
+
+    # The Trainer would take itself for the only process.
+    cpu = bool(request.training.get("use_cpu")) or not torch.accelerator.is_available()
+    ranks = PartialState(cpu=cpu)
+    return replace(request, training={**request.training, **({"use_cpu": True} if cpu else {})}), ranks.process_index

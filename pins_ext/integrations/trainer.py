@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from pins_ext.distributed.first import on_first
 from pins_ext.files import random_state
 from pins_ext.files.atomic import (
     IncompleteError,
@@ -26,7 +29,7 @@ from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.clipping import ClipInPass
 from pins_ext.integrations.finite import FiniteWatch, check_weights
 
-EPOCH_RANDOM_STATE = "random_state_of_epoch.pt"
+EPOCH_RANDOM_STATE = "random_state_of_epoch"
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +42,14 @@ class PinsTrainer(ClipInPass, Trainer):
     the random state it had, so data order and dropout of a resumed run are those of an unbroken one. Training stops at
     the first loss or gradient norm that is not finite, and weights that are not finite are never saved.
 
+    In several processes it works under DistributedDataParallel, and the first process writes.
+
     Args:
         pins: the callback that prunes; it must not be among `callbacks` as well.
         others: what Trainer takes, by keyword.
 
     Raises:
-        ValueError: several processes or GPUs; one is supported so far.
+        ValueError: FSDP, or several GPUs in one process.
     """
 
     def __init__(self, pins: PinsCallback, callbacks: list[Any] | None = None, **kwargs: Any) -> None:
@@ -55,13 +60,13 @@ class PinsTrainer(ClipInPass, Trainer):
         self._saving_in: Path | None = None
         self._finite = FiniteWatch()
         super().__init__(callbacks=[pins, *(callbacks or [])], **kwargs)
-        if self.args.world_size > 1:
-            raise ValueError(
-                f"PinsTrainer runs in one process so far, not in {self.args.world_size}: "
-                "use a stock Trainer with PinsCallback"
-            )
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("PinsTrainer saves whole models: under FSDP use a stock Trainer with PinsCallback")
         if self.args.n_gpu > 1:
-            raise ValueError(f"{self.args.n_gpu} GPUs are visible, one is supported so far: set CUDA_VISIBLE_DEVICES=0")
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible, and one process takes one: set CUDA_VISIBLE_DEVICES=0, or start "
+                f"with torchrun --nproc-per-node {self.args.n_gpu}"
+            )
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -72,8 +77,8 @@ class PinsTrainer(ClipInPass, Trainer):
             IncompleteError: there is none, or the one at the path is damaged.
             NonFiniteError: a loss, a gradient norm or a weight became NaN or infinite.
         """
-        clear_leftovers(Path(self.args.output_dir or ""))
-        self._resumed_from = self._checkpoint(resume_from_checkpoint)
+        on_first(partial(clear_leftovers, Path(self.args.output_dir or "")))
+        self._resumed_from = on_first(partial(self._checkpoint, resume_from_checkpoint))
         self.pins.resume_from = self._resumed_from
         output = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
         self._check_finite()
@@ -125,12 +130,23 @@ class PinsTrainer(ClipInPass, Trainer):
             return
         if self._resumed_from is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             if kwargs["steps_trained_in_current_epoch"]:
-                file = self._resumed_from / EPOCH_RANDOM_STATE
+                file = self._resumed_from / self._epoch_file
+                if not file.exists():
+                    raise IncompleteError(
+                        f"{self._resumed_from} has no {file.name}: it was written by another number of processes, "
+                        f"whose order of data {self.args.world_size} can't go on with"
+                    )
                 random_state.restore(torch.load(file, weights_only=True))
             else:
                 self._load_rng_state(str(self._resumed_from))
         self._epoch_random_state = random_state.capture()
         super()._run_epoch(**kwargs)
+
+    @property
+    def _epoch_file(self) -> str:
+        """As the Trainer names the random state at the checkpoint itself."""
+        several = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return f"{EPOCH_RANDOM_STATE}{several}.pt"
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A resumed or best model must be there to the last tensor; tied weights are stored once."""
@@ -153,20 +169,24 @@ class PinsTrainer(ClipInPass, Trainer):
         folder = root / f"checkpoint-{step}"
         about = {"step": step, "resumable": not self.args.save_only_model, "numerics": _numerics()}
         best = self.state.best_model_checkpoint
-        with written_aside(folder, about) as aside:
+        with ExitStack() as stack:
+            # Every process writes its random state into it.
+            aside = on_first(lambda: stack.enter_context(written_aside(folder, about)))
             self._saving_in = aside.parent
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._saving_in = None
                 self.state.best_model_checkpoint = str(folder) if self.state.best_global_step == step else best
-            self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
-            self.pins.save(aside, step)
-            torch.save(self._epoch_random_state, aside / EPOCH_RANDOM_STATE)
-        if self.args.push_to_hub:
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+            self.pins.save(aside, step, writes=self.args.should_save)
+            torch.save(self._epoch_random_state, aside / self._epoch_file)
+            on_first(stack.close)
+        if self.args.push_to_hub and self.args.should_save:
             super()._push_from_checkpoint(str(folder))
         best = self.state.best_model_checkpoint
-        rotate(root, self.args.save_total_limit, Path(best) if best else None)
+        on_first(partial(rotate, root, self.args.save_total_limit, Path(best) if best else None))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_in or super()._get_output_dir(trial))

@@ -319,7 +319,7 @@ class Importance:
             torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts, pointers=pointers)
             return
         moments = self.moments()
-        weights, first, second = ([x[i] for i in indices] for x in (self.parameters, *moments[:2]))
+        weights, first, second = ([local(x[i]) for i in indices] for x in (self.parameters, *moments[:2]))
         factors = moments.factors
         if len(indices) < len(factors):
             factors = factors[ops.to_device(torch.tensor(list(indices)), factors.device)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pins_ext.distributed.shards import is_dtensor, local
 from pins_ext.optim.step import rates_on
 from pins_ext.pruning.config import PruneConfig
 
@@ -20,7 +21,7 @@ class Moments(NamedTuple):
     """The moments of the pruned tensors as they stand before a step.
 
     Attributes:
-        exp_avg: first moment, a tensor for each parameter; zeros where a parameter was never stepped.
+        exp_avg: first moment of this rank's parts, a tensor for each parameter; zeros where one was never stepped.
         exp_avg_sq: second moment, likewise.
         factors: float32 [n, 3]: learning rate of the coming step, 1 / (1 - beta1^t), 1 / (1 - beta2^t), with t the
             steps of that parameter.
@@ -68,7 +69,7 @@ def read_moments(
         check_moments(criterion, name, p, optimizer)
         state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
         for moment, kind in zip(found, _KINDS, strict=True):
-            moment.append(state[kind] if state else torch.zeros_like(p, dtype=dtype))
+            moment.append(local(state[kind]) if state else torch.zeros_like(local(p), dtype=dtype))
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
@@ -85,7 +86,8 @@ def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) ->
         return
     for kind in _KINDS:
         moment = state.get(kind)
-        plain = type(moment) is Tensor and moment.is_floating_point() and moment.shape == p.shape
+        alike = isinstance(moment, Tensor) and moment.shape == p.shape and is_dtensor(moment) == is_dtensor(p)
+        plain = alike and type(local(moment)) is Tensor and moment.is_floating_point()
         if not plain:
             got = "none" if moment is None else f"a {type(moment).__name__} of shape {tuple(moment.shape)}"
             raise ValueError(

@@ -7,20 +7,27 @@ from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pins_ext.distributed.first import several
 from pins_ext.runs.errors import StoppedError
 from pins_ext.runs.signals import handled
+
+_STEPS_BETWEEN_QUESTIONS = 4
 
 
 class StopOnSignal(TrainerCallback):
     """Turns the first signal into a checkpoint and a clean end; a second one ends at once.
 
     Nothing half-written can be left behind either way: checkpoints and results are renamed into place when complete.
+    Several processes agree on the step they stop after; they ask each other every few steps.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._agreed: int | None = None
         self.training = self.finished = False
 
     def listening(self) -> AbstractContextManager[None]:
@@ -41,13 +48,20 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint of this step."""
-        if self.received is not None:
+        if not several():
+            self._agreed = self.received
+        elif state.global_step % _STEPS_BETWEEN_QUESTIONS == 0:
+            number = torch.tensor(self.received or 0, device=args.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self._agreed = int(number) or None
+        if self._agreed is not None:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """It is on the disk: stop."""
-        if self.received is not None:
-            raise StoppedError(f"stopped at step {state.global_step}", self.received)
+        number = self._agreed if several() else self.received
+        if number is not None:
+            raise StoppedError(f"stopped at step {state.global_step}", number)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pins_ext.distributed.first import on_first
 from pins_ext.files.atomic import SaveError, newest_complete
 from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.integrations.logs import EVALUATED_ZEROS
@@ -43,13 +45,15 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[R
     folder = RunFolder(Path(request.run.output_dir).absolute(), request.overwrite)
     stop = StopOnSignal()
     watch = Watch(console, request.label)
-    with folder.opened(resume=request.resume is not None), stop.listening():
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(folder.opened(resume=request.resume is not None)))
+        stack.enter_context(stop.listening())
         try:
             model = request.run.model or "the embedded MiniLM"
             data = request.task.train_file or request.task.task or EMBEDDED
             console.print(f"{request.label}: {model} on {data}", soft_wrap=True, markup=False)
             prepared = prepare(request, folder.work, task, (watch, stop))
-            folder.remember(prepared.request)
+            on_first(partial(folder.remember, prepared.request))
             # What the task has to say was said by the run that loaded it.
             prepared.trainer.add_callback(SayWhatStarts(prepared, console, task.notes if task is not None else ()))
             record = _train(prepared, folder, console)
@@ -74,17 +78,19 @@ def finished(request: Request) -> RunRecord | None:
     folder = RunFolder(Path(request.run.output_dir).absolute())
     if request.resume is None:
         return None
-    folder.settle()
-    if not folder.finished or folder.work.exists():
-        return None
-    return read_record(folder.result)
+
+    def look() -> RunRecord | None:
+        folder.settle()
+        return read_record(folder.result) if folder.finished and not folder.work.exists() else None
+
+    return on_first(look)
 
 
 def _train(prepared: Prepared, folder: RunFolder, console: Console) -> RunRecord:
     trainer, task, resume = prepared.trainer, prepared.task, prepared.request.resume
     checkpoint: str | bool | None = resume
     if resume == NEWEST:
-        newest, passed = newest_complete(folder.work)
+        newest, passed = on_first(partial(newest_complete, folder.work))
         for reason in passed:
             console.print(f"passed over: {reason}", soft_wrap=True)
         checkpoint = str(newest) if newest is not None else None
@@ -97,6 +103,14 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> RunRecord
         model = cast(PreTrainedModel, trainer.model)
         trainer.compute_metrics = partial(task.compute_metrics, split="test", model=model)
         metrics |= trainer.evaluate(task.test, metric_key_prefix="test")
+    return on_first(partial(_publish, prepared, folder, console, metrics, seconds))
+
+
+def _publish(
+    prepared: Prepared, folder: RunFolder, console: Console, metrics: dict[str, Any], seconds: float
+) -> RunRecord:
+    """Write the result, and return its record."""
+    trainer, task = prepared.trainer, prepared.task
     record = make_record(prepared, metrics, seconds)
     with folder.publishing(lambda text: console.print(text, soft_wrap=True, markup=False)) as result:
         model = cast(PreTrainedModel, trainer.model)

@@ -46,8 +46,9 @@ class SayWhatStarts(TrainerCallback):
 def training_line(prepared: Prepared) -> str:
     """Steps, what a step holds, learning rate, and how many examples there are."""
     args, sizes = prepared.trainer.args, prepared.task.sizes()
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    processes = f" in {args.world_size} processes" if args.world_size > 1 else ""
     return (
         f"{prepared.total_steps:,} steps of {batch} of {sizes['train']:,} examples, "
-        f"learning rate {args.learning_rate:g}; validated on {sizes['validation']:,}"
+        f"learning rate {args.learning_rate:g}{processes}; validated on {sizes['validation']:,}"
     )

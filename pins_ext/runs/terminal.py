@@ -10,6 +10,6 @@ LOG_WIDTH = 160
 """Columns of a log file, which has no terminal to ask; no table of ours is wider."""
 
 
-def console() -> Console:
-    """A console that prints what it is given, without colours of its own for numbers and paths."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+def console(quiet: bool = False) -> Console:
+    """A console that prints what it is given, without colours of its own for numbers and paths; quiet: nothing."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH, quiet=quiet)

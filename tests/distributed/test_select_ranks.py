@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from sharded import counted_collectives
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -21,28 +19,6 @@ from pins_ext.distributed.select import select
 from pins_ext.distributed.shards import local, shard_of
 
 SHAPES = [(64, 48), (7, 33), (1, 5), (130, 70)]
-
-
-@contextmanager
-def counted_collectives() -> Iterator[Counter[str]]:
-    """How often each collective is called."""
-    counts: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
-
-    def counting(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    try:
-        yield counts
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def scores(kind: str, seed: int) -> list[Tensor]:

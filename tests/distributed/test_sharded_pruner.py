@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from ranks import run
-from sharded import STEPS, pruned
+from sharded import CONFIG, STEPS, pruned
 
 CASES: list[tuple[int, str, str, dict[str, Any]]] = [
     (2, "rows", "PinsAdamW", {}),
@@ -15,6 +15,8 @@ CASES: list[tuple[int, str, str, dict[str, Any]]] = [
     (2, "parallel", "PinsAdamW", {"mask_optimizer_state": True}),
     (4, "both", "PinsAdamW", {}),
     (4, "hybrid", "AdamW", {"scope": "layer"}),
+    (2, "rows", "PinsAdamW", {"criterion": "fisher"}),
+    (4, "both", "AdamW", {"criterion": "moments"}),
 ]
 WIDE: list[tuple[int, str, str, dict[str, Any]]] = [
     (size, how, optimizer, options)
@@ -25,6 +27,8 @@ WIDE: list[tuple[int, str, str, dict[str, Any]]] = [
         ("PinsSGD", {"criterion": "magnitude", "mask_policy": "strict"}),
         ("PinsAdamW", {"criterion": "movement", "ties": "reference"}),
         ("AdamW", {"criterion": "pins-update", "scope": "layer"}),
+        ("PinsAdamW", {"criterion": "moments", "scope": "layer"}),
+        ("AdamW", {"criterion": "fisher"}),
     )
 ]
 
@@ -55,3 +59,34 @@ def test_masks_and_weights_are_those_of_one_process(size: int) -> None:
 @pytest.mark.parametrize("size", [3, 4, 6, 8])
 def test_masks_and_weights_are_those_of_one_process_on_more_ranks(size: int) -> None:
     agree(WIDE, size)
+
+
+def a_llama(how: str) -> dict[str, Any]:
+    return pruned(how, "PinsAdamW", {}, width=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [*((n, "rows") for n in (1, 2, 3, 4, 6, 8)), (2, "parallel"), *((n, "both") for n in (4, 6, 8))],
+)
+def test_a_llama_has_the_masks_of_one_process(size: int, how: str) -> None:
+    alone = a_llama("whole")
+    assert len(set(alone["masks"])) >= 4
+    for told in run(size, a_llama, how):
+        for part in ("masks", "view", "stats", "final", "weights"):
+            assert told[part] == alone[part], part
+        collectives = told["collectives"]
+        if size == 1:
+            assert not any(collectives)
+            continue
+        # Until a gradient was seen on some rank they ask each other; from then on for a new mask alone.
+        later = [sum(counts.values()) for counts in collectives[CONFIG["warmup"] + 1 :]]
+        due = [step % CONFIG["delta_t"] == 0 for step in range(CONFIG["warmup"] + 1, STEPS)]
+        assert all(not n for n, is_due in zip(later, due, strict=True) if not is_due)
+        misses = [c["all_reduce"] - 1 for c in collectives if "all_gather_into_tensor" in c]
+        assert all(c["all_gather_into_tensor"] == 1 for c in collectives if "all_gather_into_tensor" in c)
+        assert len(misses) >= 5
+        # There is no bracket yet for the first one; later a threshold may have left it.
+        assert misses[0] <= 2
+        assert max(misses[1:]) <= 1

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from pins_ext.integrations.callback import PinsCallback, optimizer
-from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 
@@ -100,10 +99,6 @@ def refusals(folder: Path) -> dict[str, str]:
     from pins_ext.runs.errors import CommandError
 
     said = {}
-    try:
-        PinsTrainer(pins=PinsCallback(CONFIG), model=model(), args=arguments(folder))
-    except ValueError as error:
-        said["PinsTrainer"] = str(error)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             main(["--max-steps", "1", "--output-dir", str(folder / "command")])

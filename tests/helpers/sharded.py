@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,22 +36,42 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 _PARALLEL = {
     "attention.self": ColwiseParallel, "attention.output.dense": RowwiseParallel,
     "intermediate.dense": ColwiseParallel, "output.dense": RowwiseParallel,
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ColwiseParallel),
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), ColwiseParallel),
+    **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel),
 }  # fmt: skip
 
 
-def sharded(how: str, width: int = 13) -> nn.Module:
-    """The model, cut: whole | rows (FSDP2) | columns | hybrid (HSDP) | parallel (tensor parallel) | both."""
-    model = Network(width)
+def llama() -> nn.Module:
+    """A tiny Llama of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0))
+
+
+def sharded(how: str, width: int | None = 13) -> nn.Module:
+    """The model, cut: whole | rows (FSDP2) | columns | hybrid (HSDP) | parallel (tensor parallel) | both.
+
+    Args:
+        how: see above.
+        width: of the small model; None: a Llama.
+    """
+    model: Any = Network(width) if width is not None else llama()
     if how == "whole":
-        return model
+        return cast(nn.Module, model)
+    layers = model.layers if width is not None else model.model.layers
     size = dist.get_world_size()
     if how in ("parallel", "both"):
         columns = size if how == "parallel" else 2
         mesh = init_device_mesh("cpu", (size // columns, columns), mesh_dim_names=("dp", "tp"))
-        for layer in model.layers:
-            parallelize_module(layer, mesh["tp"], {name: style() for name, style in _PARALLEL.items()})
+        for layer in layers:
+            known = dict(layer.named_modules())
+            plan = {name: style() for name, style in _PARALLEL.items() if name in known}
+            parallelize_module(layer, mesh["tp"], plan)
         if how == "parallel":
-            return model
+            return cast(nn.Module, model)
         fsdp = {"mesh": mesh["dp"]}
     elif how == "hybrid":
         fsdp = {"mesh": init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))}
@@ -57,9 +79,9 @@ def sharded(how: str, width: int = 13) -> nn.Module:
         fsdp = {"mesh": init_device_mesh("cpu", (size,))}
     if how == "columns":
         fsdp["shard_placement_fn"] = lambda p: Shard(p.dim() - 1 if p.shape[-1] % size == 0 else 0)  # type: ignore[assignment]
-    for layer in model.layers:
+    for layer in layers:
         fully_shard(layer, **fsdp)  # type: ignore[arg-type]
-    return fully_shard(model, **fsdp)  # type: ignore[arg-type]
+    return cast(nn.Module, fully_shard(model, **fsdp))  # type: ignore[arg-type]
 
 
 def inject(model: nn.Module, step: int) -> None:
@@ -72,6 +94,28 @@ def inject(model: nn.Module, step: int) -> None:
             box = tuple(slice(s, s + n) for s, n in zip(shard.start, local(p).shape, strict=True))
             full = like(p, full[box].contiguous())
         p.grad = full
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """How often each collective is called."""
+    counts: Counter[str] = Counter()
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -92,15 +136,17 @@ def masks(pruner: Pruner) -> str:
     return digest(whole(pruner.mask(name)) for name in pruner.names)
 
 
-def pruned(how: str, optimizer_name: str, options: dict[str, Any], width: int = 13) -> dict[str, Any]:
+def pruned(how: str, optimizer_name: str, options: dict[str, Any], width: int | None = 13) -> dict[str, Any]:
     """Train and tell: a digest of the masks after every step and of the weights at the end, what finalize returns."""
     model = sharded(how, width)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     pruner = Pruner(model, optimizer, PruneConfig(**(CONFIG | options)), STEPS)
-    told: dict[str, Any] = {"masks": []}
+    told: dict[str, Any] = {"masks": [], "collectives": []}
     for step in range(STEPS):
         inject(model, step)
-        optimizer.step()
+        with counted_collectives() as counts:
+            optimizer.step()
+        told["collectives"].append(dict(counts))
         told["masks"].append(masks(pruner))
         if step == STEPS // 2:
             stats = pruner.stats()
