@@ -51,9 +51,9 @@ class Writes(PinsCallback):
         super().__init__(*args)
         self.written: list[int] = []
 
-    def save(self, folder: Path, step: int) -> None:
-        self.written.append(step)
-        super().save(folder, step)
+    def save(self, folder: Path, step: int, writes: bool = True) -> None:
+        self.written += [step] * writes
+        super().save(folder, step, writes)
 
 
 def different_batches(folder: Path, until: int | None = None, resume: bool = False) -> dict[str, Any]:
