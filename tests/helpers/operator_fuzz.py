@@ -178,7 +178,8 @@ def _update(p: Problem) -> Call:
 
 
 def _adamw(p: Problem) -> Call:
-    return _update(p) | {"exp_avg": p.floats(p.dtype), "exp_avg_sq": p.floats(p.dtype, positive=True)}
+    moment = p.dice.choice(STATES)
+    return _update(p) | {"exp_avg": p.floats(moment), "exp_avg_sq": p.floats(moment, positive=True)}
 
 
 def _sgd(p: Problem) -> Call:
@@ -198,7 +199,7 @@ def _sum_of_squares(p: Problem) -> Call:
 
 def _stream(p: Problem) -> Call:
     n = p.dice.choice((0, 1, 63, 255, 257, 16384, 40001))
-    both = [torch.randn(n, generator=p.torch).to(p.dice.choice(FLOATS)) for _ in range(p.dice.randrange(5))]
+    both = [torch.randn(n, generator=p.torch).to(p.dice.choice(FLOATS)) for _ in range(p.dice.randrange(1, 5))]
     cut = p.dice.randrange(1 + len(both))
     return {"written": both[:cut], "read": both[cut:]}
 
