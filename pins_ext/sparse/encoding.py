@@ -121,7 +121,7 @@ def plan(tensor: Tensor, codes: bool = False) -> Entry:
     dense = Entry(shape, name, "dense", name, tensor.numel())
     if name not in SPARSE_DTYPES or tensor.dim() < 2 or tensor.numel() == 0:
         return dense
-    rows = Entry(shape, name, "rows", "int8" if codes else name, int(_present(tensor, codes).sum()))
+    rows = Entry(shape, name, "rows", "int8" if codes else name, int(np.count_nonzero(_present(tensor, codes).numpy())))
     # Compared at full precision: whether a tensor counts as pruned must not depend on how its values are written.
     return rows if Entry(shape, name, "rows", name, rows.nonzero).bytes < dense.bytes else dense
 
@@ -141,7 +141,7 @@ def encode(tensor: Tensor, entry: Entry) -> dict[str, Tensor]:
     matrix = tensor.reshape(entry.rows, entry.shape[-1])
     present = _present(matrix, entry.values == "int8")
     offsets = torch.zeros(entry.rows + 1, dtype=torch.int64)
-    torch.cumsum(present.sum(dim=1), 0, out=offsets[1:])
+    torch.cumsum(_counts(present), 0, out=offsets[1:])
     mask = torch.from_numpy(np.packbits(present.numpy(), axis=1, bitorder="little"))
     # NumPy selects by a mask without an index per weight.
     bits = matrix.view(_BITS[matrix.element_size()]).numpy()
@@ -185,7 +185,7 @@ def decode(arrays: Mapping[str, Tensor], entry: Entry) -> Tensor:
     if entry.layout == "dense":
         return arrays["dense"]
     present = _unpacked(arrays["mask"], entry)
-    counts = present.sum(dim=1)
+    counts = _counts(present)
     offsets = arrays["offsets"]
     if offsets[0] != 0 or not torch.equal(offsets.diff(), counts) or int(offsets[-1]) != entry.nonzero:
         raise EncodingError("its row offsets contradict its mask")
@@ -204,6 +204,11 @@ def decode(arrays: Mapping[str, Tensor], entry: Entry) -> Tensor:
 def _present(tensor: Tensor, codes: bool) -> Tensor:
     """bool, the tensor's shape: the weights that are stored. A code has one zero, so -0.0 is none there."""
     return tensor != 0 if codes else tensor.view(_BITS[tensor.element_size()]) != 0
+
+
+def _counts(present: Tensor) -> Tensor:
+    """int64 [rows]: true elements of each row. torch would first make eight bytes of every element."""
+    return torch.from_numpy(present.numpy().sum(axis=1, dtype=np.int64))
 
 
 def _unpacked(mask: Tensor, entry: Entry) -> Tensor:

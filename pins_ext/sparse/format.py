@@ -346,13 +346,16 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
     for name, target in index.aliases.items():
         names_of.setdefault(target, []).append(name)
     for name, tensor in checkpoint.tensors():
+        mapped = index.entries[name].layout == "dense"
         done: list[Tensor] = []
         for one in (name, *names_of.get(name, [])):
             place = _place(model, one)
             if not any(place is other for other in done):
-                # The old memory goes before the next tensor comes. A copy: the file's mapping is not the model's.
-                place.data = tensor.to(device=place.device, copy=True)
+                # A copy where two places have it: tied weights are one place. The file's mapping is not the model's.
+                place.data = tensor.to(device=place.device, copy=mapped or bool(done))
                 done.append(place)
+        # The old memory goes before the next tensor comes.
+        del tensor
 
 
 def _place(model: nn.Module, name: str) -> Tensor:
