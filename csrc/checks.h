@@ -80,6 +80,16 @@ using Dtypes = std::initializer_list<ScalarType>;
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16};
 constexpr Dtypes kMomentDtypes = {ScalarType::Float, ScalarType::BFloat16};
+// 8-bit storage, criterion.inl: Byte where nothing is negative, Char with a sign. On the CPU alone.
+constexpr Dtypes kCpuStateDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
+constexpr Dtypes kCpuFirstMomentDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char};
+constexpr Dtypes kReadableDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
+constexpr Dtypes kReadableFirstDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char};
+
+// Bytes of this many weights in it: whole groups of layout.inl kGroup, and 2 bytes for the scale of each.
+inline int64_t coded_bytes(int64_t weights) { return (weights + 31) / 32 * 34; }
+
+inline bool is_coded(ScalarType dtype) { return dtype == ScalarType::Byte || dtype == ScalarType::Char; }
 
 inline bool is_one_of(ScalarType dtype, Dtypes allowed) {
   for (ScalarType one : allowed) {
@@ -132,6 +142,15 @@ inline bool check_optional_list(const char* list, const Tensors& tensors, size_t
   return true;
 }
 
+// Both moments of AdamW: alike, or each in the 8-bit storage that is its own.
+inline void check_moments(const Tensors& first, const Tensors& second) {
+  if (first.empty() || second.empty()) return;
+  const ScalarType one = first[0].scalar_type(), other = second[0].scalar_type();
+  PINS_CHECK(one == other || (one == ScalarType::Char && other == ScalarType::Byte),
+             "exp_avg_sq must have the dtype of exp_avg (", dtype_name(one),
+             one == ScalarType::Char ? " needs uint8" : "", "), got ", dtype_name(other));
+}
+
 inline void check_same_dtype(const char* list, const Tensors& tensors, const char* like_list, const Tensors& like) {
   if (tensors.empty() || like.empty()) return;
   PINS_CHECK(tensors[0].scalar_type() == like[0].scalar_type(), list, " must have the dtype of ", like_list, " (",
@@ -148,6 +167,11 @@ inline std::vector<int64_t> numels_of(const Tensors& tensors) {
 // `numel[i]` weights in tensor i.
 inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (is_coded(tensors[i].scalar_type())) {
+      PINS_CHECK(tensors[i].numel() == coded_bytes(numel[i]), item(list, i), " must have ", coded_bytes(numel[i]),
+                 " bytes for ", numel[i], " weights in 8 bits, got ", tensors[i].numel());
+      continue;
+    }
     PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ",
                tensors[i].numel());
   }

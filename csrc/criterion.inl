@@ -141,6 +141,51 @@ PINS_HD uint16_t fp16_of(float x) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// ---- 8-bit storage ----------------------------------------------------------------------------------------------
+
+// A byte for each weight and, for every 32 of them, a scale in bf16, no less than the largest magnitude; the square
+// root of a state that is never negative, the first moment itself. With q = magnitude / scale the byte is 2 q / (1 + q)
+// (a softsign) of kLevels, or of kSignedLevels with the sign: small values keep the finer steps. What is above zero in
+// a state that is never negative stays above zero: a second moment of 0 would make any step endless.
+// pins_ext/reference.py encode.
+constexpr int kLevels = 254, kNanCode = 255;
+constexpr int kSignedLevels = 127, kSignedNanCode = -128;
+
+// x >= 0 and finite to bf16, away from zero, but never to infinity.
+PINS_HD uint16_t bf16_above(float x) {
+  uint32_t up = (bits_of(x) + 0xffffu) >> 16;
+  return static_cast<uint16_t>(up < 0x7f7fu ? up : 0x7f7fu);
+}
+
+// `part`: what is added before the fraction is cut off: .5 rounds to nearest, a random part of 1 stochastically.
+PINS_HD int level_of(float magnitude, float scale, int levels, float part) {
+  float q = magnitude / (scale > 0.0f ? scale : 1.0f);
+  int level = static_cast<int>(((static_cast<float>(2 * levels) * q) / (1.0f + q)) + part);
+  return level < levels ? level : levels;
+}
+
+// x is finite and not negative.
+PINS_HD int code_of(float x, float root, float scale, float part) {
+  int level = level_of(root, scale, kLevels, part);
+  return level == 0 && x > 0.0f ? 1 : level;
+}
+
+PINS_HD int signed_code_of(float x, float magnitude, float scale, float part) {
+  int level = level_of(magnitude, scale, kSignedLevels, part);
+  return x < 0.0f ? -level : level;
+}
+
+PINS_HD float float_of_code(int code, float scale) {
+  float root = (static_cast<float>(code) / static_cast<float>(2 * kLevels - code)) * scale;
+  return code == kNanCode ? float_of(0x7fc00000u) : root * root;
+}
+
+PINS_HD float float_of_signed_code(int code, float scale) {
+  int level = code < 0 ? -code : code;
+  float x = (static_cast<float>(code) / static_cast<float>(2 * kSignedLevels - level)) * scale;
+  return code == kSignedNanCode ? float_of(0x7fc00000u) : x;
+}
+
 // 32 random bits of one weight at one step: a keyed integer hash of the global index (two multiply-xorshift rounds,
 // constants of C. Wellons' lowbias32). key0, key1 come from (seed, step, stream): pins_ext/reference.py rounding_key.
 // Low half rounds ipt or exp_avg_ipt, high half rounds exp_avg_unc or, in an optimizer's pass, weights; its moments

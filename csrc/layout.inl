@@ -8,6 +8,10 @@
 // Weights per row of `chunks`; pins_ext/ops/layout.py CHUNK. A chunk at a tensor's end is shorter.
 constexpr int64_t kChunk = 16384;
 
+// Weights that share a scale in 8-bit storage. Such a tensor has a byte for each weight, filled up to whole groups, and
+// then a bf16 scale for each group; checks.h coded_bytes.
+constexpr int64_t kGroup = 32;
+
 // One row of `places`: sizes are right-aligned, whole trailing dimensions merged.
 struct Place {
   int64_t base;      // global index of the full tensor's first weight

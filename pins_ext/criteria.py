@@ -23,6 +23,7 @@ class Criterion:
         reads_inputs: whether the score is made of the inputs of the weights' layers, which `prune_once` collects.
         zero_at_zero: whether a weight at exactly zero scores 0, so that under strict masks it could never return by its
             own score.
+        signed: whether the score of a weight may be below zero.
         warning: what a user should know before choosing it.
     """
 
@@ -33,6 +34,7 @@ class Criterion:
     reads_update: bool = False
     reads_inputs: bool = False
     zero_at_zero: bool = False
+    signed: bool = False
     warning: str = ""
 
 
@@ -40,10 +42,14 @@ CRITERIA = {
     criterion.name: criterion
     for criterion in (
         Criterion("pins"),
-        Criterion("pins-signed", warning="collapsed to chance at 90 % sparsity in a trial: it is meant for ablations"),
+        Criterion(
+            "pins-signed",
+            signed=True,
+            warning="collapsed to chance at 90 % sparsity in a trial: it is meant for ablations",
+        ),
         Criterion("pins-update", reads_update=True),
         Criterion("platon", zero_at_zero=True),
-        Criterion("movement", smoothed=False, zero_at_zero=True),
+        Criterion("movement", smoothed=False, zero_at_zero=True, signed=True),
         Criterion("magnitude", instant=False, smoothed=False, zero_at_zero=True),
         Criterion("fisher", instant=False, smoothed=False, reads_moments=True, zero_at_zero=True),
         Criterion("moments", instant=False, reads_moments=True),
@@ -51,7 +57,7 @@ CRITERIA = {
     )
 }
 
-PRECOMPUTED = Criterion("precomputed")
+PRECOMPUTED = Criterion("precomputed", signed=True)
 """The criterion of the operators for scores that were computed elsewhere: a user's own function."""
 
 INSTANT = tuple(c.name for c in (*CRITERIA.values(), PRECOMPUTED) if c.instant)

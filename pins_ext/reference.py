@@ -262,6 +262,70 @@ def store(x: Tensor, dtype: torch.dtype, random16: Tensor) -> Tensor:
     return torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
 
 
+# ---- 8-bit storage --------------------------------------------------------------------------------------------------
+
+GROUP = 32
+"""Weights that share a scale."""
+
+
+def coded_bytes(numel: int) -> int:
+    """Bytes of this many weights in 8 bits: whole groups, and the scale of each."""
+    return -(-numel // GROUP) * (GROUP + 2)
+
+
+def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None) -> Tensor:
+    """float32 to 8-bit storage: for each weight a softsign of its share in the scale of its group.
+
+    Groups are 32 weights that follow each other in the flat tensor; the last may be shorter. The magnitude of a weight
+    is its square root, or itself where `signed`; the scale the group's largest magnitude, rounded up to bfloat16. With
+    q = magnitude / scale the code is 2 q / (1 + q) of 254, or of 127 with the sign. A weight above zero never becomes
+    zero without a sign. 255, or -128, stands for what is not finite, and without a sign for what is below zero; the
+    scale passes over it.
+
+    Args:
+        x: any shape, float32.
+        signed: for the first moment; otherwise x is not negative.
+        random16: 16 bits of each weight in the low bits, int64, for stochastic rounding; None rounds to nearest.
+
+    Returns:
+        uint8, or int8 where signed, [coded_bytes]: codes, zeros up to whole groups, then bfloat16 scales as bytes.
+    """
+    x = x.flatten()
+    odd = ~x.isfinite() | ((x < 0) & (not signed))
+    magnitude = torch.where(odd, 0.0, x.abs())
+    # Through float64: torch's float32 square root may be one that is not rounded correctly.
+    magnitude = magnitude if signed else magnitude.double().sqrt().float()
+    groups = torch.zeros(-(-x.numel() // GROUP) * GROUP).index_copy(0, torch.arange(x.numel()), magnitude)
+    largest = groups.view(-1, GROUP).amax(1).view(torch.int32)
+    scales = ((largest + 0xFFFF) >> 16).clamp(max=0x7F7F).to(torch.int16)
+    scale = scales.view(torch.bfloat16).float().repeat_interleave(GROUP)[: x.numel()]
+    q = magnitude / torch.where(scale > 0, scale, 1.0)
+    levels = 127 if signed else 254
+    part = torch.full_like(q, 0.5) if random16 is None else (random16.flatten() & 0xFFFF).float() * 2.0**-16
+    level = (((2.0 * levels) * q) / (1.0 + q) + part).to(torch.int32).clamp(max=levels)
+    if not signed:
+        level = torch.where((level == 0) & (x > 0), 1, level)
+    code = torch.where(x < 0, -level, level)
+    code = torch.where(odd, -128 if signed else 255, code)
+    dtype = torch.int8 if signed else torch.uint8
+    packed = torch.zeros(coded_bytes(x.numel()), dtype=dtype)
+    packed[: x.numel()] = code.to(dtype)
+    packed[groups.numel() :] = scales.view(torch.uint8).view(dtype)
+    return packed
+
+
+def decode(packed: Tensor, numel: int) -> Tensor:
+    """What `encode` stored of this many weights, float32 [numel]."""
+    signed, end = packed.dtype == torch.int8, -(-numel // GROUP) * GROUP
+    code = packed[:numel].to(torch.int32)
+    scales = packed[end:].clone().view(torch.bfloat16)
+    scale = scales.float().repeat_interleave(GROUP)[:numel]
+    levels = 127 if signed else 254
+    x = (code.float() / (2 * levels - code.abs()).float()) * scale
+    x = x if signed else x * x
+    return torch.where(code == (-128 if signed else 255), torch.nan, x)
+
+
 # ---- gradient norm --------------------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,81 @@ inline int64_t block_size(const Run& run, int64_t at) { return run.count - at < 
 inline float* in_place(const Span& span, int64_t at) { return static_cast<float*>(span.data) + at; }
 inline uint16_t* halves(const Span& span, int64_t at) { return static_cast<uint16_t*>(span.data) + at; }
 
+inline float load_scale(const Span& span, int64_t group) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, span.scales + 2 * group, 2);
+  return float_of_bf16(bits);
+}
+
+// f(first weight, one past the last, number of the group) for every group of a block, which begins with one.
+template <class F>
+inline __attribute__((always_inline)) void for_each_group(int64_t n, const F& f) {
+  for (int64_t begin = 0; begin < n; begin += kGroup) f(begin, begin + kGroup < n ? begin + kGroup : n, begin / kGroup);
+}
+
+PINS_BLOCK void load_codes(const Span& span, int64_t at, int64_t n, float* __restrict target) {
+  const uint8_t* __restrict codes = static_cast<const uint8_t*>(span.data) + at;
+  const int8_t* __restrict signed_codes = reinterpret_cast<const int8_t*>(codes);
+  for_each_group(n, [&](int64_t begin, int64_t end, int64_t group) {
+    const float scale = load_scale(span, at / kGroup + group);
+    if (span.dtype == Dtype::code8) {
+      for (int64_t i = begin; i < end; ++i) target[i] = float_of_code(codes[i], scale);
+    } else {
+      for (int64_t i = begin; i < end; ++i) target[i] = float_of_signed_code(signed_codes[i], scale);
+    }
+  });
+}
+
+// The bits of what cannot be stored: neither a number nor, in a state that has no sign, zero or above.
+inline bool is_odd(float x, bool has_sign) {
+  const uint32_t bits = bits_of(x);
+  return (bits & 0x7fffffffu) >= 0x7f800000u || (!has_sign && bits > 0x80000000u);
+}
+
+// To nearest without random bits. Those of a weight, 16 from `shift` on, make 2^-16 of a level each.
+template <bool has_sign>
+PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
+                            int shift) {
+  Buffer magnitudes, parts;
+  const float* __restrict source = values;
+  float* __restrict magnitude = magnitudes.values;
+  float* __restrict part = parts.values;
+  uint8_t* __restrict codes = static_cast<uint8_t*>(span.data) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = is_odd(source[i], has_sign) ? 0.0f : abs_of(source[i]);
+    magnitude[i] = has_sign ? x : __builtin_sqrtf(x);
+    part[i] = 0.5f;
+  }
+  if (random) {
+    for (int64_t i = 0; i < n; ++i) part[i] = static_cast<float>((random[i] >> shift) & 0xffffu) * 0x1p-16f;
+  }
+  for_each_group(n, [&](int64_t begin, int64_t end, int64_t group) {
+    // Of numbers that are not negative the bits have their order; and integers are compared many at a time.
+    uint32_t largest = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t bits = bits_of(magnitude[i]);
+      largest = bits > largest ? bits : largest;
+    }
+    const uint16_t stored = bf16_above(float_of(largest));
+    __builtin_memcpy(span.scales + 2 * (at / kGroup + group), &stored, 2);
+    const float scale = float_of_bf16(stored);
+    for (int64_t i = begin; i < end; ++i) {
+      const float x = source[i];
+      const int code =
+          has_sign ? signed_code_of(x, magnitude[i], scale, part[i]) : code_of(x, magnitude[i], scale, part[i]);
+      codes[i] = static_cast<uint8_t>(is_odd(x, has_sign) ? (has_sign ? kSignedNanCode : kNanCode) : code);
+    }
+  });
+}
+
 // The block of an operand in fp32: in place, or converted into `buffer`. An operand that is not wanted is `buffer`.
 PINS_BLOCK float* load(const Span& span, int64_t at, int64_t n, Buffer& buffer) {
   if (!span.data) return buffer.values;
   if (span.dtype == Dtype::float32) return in_place(span, at);
+  if (span.scales) {
+    load_codes(span, at, n, buffer.values);
+    return buffer.values;
+  }
   const uint16_t* __restrict source = halves(span, at);
   float* __restrict target = buffer.values;
   if (span.dtype == Dtype::bfloat16) {
@@ -40,13 +111,16 @@ PINS_BLOCK float* load(const Span& span, int64_t at, int64_t n, Buffer& buffer) 
   return target;
 }
 
-// Rounds to nearest even into 16-bit storage. float32 values are already where they belong if they were loaded there.
+// Rounds to nearest even into 16-bit storage, to the nearest code into 8-bit storage. float32 values are already where
+// they belong if they were loaded there.
 PINS_BLOCK void store(const Span& span, int64_t at, int64_t n, const float* values) {
   if (!span.data) return;
   if (span.dtype == Dtype::float32) {
     if (values != in_place(span, at)) __builtin_memcpy(in_place(span, at), values, n * sizeof(float));
     return;
   }
+  if (span.dtype == Dtype::code8) return store_codes<false>(span, at, n, values, nullptr, 0);
+  if (span.dtype == Dtype::signed8) return store_codes<true>(span, at, n, values, nullptr, 0);
   const float* __restrict source = values;
   uint16_t* __restrict target = halves(span, at);
   if (span.dtype == Dtype::bfloat16) {
@@ -64,6 +138,14 @@ PINS_BLOCK void store_state(const Span& span, int64_t at, int64_t n, const float
   const uint32_t* __restrict bits = random;
   uint16_t* __restrict target = halves(span, at);
   for (int64_t i = 0; i < n; ++i) target[i] = bf16_of(source[i], bits[i] >> shift);
+}
+
+// A moment: stochastically into 8-bit storage too. A decay of .001 is far below a step of its codes.
+PINS_BLOCK void store_moment(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
+                             int shift) {
+  if (span.data && span.dtype == Dtype::code8) return store_codes<false>(span, at, n, values, random, shift);
+  if (span.data && span.dtype == Dtype::signed8) return store_codes<true>(span, at, n, values, random, shift);
+  store_state(span, at, n, values, random, shift);
 }
 
 // Random bits of a block by global index, in pieces that are consecutive and have one high word.

@@ -11,12 +11,14 @@
 
 namespace pins_ext::cpu {
 
-enum class Dtype : int { float32, bfloat16, float16 };
+// code8, signed8: see criterion.inl.
+enum class Dtype : int { float32, bfloat16, float16, code8, signed8 };
 
 // One operand of a chunk, at the chunk's first weight. No data: the operand is not wanted.
 struct Span {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
+  uint8_t* scales = nullptr;  // of 8-bit storage: that of the group of the first weight
 };
 
 // The weights of a chunk: `count` from local index `offset` on of the tensor with this row of places.

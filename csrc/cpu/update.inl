@@ -74,11 +74,11 @@ void masked_update(const Update& args) {
       }
     }
     store_state(args.params, at, n, next.values, random.values, 16);
-    if (args.first.data && args.first.dtype == Dtype::bfloat16) {
+    if (args.first.data && args.first.dtype != Dtype::float32 && args.first.dtype != Dtype::float16) {
       random_block(args.run, at, n, for_moments(args.rounding), moment_random.values);
     }
-    store_state(args.first, at, n, first, moment_random.values, 0);
-    store_state(args.second, at, n, second, moment_random.values, 16);
+    store_moment(args.first, at, n, first, moment_random.values, 0);
+    store_moment(args.second, at, n, second, moment_random.values, 16);
   }
 }
 

@@ -76,18 +76,27 @@ class Operand {
     ScalarType dtype = tensors[0].scalar_type();
     dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16
              : dtype == ScalarType::Half   ? Dtype::float16
+             : dtype == ScalarType::Byte   ? Dtype::code8
+             : dtype == ScalarType::Char   ? Dtype::signed8
                                            : Dtype::float32;
     data_.reserve(tensors.size());
-    for (const Tensor& tensor : tensors) data_.push_back(static_cast<char*>(tensor.data_ptr()));
+    for (const Tensor& tensor : tensors) {
+      data_.push_back(static_cast<char*>(tensor.data_ptr()));
+      if (is_coded(dtype)) scales_.push_back(data_.back() + tensor.numel() / (kGroup + 2) * kGroup);
+    }
   }
 
   Span at(const Chunk& chunk) const {
     if (data_.empty()) return {};
+    if (!scales_.empty()) {
+      char* scale = scales_[chunk.tensor] + chunk.offset / kGroup * 2;
+      return {data_[chunk.tensor] + chunk.offset, dtype_, reinterpret_cast<uint8_t*>(scale)};
+    }
     return {data_[chunk.tensor] + chunk.offset * (dtype_ == Dtype::float32 ? 4 : 2), dtype_};
   }
 
  private:
-  std::vector<char*> data_;
+  std::vector<char*> data_, scales_;
   Dtype dtype_ = Dtype::float32;
 };
 

@@ -129,7 +129,7 @@ class _Spread(Scored):
             own = None if self.factors is None else self.factors[i : i + 1]
             kept = []
             for cutoff in (first, last):
-                kept.append(ops.new_mask(a))
+                kept.append(torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=a.device))
                 torch.ops.pins_ext.pack_(
                     [kept[-1]], stats, [a], b, layout.places, layout.chunks, self.score, cutoff, factors=own
                 )

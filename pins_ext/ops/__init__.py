@@ -15,6 +15,7 @@ from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket, grouped
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
+from pins_ext.ops.coded import CODED, coded_bytes, decode, encode, is_coded, new_state
 from pins_ext.ops.cpu import cpu_capability, stream_
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
@@ -46,6 +47,7 @@ __all__ = [
     "BINS",
     "CANDIDATES",
     "CHUNK",
+    "CODED",
     "CRITERIA",
     "MAX_INDEX",
     "MAX_KEY",
@@ -62,20 +64,25 @@ __all__ = [
     "bracket_around",
     "bracket_of",
     "clip_factor",
+    "coded_bytes",
     "collect_",
     "count_",
     "cpu_capability",
     "cutoff",
+    "decode",
+    "encode",
     "fold_",
     "fold_moments_",
     "grouped_expand",
     "grouped_linear",
     "grouped_pack",
+    "is_coded",
     "mask_bytes",
     "masked_adamw_",
     "masked_sgd_",
     "narrow",
     "new_mask",
+    "new_state",
     "pack_",
     "pack_around_",
     "pack_bits",

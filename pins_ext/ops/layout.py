@@ -71,6 +71,10 @@ class Layout:
             return self
         return _laid_out(self._host_places[list(indices)], self.total, self.places.device)
 
+    def numel(self, i: int) -> int:
+        """Weights of the local part of one tensor."""
+        return int(self._host_places[i, 5:9].prod())
+
     def global_index(self, i: int, offset: Tensor) -> Tensor:
         """Where weights lie among all weights.
 

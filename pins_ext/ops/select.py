@@ -164,7 +164,7 @@ def select(
     pointers: Tensor | None = None,
 ) -> Tensor:
     """`pins_ext::select` on every device, without a host sync on a GPU."""
-    total = sum(tensor.numel() for tensor in a)
+    total = weights_in(a, places)
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=places.device)
     if pointers is None and not places.is_cpu:
@@ -173,6 +173,13 @@ def select(
     position = position_of(n_prune, total, exact)
     scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, factors)
     return choose(scored, n_prune, exact, bracket, counts)
+
+
+def weights_in(states: list[Tensor], places: Tensor) -> int:
+    """How many weights these tensors are the states of; 8-bit ones, on the CPU alone, have more bytes than weights."""
+    if states and not states[0].is_floating_point():
+        return int(places[:, 5:9].prod(1).sum())
+    return sum(tensor.numel() for tensor in states)
 
 
 def _bin_on_host(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> tuple[Tensor, int]:
@@ -213,7 +220,7 @@ def pack_lowest_(
     Returns:
         int64 [1, 2], the threshold that `select` returns.
     """
-    operands, total, wanted = (a, b, places, chunks, score), sum(tensor.numel() for tensor in a), int(n_prune)
+    operands, total, wanted = (a, b, places, chunks, score), weights_in(a, places), int(n_prune)
     if not 0 < wanted < total:
         threshold = select(*operands, n_prune, factors=factors, bracket=bracket, counts=counts).reshape(1, 2)
         pins.pack_(masks, stats, *operands, threshold, factors=factors)

@@ -27,7 +27,7 @@ def sample(
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16.
+            float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.
@@ -67,7 +67,7 @@ def count_(
     Args:
         counts: int64 [1 + BINS]; written.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16.
+            float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.
@@ -107,7 +107,7 @@ def collect_(
         found: int64 [1], how many weights are inside, or, where more than m are, some number above m; written.
         candidates: int64 [2, m], their keys and global indices; written. What it held before stays in places left over.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16.
+            float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.
@@ -152,7 +152,7 @@ def tie_index(
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16.
+            float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.
@@ -285,7 +285,7 @@ def select(
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16.
+            float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.

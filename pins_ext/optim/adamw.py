@@ -13,8 +13,8 @@ from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.step import Scaling, host_rate, rates_on
 
-MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""How PinsAdamW can store its moments."""
+MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.int8}
+"""How PinsAdamW can store its moments; the second one, which has no sign, is uint8 in 8 bits."""
 
 
 class PinsAdamW(FusedOptimizer):
@@ -34,7 +34,8 @@ class PinsAdamW(FusedOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, as a share of the learning rate.
         moment_dtype: storage of both moments, whatever that of the weights: "float32", or "bfloat16" with stochastic
-            rounding, half of its memory. A loaded state is converted to it.
+            rounding, half of its memory, or, for whole tensors on the CPU, "8bit": a byte each, rounded stochastically,
+            and a scale for every 32 weights. A loaded state is converted to it.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -62,7 +63,9 @@ class PinsAdamW(FusedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+    def _storage(self, p: Tensor, moment: str) -> torch.dtype:
+        if self.moment_dtype == "8bit" and moment == "exp_avg_sq":
+            return torch.uint8
         return MOMENT_DTYPES[self.moment_dtype]
 
     def __getstate__(self) -> dict[str, Any]:

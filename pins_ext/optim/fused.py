@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import local, local_gradient, shard_of
+from pins_ext.distributed.shards import is_dtensor, local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import Scaling, is_rehearsal
@@ -150,12 +150,15 @@ class FusedOptimizer(Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, own, strict=True):
             for name, value in given[0]["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.is_floating_point() and value.shape == p.shape:
-                    self.state[p][name] = value.to(p.device, self._moment_dtype(p))
+                if name == "step" or not isinstance(value, Tensor):
+                    continue
+                if value.shape == p.shape or ops.is_coded(value, p.numel()):
+                    self.state[p][name] = _converted(value, p, self._storage(p, name))
 
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the pass over these parameters stores anything in bfloat16, and so needs random bits."""
-        return any(torch.bfloat16 in (p.dtype, self._moment_dtype(p)) for p in parameters)
+        """Whether the pass over these parameters rounds anything stochastically, and so needs random bits."""
+        exact = (torch.float32, torch.float16)
+        return any(p.dtype not in exact or self._storage(p, "exp_avg") not in exact for p in parameters)
 
     def release_gradients(self, max_norm: float | None = None, clip: Clip = "previous") -> None:
         """Step each parameter inside backward from now on, and free its gradient at once.
@@ -338,8 +341,9 @@ class FusedOptimizer(Optimizer):
         state = self.state[p]
         if names and state.get(names[0]) is None:  # they come together
             state.pop("skipped", None)
-            dtype = self._moment_dtype(p)
-            state.update({"step": 0.0, **{name: torch.zeros_like(p, dtype=dtype) for name in names}})
+            dtypes = {name: self._storage(p, name) for name in names}
+            _check_storage(p, dtypes.values())
+            state.update({"step": 0.0, **{name: ops.new_state(p, dtype) for name, dtype in dtypes.items()}})
         if not names:
             state.setdefault("step", 0.0)
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
@@ -382,8 +386,8 @@ class FusedOptimizer(Optimizer):
         """Names of the state tensors that a step of this group needs."""
 
     @abstractmethod
-    def _moment_dtype(self, p: Tensor) -> torch.dtype:
-        """In what the moments of a parameter are stored."""
+    def _storage(self, p: Tensor, moment: str) -> torch.dtype:
+        """In what a moment of a parameter is stored; one of ops.CODED for 8 bits."""
 
     @abstractmethod
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
@@ -400,6 +404,24 @@ class FusedOptimizer(Optimizer):
         scaling: Scaling,
     ) -> None:
         """Run the operator."""
+
+
+def _check_storage(p: Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    if any(dtype in ops.CODED for dtype in dtypes) and (is_dtensor(p) or not p.is_cpu):
+        where = "sharded" if is_dtensor(p) else f"on {p.device}"
+        raise ValueError(
+            f"moment_dtype='8bit' is there for whole tensors on the CPU alone, and a parameter is {where}: use bfloat16"
+        )
+
+
+def _converted(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A loaded moment of a parameter, in this storage."""
+    _check_storage(p, [dtype])
+    if moment.dtype == dtype:
+        return moment.to(p.device)
+    if moment.dtype in ops.CODED:
+        moment = ops.decode(moment.cpu(), p.numel()).view(p.shape)
+    return ops.encode(moment, dtype) if dtype in ops.CODED else moment.to(p.device, dtype)
 
 
 def _exported(state: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class PinsSGD(FusedOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+    def _storage(self, p: Tensor, moment: str) -> torch.dtype:
         return p.dtype
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:

@@ -105,8 +105,9 @@ class PruneConfig:
     )
     state_dtype: str = _option(
         "float32",
-        "storage of the importance states; bfloat16 halves it, with stochastic rounding",
-        ("float32", "bfloat16"),
+        "storage of the importance states: bfloat16 halves it, with stochastic rounding; 8bit, on the CPU, takes a "
+        "quarter: a byte each and a scale for every 32 weights",
+        ("float32", "bfloat16", "8bit"),
     )
     mask_optimizer_state: bool = _option(False, "also clear the optimizer state of pruned weights")
     parameter_set: str = _option(
@@ -141,6 +142,11 @@ class PruneConfig:
         self._check(fits, "importance_every", f"an integer that divides delta_t ({self.delta_t})")
         if every > 1 and not self.rule.instant:
             raise ValueError(f"importance_every must be 1 for criterion={self.criterion!r}, which takes none in a step")
+        if self.state_dtype == "8bit" and self.rule.signed and (self.smoothed or self.rule.instant):
+            raise ValueError(
+                f"state_dtype must be float32 or bfloat16 for criterion={_name(self.criterion)!r}, whose "
+                "scores may be below zero: 8bit stores none"
+            )
         if self.rule.reads_moments and self.smoothed and self.beta2 == 0:
             raise ValueError(f"beta2 must be above 0 for criterion={self.criterion!r}, which keeps no window mean")
         self._check(_is_integer(self.seed), "seed", "an integer")
@@ -242,10 +248,10 @@ class PruneConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Storage of the importance states."""
+        """Storage of the importance states; uint8 for 8 bits, see ops.encode."""
         import torch
 
-        return torch.bfloat16 if self.state_dtype == "bfloat16" else torch.float32
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}[self.state_dtype]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a callable becomes its name in angle brackets, the same in every process."""

@@ -33,6 +33,8 @@ class Gathered:
     def __init__(self, parameters: Mapping[str, Tensor], config: PruneConfig, layout: ops.Layout) -> None:
         self.names, self.weights = list(parameters), list(parameters.values())
         self.config, self.layout = config, layout
+        if config.state_dtype == "8bit":
+            raise ValueError("state_dtype must be float32 or bfloat16 for one-shot pruning, got '8bit'")
 
     def begin_batch(self, tokens: Tensor | None) -> None:
         """A batch comes; tokens: bool [batch, length], False where it is padding, if that is known."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import local
+from pins_ext.distributed.shards import is_dtensor, local
 from pins_ext.optim.step import Rate, Scaling, rates_on
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.moments import Moments
@@ -29,12 +29,14 @@ class Operands(NamedTuple):
         a: first operand, a tensor for each pruned tensor.
         b: second operand, likewise; empty where there is one operand.
         factors: float32 [n], of the score "fisher".
+        shapes: of the tensors, where an operand may be stored in 8 bits.
     """
 
     kind: str
     a: list[Tensor]
     b: list[Tensor]
     factors: Tensor | None = None
+    shapes: Sequence[torch.Size] = ()
 
 
 Counted = tuple[Tensor, Tensor]
@@ -50,6 +52,18 @@ def state_names(config: PruneConfig) -> list[str]:
         "shadow": config.needs_shadow,
     }
     return [name for name, wanted in kept.items() if wanted]
+
+
+def state_bytes(config: PruneConfig, numel: int, element: int) -> int:
+    """Bytes of all states of a pruned tensor.
+
+    Args:
+        config: says which states there are.
+        numel: weights.
+        element: bytes of one weight.
+    """
+    one = ops.coded_bytes(numel) if config.dtype in ops.CODED else numel * config.dtype.itemsize
+    return sum(numel * element if name == "shadow" else one for name in state_names(config))
 
 
 def _float32(rate: Rate) -> Rate:
@@ -106,6 +120,7 @@ class Importance:
     ) -> None:
         self.config, self.layout, self.ranks = config, layout, ranks
         self.parameters = list(parameters)
+        self._check_storage()
         device = layout.places.device
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
         self._pointers = ops.PointerTables()
@@ -120,10 +135,24 @@ class Importance:
     def _states(self) -> dict[str, list[Tensor]]:
         parts = [local(p) for p in self.parameters]
         kept = state_names(self.config)
-        states = {name: [torch.zeros_like(p, dtype=self.config.dtype) for p in parts] for name in kept}
+        self._check_storage()
+        states = {name: [ops.new_state(p, self.config.dtype) for p in parts] for name in kept}
         states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
         self._write_bars(states)
         return states
+
+    def _check_storage(self) -> None:
+        if self.config.dtype not in ops.CODED:
+            return
+        for p in self.parameters:
+            if is_dtensor(p) or not p.is_cpu:
+                where = (
+                    f"sharded: {tuple(local(p).shape)} of {tuple(p.shape)} here" if is_dtensor(p) else f"on {p.device}"
+                )
+                raise ValueError(
+                    f"state_dtype='8bit' is there for whole tensors on the CPU alone, and a pruned one is {where}: "
+                    "use bfloat16"
+                )
 
     def bar(self, masks: Sequence[Tensor]) -> None:
         """Let the weights that these masks prune score below all others for good.
@@ -133,6 +162,10 @@ class Importance:
         Args:
             masks: packed bits of each tensor.
         """
+        if self.config.dtype in ops.CODED:
+            raise ValueError(
+                "state_dtype='8bit' cannot mark the zeros of a sparse start, which never return: use bfloat16"
+            )
         self._barred = masks
         if "_states" in vars(self):
             self._write_bars(self._states)
@@ -203,6 +236,9 @@ class Importance:
 
     def score(self) -> Operands:
         """What the score that the selection reads is made of."""
+        return self._score()._replace(shapes=[local(p).shape for p in self.parameters])
+
+    def _score(self) -> Operands:
         rule = self.config.rule
         if not self.config.smoothed and not rule.instant:
             moments = self.moments() if rule.reads_moments else None
@@ -330,14 +366,14 @@ class Importance:
         )
 
     def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:
-        """Keys of the stochastic rounding of one step, int64 [2]; float32 states are not rounded and need none.
+        """Keys of the stochastic rounding of one step, int64 [2]; only bfloat16 states need them.
 
         Args:
             step: pruner step.
             rounds: whether something else is, in the same pass.
             stream: which of the step's passes.
         """
-        if self.config.dtype == torch.float32 and not rounds:
+        if self.config.dtype != torch.bfloat16 and not rounds:
             return self._no_rounding
         return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 

@@ -147,7 +147,7 @@ class Masks:
     def _pack(self, score: Operands, cutoff: Tensor, units: Units | None = None) -> None:
         self.cutoff = cutoff
         if units is None:
-            kind, a, b, factors = score
+            kind, a, b, factors = score[:4]
             tables = (self.layout.places, self.layout.chunks)
             pointers = self._pointers.of("pack", self.layout.places, self.bits, a, b)
             torch.ops.pins_ext.pack_(
@@ -167,7 +167,7 @@ class Masks:
         layout, row, bits = self.layout.subset([i]), self._stats[i : i + 1], self.bits[i : i + 1]
         tables = (layout.places, layout.chunks)
         if self.scopes.fits[i] is None:
-            kind, a, b, factors = score
+            kind, a, b, factors = score[:4]
             own = None if factors is None else factors[i : i + 1]
             operands = (a[i : i + 1], b[i : i + 1], *tables, kind, cutoff)
             torch.ops.pins_ext.pack_(bits, row, *operands, factors=own)

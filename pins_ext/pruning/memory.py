@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext import ops
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import state_names
+from pins_ext.pruning.importance import state_bytes
 
 Shape = tuple[int, ...]
 
@@ -34,6 +34,7 @@ def _adafactor(shape: Shape, size: int) -> int:
 MOMENTS: dict[str, Callable[[Shape, int], int]] = {
     "float32": lambda shape, size: 8 * math.prod(shape),
     "bfloat16": lambda shape, size: 4 * math.prod(shape),
+    "8bit": lambda shape, size: 2 * ops.coded_bytes(math.prod(shape)),
 }
 """PinsAdamW's moment_dtype -> bytes of both moments of a parameter."""
 
@@ -127,13 +128,12 @@ def memory(
     sizes = [math.prod(shape) for shape, _ in shapes]
     # The "ema" teacher of 16-bit weights averages in float32.
     average = sum(_FLOAT32 * math.prod(_local(p, shards)) for p in parameters.values() if p.element_size() < _FLOAT32)
-    states = sum(name != "shadow" for name in state_names(config)) * config.dtype.itemsize
     return Memory(
         weights=weights + buffers,
         gradients=gradients,
         buckets=gradients if shards == 1 and ranks > 1 else 0,
         moments=sum(state_of(_local(p, shards), p.element_size()) for p in learning),
-        statistics=sum(n * (states + size * config.needs_shadow) for n, (_, size) in zip(sizes, shapes, strict=True)),
+        statistics=sum(state_bytes(config, n, size) for n, (_, size) in zip(sizes, shapes, strict=True)),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
         selection=_selection(sizes),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor, local
 from pins_ext.optim.step import rates_on
 from pins_ext.pruning.config import PruneConfig
@@ -63,13 +64,15 @@ def read_moments(
         groups |= {id(p): group for group in optimizer.param_groups for p in group["params"]}
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     stored = (optimizer.state.get(p) for p, optimizer in zip(parameters, owners, strict=True))
-    dtype = next((state["exp_avg"].dtype for state in stored if state and "exp_avg" in state), None)
+    known: dict[str, Any] = next((state for state in stored if state and set(_KINDS) <= set(state)), {})
     rows: list[tuple[Any, ...]] = []
     for name, p, optimizer in zip(names, parameters, owners, strict=True):
         check_moments(criterion, name, p, optimizer)
         state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
         for moment, kind in zip(found, _KINDS, strict=True):
-            moment.append(local(state[kind]) if state else torch.zeros_like(local(p), dtype=dtype))
+            moment.append(
+                local(state[kind]) if state else ops.new_state(local(p), known[kind].dtype if known else p.dtype)
+            )
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
@@ -88,6 +91,7 @@ def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) ->
         moment = state.get(kind)
         alike = isinstance(moment, Tensor) and moment.shape == p.shape and is_dtensor(moment) == is_dtensor(p)
         plain = alike and type(local(moment)) is Tensor and moment.is_floating_point()
+        plain = plain or (type(moment) is Tensor and ops.is_coded(moment, p.numel()))
         if not plain:
             got = "none" if moment is None else f"a {type(moment).__name__} of shape {tuple(moment.shape)}"
             raise ValueError(

@@ -201,7 +201,7 @@ class Units:
 
 def values(score: Operands, i: int) -> Tensor:
     """Score of each weight of one tensor, float32: what the operators compute from the same operands."""
-    kind, a, b = score.kind, score.a[i].float(), score.b[i].float() if score.b else None
+    kind, a, b = score.kind, _plain(score, score.a[i], i), _plain(score, score.b[i], i) if score.b else None
     if kind == "identity":
         return a
     if kind == "magnitude":
@@ -211,6 +211,13 @@ def values(score: Operands, i: int) -> Tensor:
         assert score.factors is not None
         return (a * a) * (b * score.factors[i])
     return a * b if kind == "product" else a * (b - a).abs()
+
+
+def _plain(score: Operands, operand: Tensor, i: int) -> Tensor:
+    """One tensor's operand in float32."""
+    if operand.dtype not in ops.CODED:
+        return operand.float()
+    return ops.decode(operand, score.shapes[i].numel()).view(score.shapes[i])
 
 
 def eligible(weights: Tensor, fit: Fit) -> Tensor:

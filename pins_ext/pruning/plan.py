@@ -10,7 +10,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import state_names
+from pins_ext.pruning.importance import state_bytes
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
 
@@ -62,12 +62,6 @@ def plan(
     """
     n = sum(p.numel() for p in parameters.values())
     zeros = sum(scopes.n_prune(schedule.final_ratio))
-    element = {name: p.element_size() for name, p in parameters.items()}
-    state_bytes = sum(
-        p.numel() * (element[name] if state == "shadow" else config.dtype.itemsize)
-        for state in state_names(config)
-        for name, p in parameters.items()
-    )
     ramp = range(schedule.initial_warmup + 1, schedule.final_start)
     points = {0, schedule.initial_warmup, *ramp[:: max(1, len(ramp) // 8)], schedule.final_start, schedule.total - 1}
     kind = schedule.kind
@@ -80,7 +74,7 @@ def plan(
         final_sparsity=zeros / n,
         remainder=scopes.remainder(schedule.final_ratio),
         patterns=dict(pattern_sizes(parameters, fits)),
-        state_bytes=state_bytes,
+        state_bytes=sum(state_bytes(config, p.numel(), p.element_size()) for p in parameters.values()),
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
         view_bytes=_view_bytes(config, zeros, parameters),
         schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),

@@ -213,12 +213,13 @@ class Selection:
     def _kept(self, members: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
         """Units of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
         # A tensor that another rank counts has zeros here.
-        kind, a, b, factors = score
+        kind, a, b, factors = score[:4]
         stats = torch.zeros(len(members), 3, dtype=torch.int64, device=cutoff.device)
         for row, i in zip(stats.split(1), members, strict=True):
             if not self.ranks.counts(i):
                 continue
-            layout, bits = self._alone[i], ops.new_mask(a[i])
+            layout = self._alone[i]
+            bits = torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=cutoff.device)
             own = None if factors is None else factors[i : i + 1]
             operands = ([a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind)
             torch.ops.pins_ext.pack_([bits], row, *operands, cutoff.reshape(1, 2), factors=own)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 OWN_OPTIMIZERS = ("adamw", "adamax")
 """Values of --optimizer that the Trainer's --optim does not have."""
 
-MOMENT_DTYPES = ("float32", "bfloat16")
+MOMENT_DTYPES = ("float32", "bfloat16", "8bit")
 """As pins_ext.optim has them, whose import takes seconds."""
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")

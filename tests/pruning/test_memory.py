@@ -30,15 +30,22 @@ def storages() -> dict[int, int]:
     return found
 
 
-def test_bytes_of_a_real_run_of_110_million_weights() -> None:
-    """All that torch holds after three steps with a mask, and nothing that was there before."""
+@pytest.mark.parametrize(
+    ("small", "each"), [(False, 28.1), pytest.param(True, 9.44, marks=pytest.mark.slow)], ids=["float32", "8bit"]
+)
+def test_bytes_of_a_real_run_of_110_million_weights(small: bool, each: float) -> None:
+    """All that torch holds after three steps with a mask, and nothing that was there before.
+
+    each: bytes of a pruned weight, but for the teacher's; small: weights in bfloat16, everything else in 8 bits.
+    """
+    dtype, stored = (torch.bfloat16, "8bit") if small else (torch.float32, "float32")
     gc.collect()
     before = storages()
     with torch.device("meta"):
-        shape = BertForSequenceClassification(BertConfig())
-    model = BertForSequenceClassification._from_config(BertConfig())
-    optimizer = PinsAdamW(model.parameters())
-    config = PruneConfig(warmup=0, cooldown=2, delta_t=1)
+        shape = BertForSequenceClassification(BertConfig()).to(dtype)
+    model = BertForSequenceClassification._from_config(BertConfig()).to(dtype)
+    optimizer = PinsAdamW(model.parameters(), moment_dtype=stored)
+    config = PruneConfig(warmup=0, cooldown=2, delta_t=1, state_dtype=stored)
     pruner = Pruner(model, optimizer, config, total_steps=3)
     regularizer = SelfRegularizer(model, teacher="latest", every=1)
     tokens = torch.arange(1, 9).reshape(1, 8)
@@ -49,7 +56,9 @@ def test_bytes_of_a_real_run_of_110_million_weights() -> None:
         regularizer.step()
     gc.collect()
     there = sum(size for address, size in storages().items() if before.get(address) != size)
-    counted = memory(shape, set(prunable_parameters(shape, config)), config, teacher="latest")
+    pruned = prunable_parameters(shape, config)
+    counted = memory(shape, set(pruned), config, teacher="latest", moment_dtype=stored)
+    print(f"{there:,} bytes there, {counted.total:,} counted: {counted}")
     assert sum(p.numel() for p in model.parameters()) > 109e6
     assert counted.total == pytest.approx(there, rel=0.05)
     kinds = {
@@ -61,6 +70,9 @@ def test_bytes_of_a_real_run_of_110_million_weights() -> None:
     }
     for kind, tensors in kinds.items():
         assert getattr(counted, kind) == sum(t.nbytes for t in tensors), kind
+    weights, n = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in pruned.values())
+    shared = (counted.weights + counted.gradients + counted.moments) / weights
+    assert shared + (counted.statistics + counted.masks) / n == pytest.approx(each, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,7 @@ def test_bytes_of_a_real_run_of_110_million_weights() -> None:
         {"beta2": 0.0},
         {"beta2": 1.0},
         {"state_dtype": "bfloat16"},
+        {"state_dtype": "8bit"},
     ],
 )
 def test_every_criterion_keeps_what_is_counted(options: dict[str, Any]) -> None:

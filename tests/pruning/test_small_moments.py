@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ from models import Network, batches, start, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from pins_ext import PruneConfig, Pruner
+from pins_ext import PruneConfig, Pruner, ops, reference
 from pins_ext.optim import PinsAdamW, PinsSGD
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("float32", "bfloat16")
+MOMENTS = ("float32", "bfloat16", "8bit")
 MAKERS: dict[str, Any] = {
     **{name: lambda p, name=name: PinsAdamW(p, lr=3e-3, moment_dtype=name) for name in MOMENTS},
     "sgd": lambda p: PinsSGD(p, lr=3e-3),
@@ -84,9 +85,20 @@ def test_a_state_of_torchs_is_converted() -> None:
         ours = PinsAdamW(model.parameters(), moment_dtype=name)
         ours.load_state_dict(theirs.state_dict())
         for p in model.parameters():
-            assert ours.state[p]["exp_avg"].dtype == getattr(torch, name)
-            assert torch.equal(ours.state[p]["exp_avg"].float(), theirs.state[p]["exp_avg"].float())
+            there = theirs.state[p]["exp_avg"].float()
+            if name == "8bit":
+                assert ours.state[p]["exp_avg_sq"].dtype == torch.uint8
+                assert torch.equal(ours.state[p]["exp_avg"], reference.encode(there, signed=True))
+            else:
+                assert ours.state[p]["exp_avg"].dtype == getattr(torch, name)
+                assert torch.equal(ours.state[p]["exp_avg"].float(), there)
         step(model, ours, 2, 3)
+        back = PinsAdamW(model.parameters())
+        back.load_state_dict(ours.state_dict())
+        for p in model.parameters():
+            moment = ours.state[p]["exp_avg_sq"]
+            moment = reference.decode(moment, p.numel()).view(p.shape) if name == "8bit" else moment.float()
+            assert torch.equal(back.state[p]["exp_avg_sq"], moment)
 
 
 def test_a_copy_keeps_its_moment_dtype() -> None:
@@ -157,11 +169,13 @@ def test_bfloat16_weights_learn_what_float32_ones_do_where_nearest_rounding_fall
     small = fitted(
         model := Network(32).to(torch.bfloat16), PinsAdamW(model.parameters(), lr=rate, moment_dtype="bfloat16")
     )
+    tiny = fitted(model := Network(32).to(torch.bfloat16), PinsAdamW(model.parameters(), lr=rate, moment_dtype="8bit"))
     nearest = fitted(model := Network(32).to(torch.bfloat16), torch.optim.AdamW(model.parameters(), lr=rate))
     start = fitted(model := Network(32), PinsAdamW(model.parameters(), lr=0.0, weight_decay=0.0))
-    print({"start": start, "float32": full, "bfloat16": small, "nearest": nearest})
+    print({"start": start, "float32": full, "bfloat16": small, "8bit": tiny, "nearest": nearest})
     assert full < start
     assert abs(small - full) < 0.1 * (start - full)
+    assert abs(tiny - full) < 0.1 * (start - full)
     assert nearest - full > 0.25 * (start - full)
 
 
@@ -197,3 +211,110 @@ def test_float32_is_left_as_it_was() -> None:
     train(one, PinsAdamW(one.parameters(), lr=1e-2, moment_dtype="float32"), 20)
     train(other, torch.optim.AdamW(other.parameters(), lr=1e-2, fused=True), 20)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"delta_t": 1},
+    {"beta2": 0},
+    {"beta2": 1},
+    {"criterion": "moments"},
+    {"criterion": "fisher"},
+    {"criterion": "pins-update", "mask_policy": "strict", "mask_optimizer_state": True},
+    {"criterion": "platon", "mask_policy": "strict"},
+    {"min_density": 0.05},
+]
+
+
+@pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
+@pytest.mark.parametrize("options", CONFIGS, ids=str)
+def test_8_bits_of_everything_resume_and_reach_the_sparsity(options: dict[str, Any], tmp_path: Path) -> None:
+    config = PruneConfig(**({"delta_t": 4, "warmup": 5, "cooldown": 20, "state_dtype": "8bit"} | options))
+
+    def new() -> tuple[Network, Any, Pruner]:
+        model = Network(13)
+        optimizer = PinsAdamW(model.parameters(), lr=3e-3, moment_dtype="8bit")
+        return model, optimizer, Pruner(model, optimizer, config, 60)
+
+    whole, optimizer, pruner = new()
+    train(whole, optimizer, 33)
+    pruner.save(tmp_path / "pruner.safetensors")
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    train(whole, optimizer, 60, skip=33)
+    assert pruner.finalize()["zeros"] == pruner.n_weights - round(0.2 * pruner.n_weights)
+    assert pruner.stats()["nan"] == 0
+    second, optimizer, resumed = new()
+    second.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    resumed.load(tmp_path / "pruner.safetensors")
+    train(second, optimizer, 60, skip=33)
+    resumed.finalize()
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["moments", "fisher"])
+@pytest.mark.parametrize("moment_dtype", MOMENTS)
+def test_criteria_made_of_the_moments_read_them_as_they_are_stored(criterion: str, moment_dtype: str) -> None:
+    """The masks of a run are those of a run whose moments are the decoded ones."""
+    config = PruneConfig(criterion=criterion, delta_t=4, warmup=5, cooldown=20)
+    model = Network(13)
+    optimizer = PinsAdamW(model.parameters(), lr=3e-3, moment_dtype=moment_dtype)
+    pruner = Pruner(model, optimizer, config, 60)
+    train(model, optimizer, 30)
+    moments = pruner.importance.moments()
+    p, state = pruner.parameters[0], optimizer.state[pruner.parameters[0]]
+    assert moments.exp_avg_sq[0] is state["exp_avg_sq"]
+    if criterion == "fisher":
+        second = state["exp_avg_sq"]
+        plain = reference.decode(second, p.numel()).view(p.shape) if moment_dtype == "8bit" else second
+        kept = pruner.mask(pruner.names[0])
+        scores = reference.score("fisher", p, plain, moments.factors[0, 2])
+        assert scores[kept].mean() > scores[~kept].mean()
+    assert pruner.finalize()["zeros"] == pruner.n_weights - round(0.2 * pruner.n_weights)
+
+
+def test_cleared_moments_are_cleared_in_8_bits_too() -> None:
+    """With a gradient scaler masks do not ride on the pass."""
+    config = PruneConfig(delta_t=2, warmup=1, cooldown=3, mask_policy="strict", mask_optimizer_state=True)
+    model = Network(13)
+    optimizer = PinsAdamW(model.parameters(), lr=3e-3, moment_dtype="8bit")
+    pruner = Pruner(model, optimizer, config, 10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, y in batches(10):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    for name, p in zip(pruner.names, pruner.parameters, strict=True):
+        pruned = ~pruner.mask(name).flatten()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            values = reference.decode(optimizer.state[p][moment], p.numel())
+            assert not values[pruned].any()
+            assert values[~pruned].any()
+
+
+def test_what_8_bits_cannot_do_is_refused() -> None:
+    for criterion in ("pins-signed", "movement", lambda p, g, lr: p * g):
+        with pytest.raises(ValueError, match=r"state_dtype must be float32 or bfloat16 for criterion=.*below zero"):
+            PruneConfig(criterion=criterion, state_dtype="8bit")
+    x = torch.randn(300)
+    for dtype in ops.CODED:
+        values = x if dtype == torch.int8 else x.abs()
+        assert torch.equal(ops.encode(values, dtype), reference.encode(values, dtype == torch.int8))
+        assert torch.equal(
+            ops.decode(ops.encode(values, dtype), 300),
+            reference.decode(reference.encode(values, dtype == torch.int8), 300),
+        )
+    with torch.device("meta"):
+        model = Network(16)
+    optimizer = PinsAdamW(model.parameters(), moment_dtype="8bit")
+    with pytest.raises(
+        ValueError, match=r"state_dtype='8bit' is there for whole tensors on the CPU alone.*on meta: use bf"
+    ):
+        Pruner(model, optimizer, PruneConfig(state_dtype="8bit"), 10)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(
+        ValueError, match=r"moment_dtype='8bit' is there for whole tensors on the CPU alone.*on meta: use bf"
+    ):
+        optimizer.step()
