@@ -57,7 +57,7 @@ class Gathered:
 
     def score(self, i: int) -> Tensor:
         """The scores of one tensor, float32, of its shape."""
-        kind, a, b, _ = self.operands()
+        kind, a, b, _ = self.operands()[:4]
         score = a[i].float()
         if kind == "magnitude":
             return score.abs()

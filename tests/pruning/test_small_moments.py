@@ -223,16 +223,19 @@ CONFIGS: list[dict[str, Any]] = [
     {"criterion": "pins-update", "mask_policy": "strict", "mask_optimizer_state": True},
     {"criterion": "platon", "mask_policy": "strict"},
     {"min_density": 0.05},
+    {"pattern": "2:4"},
+    {"pattern": "4x1"},
 ]
 
 
 @pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
 def test_8_bits_of_everything_resume_and_reach_the_sparsity(options: dict[str, Any], tmp_path: Path) -> None:
-    config = PruneConfig(**({"delta_t": 4, "warmup": 5, "cooldown": 20, "state_dtype": "8bit"} | options))
+    fixed = {"delta_t": 4, "warmup": 5, "cooldown": 20, "state_dtype": "8bit"}
+    config = PruneConfig(**(fixed | options | ({"sparsity": 0.5} if "pattern" in options else {})))
 
     def new() -> tuple[Network, Any, Pruner]:
-        model = Network(13)
+        model = Network(16 if "pattern" in options else 13)
         optimizer = PinsAdamW(model.parameters(), lr=3e-3, moment_dtype="8bit")
         return model, optimizer, Pruner(model, optimizer, config, 60)
 
@@ -241,7 +244,7 @@ def test_8_bits_of_everything_resume_and_reach_the_sparsity(options: dict[str, A
     pruner.save(tmp_path / "pruner.safetensors")
     saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
     train(whole, optimizer, 60, skip=33)
-    assert pruner.finalize()["zeros"] == pruner.n_weights - round(0.2 * pruner.n_weights)
+    assert pruner.finalize()["zeros"] == pruner.n_weights - round((1 - config.sparsity) * pruner.n_weights)
     assert pruner.stats()["nan"] == 0
     second, optimizer, resumed = new()
     second.load_state_dict(saved[0])
