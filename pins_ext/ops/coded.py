@@ -61,7 +61,7 @@ def encode(values: Tensor, dtype: torch.dtype) -> Tensor:
     level = level if signed else torch.where((level == 0) & (x > 0), 1, level)
     code = torch.where(x < 0, -level, level).masked_fill_(odd, -128 if signed else 255)
     packed = torch.zeros(coded_bytes(x.numel()), dtype=dtype)
-    packed[: x.numel()] = code.to(dtype)
+    packed[: x.numel()] = code
     packed[len(groups) :] = scales.view(dtype)
     return packed
 
