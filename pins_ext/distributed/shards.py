@@ -92,8 +92,8 @@ def shard_of(name: str, tensor: Tensor) -> ops.Shard | None:
         tensor: a parameter.
 
     Raises:
-        ValueError: parts that are sums (Partial), an order of cuts that is not known here, or a local part of another
-            size than the arithmetic says.
+        ValueError: parts that are sums (Partial), an order of cuts that is not known here, a local part of another
+            size than the arithmetic says, or one that is offloaded.
     """
     if not is_dtensor(tensor):
         return None
@@ -101,6 +101,12 @@ def shard_of(name: str, tensor: Tensor) -> ops.Shard | None:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(f"{name} lies on a mesh that this rank is no part of: {mesh}")
+    where = local(tensor).device.type
+    if where not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"{name} lies on a {where} while its ranks talk on {mesh.device_type}: offloading (CPUOffloadPolicy, "
+            f"cpu_offload) is not supported; leave it out"
+        )
     start, size = box(name, tuple(tensor.shape), tuple(mesh.shape), coordinate, tensor.placements)
     there = tuple(local(tensor).shape)
     # An empty part may keep its other dimensions or not.

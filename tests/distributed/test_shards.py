@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from ranks import run
@@ -109,3 +112,13 @@ def test_what_is_not_understood_is_refused() -> None:
         box("w", (4, 4), (2, 2), (0, 0), (_StridedShard(0, split_factor=4), Shard(0)))
     assert box("w", (7, 4), (3, 2), (2, 1), (_StridedShard(0, split_factor=2), Shard(0))) == ((6, 0), (1, 4))
     assert shard_of("w", torch.zeros(3)) is None
+
+
+def test_offloaded_parameters_are_refused() -> None:
+    """As CPUOffloadPolicy leaves them; a stand-in, for there is no mesh of GPUs here."""
+    mesh = SimpleNamespace(device_type="cuda", shape=(1,), get_coordinate=lambda: [0])
+    parameter: Any = SimpleNamespace(
+        device_mesh=mesh, placements=(Shard(0),), shape=torch.Size((4, 4)), to_local=lambda: torch.zeros(4, 4)
+    )
+    with pytest.raises(ValueError, match=r"w lies on a cpu while its ranks talk on cuda: offloading .* leave it out"):
+        shard_of("w", parameter)
