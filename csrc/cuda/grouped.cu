@@ -99,9 +99,9 @@ void launch_linear(const Grouped& matrix, const Tokens& tokens, int width, const
 Grouped checked(const Tensor& values, const Tensor& columns, const Tensor& bases, const Tensor& starts,
                 int64_t in_features, const Device& device) {
   check_tensor([] { return "values"; }, values, device, kParamDtypes);
-  const int64_t groups = values.numel() / kGroup;
-  check_shape("values", values, {groups, kGroup}, values.scalar_type(), device);
-  check_shape("columns", columns, {groups, kGroup}, ScalarType::Byte, device);
+  const int64_t groups = values.numel() / kGroupWeights;
+  check_shape("values", values, {groups, kGroupWeights}, values.scalar_type(), device);
+  check_shape("columns", columns, {groups, kGroupWeights}, ScalarType::Byte, device);
   check_shape("bases", bases, {groups}, ScalarType::Short, device);
   PINS_CHECK(starts.dim() == 1 && starts.numel() > 0, "starts must have one dimension and one element more than rows");
   check_shape("starts", starts, {starts.numel()}, ScalarType::Long, device);

@@ -7,7 +7,7 @@
 // follow one another. A group that is not full ends with zeros at the first column after its base that is none of its
 // own: a dense row multiplies that column by zero, too, or it is the one after the last.
 
-constexpr int kGroup = 8;
+constexpr int kGroupWeights = 8;
 constexpr int kLanes = 32;
 constexpr int kMostTokens = 4;
 
@@ -73,7 +73,7 @@ constexpr int kFlight = sizeof(Value) == 4 ? 2 : 4;
 // Eight values and their columns as they lie in memory: taken apart they would fill twelve registers more.
 template <typename Value>
 struct alignas(16) Values {
-  uint32_t at[kGroup * sizeof(Value) / 4];
+  uint32_t at[kGroupWeights * sizeof(Value) / 4];
 };
 
 struct alignas(8) Columns {
@@ -151,7 +151,7 @@ PINS_HD void land(const Flight<Value>& flight, int left, const float* staged, fl
   for (int f = 0; f < kFlight<Value>; ++f) {
     if (f * kLanes >= left) break;
 #pragma unroll
-    for (int w = 0; w < kGroup; ++w) {
+    for (int w = 0; w < kGroupWeights; ++w) {
       const float weight = weight_of(flight.values[f], w);
       const uint32_t column = flight.bases[f] + column_of(flight.columns[f], w);
       const auto x = *reinterpret_cast<const Pack<float, kTokens>*>(staged + column * kTokens);
@@ -195,10 +195,10 @@ PINS_HD void scatter(const Grouped& matrix, Bits* weight, int64_t row, int lane)
   Bits* at = weight + row * matrix.columns_of_row;
   const int64_t end = read<1>(matrix.starts + row + 1).at[0];
   for (int64_t g = read<1>(matrix.starts + row).at[0] + lane; g < end; g += kLanes) {
-    const auto values = read<kGroup>(static_cast<const Bits*>(matrix.values) + g * kGroup);
-    const auto columns = read<kGroup>(matrix.columns + g * kGroup);
+    const auto values = read<kGroupWeights>(static_cast<const Bits*>(matrix.values) + g * kGroupWeights);
+    const auto columns = read<kGroupWeights>(matrix.columns + g * kGroupWeights);
     const int64_t base = read<1>(matrix.bases + g).at[0];
-    for (int w = 0; w < kGroup; ++w) {
+    for (int w = 0; w < kGroupWeights; ++w) {
       if (values.at[w] != 0) write(at + base + columns.at[w], Pack<Bits, 1>{values.at[w]});
     }
   }

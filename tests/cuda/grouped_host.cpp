@@ -91,8 +91,8 @@ int64_t bytes_of(int64_t dtype) { return dtype == 0 ? 4 : 2; }
 int main() {
   Job job;
   if (std::fread(&job, sizeof job, 1, stdin) != 1) std::abort();
-  void* values = receive(job.groups * kGroup * bytes_of(job.values));
-  void* columns = receive(job.groups * kGroup);
+  void* values = receive(job.groups * kGroupWeights * bytes_of(job.values));
+  void* columns = receive(job.groups * kGroupWeights);
   void* bases = receive(job.groups * 2);
   void* starts = receive((job.rows + 1) * 8);
   void* x = receive(job.tokens * job.columns * bytes_of(job.dtype));
