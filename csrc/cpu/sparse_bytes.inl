@@ -87,8 +87,11 @@ inline void load_bytes(const LoadBytes& to) {
 }
 
 inline float float_of_sum(int32_t sum, int32_t zero, float token_scale, const StoreSums& from, int64_t row) {
-  // The difference fits: |codes| <= 127, bytes <= 255, columns <= 2^15 (checked by the operator).
-  const float scaled = static_cast<float>(sum - zero * from.row_sums[row]) * (token_scale * from.row_scales[row]);
+  // The difference fits: |codes| <= 127, bytes <= 255, columns <= 2^15 (checked by the operator). Others wrap
+  // around.
+  const uint32_t moved = static_cast<uint32_t>(zero) * static_cast<uint32_t>(from.row_sums[row]);
+  const int32_t difference = static_cast<int32_t>(static_cast<uint32_t>(sum) - moved);
+  const float scaled = static_cast<float>(difference) * (token_scale * from.row_scales[row]);
   return from.bias ? scaled + from.bias[row] : scaled;
 }
 
