@@ -26,7 +26,7 @@ from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import reader
 from pins_ext.pruning.parameters import prunable_parameters
-from pins_ext.pruning.patterns import fits_of_zeros, fitted, refuse_cut
+from pins_ext.pruning.patterns import fitted, refuse_cut
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
@@ -222,35 +222,14 @@ class Pruner:
             return pruner
         if frozen_base:
             raise ValueError("from_sparse needs total_steps with frozen_base: a frozen base keeps its zeros by itself")
-        # Magnitude keeps no states; with the mask fixed no score is ever asked for.
-        still = dataclasses.replace(
-            config or PruneConfig(),
-            criterion="magnitude",
-            mask_policy="reference",
-            schedule="constant",
-            warmup=0,
-            cooldown=0,
-            pattern="none",
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConflictWarning)
-            pruner = cls(model, optimizer, still, total_steps=1)
-        zeros = sum(pruner.masks.keep_nonzero(pruner.parameters))
-        if not zeros:
-            pruner.detach()
-            raise ValueError(sparse_start.NO_ZEROS)
+            pruner = cls(model, optimizer, sparse_start.still(config), total_steps=1)
         try:
-            pruner.masks.fits = fits_of_zeros(
-                model,
-                dict(zip(pruner.names, pruner.parameters, strict=True)),
-                [pruner.masks.keep(i, local(p).shape) for i, p in enumerate(pruner.parameters)],
-                config or still,
-                recognise=pruner.masks.ranks.alone,
-            )
+            zeros = sparse_start.hold_zeros(model, config, pruner.names, pruner.parameters, pruner.masks)
         except ValueError:
             pruner.detach()
             raise
-        pruner.masks.frozen = True
         pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=1 - zeros / pruner.n_weights)
         return pruner
 

@@ -1,18 +1,61 @@
-"""A model that is sparse already and is to become sparser: its zeros are part of every mask."""
+"""A model that is sparse already: it stays as it is, or becomes sparser and its zeros are part of every mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pins_ext.distributed.shards import local
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
+from pins_ext.pruning.patterns import fits_of_zeros
 from pins_ext.pruning.schedule import Schedule
 
-NO_ZEROS = "the model has no zeros in its prunable parameters: nothing to keep sparse"
+_NO_ZEROS = "the model has no zeros in its prunable parameters: nothing to keep sparse"
+
+
+def still(config: PruneConfig | None) -> PruneConfig:
+    """A configuration under which nothing is ever scored; magnitude keeps no states."""
+    return replace(
+        config or PruneConfig(),
+        criterion="magnitude",
+        mask_policy="reference",
+        schedule="constant",
+        warmup=0,
+        cooldown=0,
+        pattern="none",
+    )
+
+
+def hold_zeros(
+    model: nn.Module, config: PruneConfig | None, names: Sequence[str], parameters: Sequence[Tensor], masks: Masks
+) -> int:
+    """Freeze the mask that keeps what is not zero.
+
+    Args:
+        model: the model.
+        config: which pattern the zeros must have; None recognises the ones that explain them.
+        names: of the pruned tensors.
+        parameters: the pruned tensors.
+        masks: theirs.
+
+    Returns:
+        The number of zeros.
+
+    Raises:
+        ValueError: there are none, or others than the pattern asks for.
+    """
+    zeros = sum(masks.keep_nonzero(parameters))
+    if not zeros:
+        raise ValueError(_NO_ZEROS)
+    kept = [masks.keep(i, local(p).shape) for i, p in enumerate(parameters)]
+    by_name = dict(zip(names, parameters, strict=True))
+    masks.fits = fits_of_zeros(model, by_name, kept, config or still(None), recognise=masks.ranks.alone)
+    masks.frozen = True
+    return zeros
 
 
 def fix_zeros(
@@ -41,7 +84,7 @@ def fix_zeros(
     check_marks(config)
     zeros, scopes = masks.keep_nonzero(parameters), masks.scopes
     if not any(zeros):
-        raise ValueError(NO_ZEROS)
+        raise ValueError(_NO_ZEROS)
     for region, pruned in zip(scopes.regions, scopes.n_prune(schedule.final_ratio), strict=True):
         size, there = scopes.size(region), sum(zeros[i] for i in region)
         alive = {i: scopes.sizes[i] - zeros[i] for i in region}
