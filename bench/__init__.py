@@ -6,11 +6,15 @@ one stem. How a case is timed is in protocol.py, what is counted in the bench_* 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    from .options import parsed
+
+    options, flags = parsed(sys.argv[1:] if argv is None else list(argv))
     from .command import main as run
 
-    return run(argv)
+    return run(options, flags)

@@ -6,7 +6,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,51 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.runs.errors import EXIT_OK, UsageError
-from pins_ext.runs.options import Parser
 
 from . import inference_curves as curves
 from . import inference_peers as peers
 from .inference_peers import AbsentError, Call
 from .machine import describe
 
-_ABOUT = """Times a model on the CPU: dense in torch, onnxruntime and OpenVINO (those that are installed), torch's CSR
-matrices, and sparse in pins_ext with float32, bfloat16 and int8 values. All take turns in one process, so that they see
-the same neighbours. Without a checkpoint: BERT-base with random weights, pruned at random to each --sparsity.
 
-Wall time is what a user waits; on a machine that others use, processor time of one thread compares better. Ratios are
-of the least processor time with one thread, of the least wall time with more.
-
-examples:
-  pins-ext bench-inference --tokens 1 16 1x128 --sparsity 0.8 0.9 0.95
-  pins-ext bench-inference runs/rte --threads 2 --tokens 8x128 --output rte.json
-  pins-ext bench-inference --curves --output curves.json
-"""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command."""
-    parser = Parser(prog="pins-ext bench-inference", description=_ABOUT)
-    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a pruned checkpoint (default: see above)")
-    parser.add_argument("--sparsity", nargs="+", type=float, metavar="S", help="without CKPT (default: .8 .9 .95)")
-    parser.add_argument("--tokens", nargs="+", metavar="[B x]N", help="sequences x tokens (default: 1 16 128)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: 1)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20)")
-    parser.add_argument("--layers", type=int, metavar="N", help="layers of the random BERT (default: 12)")
-    parser.add_argument(
-        "--curves",
-        action="store_true",
-        help="the random BERT over sparsities from 0.5 to 0.98, at 1 and 128 tokens, and over tokens from 1 to 2048, "
-        "at 0.9; and where our kernels become faster than each peer. --sparsity and --tokens give other places",
-    )
-    parser.add_argument("--output", metavar="FILE", help="JSON to write; a plot goes beside it (.svg)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    parser.add_argument("-h", "--help", action="help", help="show this text")
-    given = vars(parser.parse_args(argv))
-    threads, rounds = given.get("threads", 1), given.get("rounds", 20)
-    if threads < 1 or rounds < 1:
-        raise UsageError("--threads and --rounds must be at least 1")
-    if "checkpoint" in given and ("sparsity" in given or "layers" in given):
-        raise UsageError("--sparsity and --layers are for the random BERT: leave them out with a checkpoint")
+def run(given: dict[str, Any], threads: int, rounds: int) -> int:
+    """Measure what was asked for; the exit code."""
     if given.get("curves"):
         return _curves(given, threads, rounds)
     shapes = [_shape(text) for text in given.get("tokens", ["1", "16", "128"])]

@@ -6,7 +6,7 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
-from pins_ext.runs.options import Formatter
 
 from . import (
     bench_importance,
@@ -29,11 +28,13 @@ from . import (
     scaling_picture,
 )
 from .contention import QUIET
-from .data import DTYPES, RATIOS, SCORES, SHAPES, Problem, shapes_of
+from .data import DTYPES, Problem
+from .options import STEMS
 from .protocol import Limits
 from .records import Run
 from .roofline import draw
 from .screen import DISTURBED, Screen, key_of, targets_table
+from .shapes import RATIOS, SCORES, shapes_of
 from .suite import Group, run
 from .targets import lines
 
@@ -48,39 +49,15 @@ GROUPS: dict[str, list[Callable[[Problem, bool], Group]]] = {
 }
 """What makes the groups of a stem from a problem, with or without peers; the most valuable first."""
 
-STEMS = (*GROUPS, "scores", "shapes")
 _QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 
-_ABOUT = """Times every operator and the whole training step, interleaved with copy and read bandwidth and with what
-PyTorch itself and the released algorithm offer. Prints a table per group and the targets, writes JSON and a picture.
 
-stems: select, step, clip (clipping and step together), update, importance, pack, norm on one model's shapes, with
-peers; scores: select over score distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000
-small ones, misaligned views. "of floor" is the share of a loop that moves the same tensors without arithmetic.
-"""
-_EXAMPLES = """examples:
-  pins-ext bench --quick                          under two minutes on two cores
-  pins-ext bench select step                      two stems, BERT-base's 85 M weights
-  pins-ext bench --params 1.1e9 --device cuda     BERT's layers, repeated up to 1.1 G weights
-  pins-ext bench --shapes llama-7b --dtype bf16   6.5 G weights with bf16 states
-  pins-ext bench --scaling --largest 2.2e9        cost as the work grows; a few minutes without --largest
-  pins-ext bench --baseline                       beside the newest saved run of this machine
-
-Peers that run out of memory, refuse the size or would take too long stay in the table with the reason.
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run; 0, or 130 when interrupted, with what was measured until then written."""
-    parser = _parser()
-    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
-    if options.stems and options.scaling:
-        parser.error("--scaling measures steps: leave the stems out")
-    if options.largest and not options.scaling:
-        parser.error("--largest belongs to --scaling")
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -170,75 +147,6 @@ def _scaling_cells(point: scaling.Point) -> tuple[str, ...]:
     return point.axis, value, *times, f"{point.seconds / point.plain_seconds:.2f}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pins-ext bench",
-        description=_ABOUT,
-        epilog=_EXAMPLES,
-        formatter_class=Formatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("stems", nargs="*", metavar="STEM", help=f"what to time: {', '.join(STEMS)}; all of them by default")
-    add("--shapes", nargs="+", choices=SHAPES, default=["bert-base"], metavar="NAME", help=f"{', '.join(SHAPES)}")
-    add("--params", type=count, metavar="N", help="number of weights, as 16e6 or 7e9; the model's own by default")
-    add("--dtype", choices=DTYPES, default="fp32", metavar="NAME", help="fp32, bf16 or fp16; with 16 bits, bf16 states")
-    add("--threads", type=int, metavar="N", help="CPU threads; torch's choice by default")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda; default cuda if there is one",
-    )
-    add("--quick", action="store_true", help="8 M weights, few samples, little patience with slow peers")
-    add(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        help="stop before the group that would pass it, and say what is left out",
-    )
-    add(
-        "--scores",
-        nargs="+",
-        choices=SCORES,
-        metavar="NAME",
-        help=f"score distributions of the stem `scores`, at every ratio: {', '.join(SCORES)}",
-    )
-    add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`")
-    add(
-        "--wait",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="wait up to this long in all until other processes rest",
-    )
-    add(
-        "--scaling",
-        action="store_true",
-        help="instead of stems: a step over sizes, threads, numbers of tensors, windows and sparsities, with fitted "
-        "slopes; --params is the size at which the others vary (8e6; --quick: 1e6)",
-    )
-    add("--largest", type=count, metavar="N", help="most weights of --scaling, up to 2.2e9 and more; default 64e6")
-    add("--no-peers", action="store_true", help="our operators only")
-    add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
-    add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")
-    add("--seed", type=int, default=0, help="of the random data")
-    add("--baseline", nargs="?", const="", metavar="FILE", help="compare with a saved run; the newest of this machine")
-    add("--json", type=Path, metavar="PATH", help="where to write; default bench/results/<machine>-<date>.json")
-    return parser
-
-
-def count(text: str) -> int:
-    """A number of weights, also in scientific notation.
-
-    Raises:
-        argparse.ArgumentTypeError: not a positive whole number.
-    """
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(value)
-
-
 def limits_of(options: argparse.Namespace, device: torch.device) -> Limits:
     """The protocol's limits, changed as asked for."""
     usual = Limits.of(device, options.quick)
@@ -246,14 +154,8 @@ def limits_of(options: argparse.Namespace, device: torch.device) -> Limits:
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
-    """The groups to run, most valuable first.
-
-    Raises:
-        SystemExit: an unknown stem.
-    """
+    """The groups to run, most valuable first."""
     stems = options.stems or list(STEMS)
-    if unknown := [stem for stem in stems if stem not in STEMS]:
-        _parser().error(f"unknown stem {unknown[0]!r}; there are {', '.join(STEMS)}")
     params = options.params or (_QUICK_PARAMS if options.quick else None)
     peers = not options.no_peers
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pins_ext.bench import command, scaling, scaling_picture
+import pins_ext.bench as bench
+from pins_ext.bench import scaling, scaling_picture
 from pins_ext.bench.protocol import Limits
 
 CPU = torch.device("cpu")
@@ -78,7 +79,7 @@ def test_the_command_writes_what_it_measured(
     wanted = [replace(POINT, weights=n) for n in (2000, 4000)] + [replace(POINT, weights=10**13)]
     monkeypatch.setattr(scaling, "points", lambda *args: wanted)
     path = tmp_path / "s.json"
-    assert command.main(["--scaling", "--rounds", "1", "--device", "cpu", "--json", str(path)]) == 0
+    assert bench.main(["--scaling", "--rounds", "1", "--device", "cpu", "--json", str(path)]) == 0
     data = json.loads(path.read_text())
     assert [p["weights"] for p in data["points"]] == [2000, 4000, 10**13]
     assert data["slopes"]["weights"] is not None
@@ -97,5 +98,5 @@ def test_options_that_contradict_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        command.main(options)
+        bench.main(options)
     assert message in capsys.readouterr().err

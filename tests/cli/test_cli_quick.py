@@ -21,7 +21,7 @@ print("loaded", slow, "code", code)
 """
 
 
-@pytest.mark.parametrize("command", [name for name, (module, _) in COMMANDS.items() if "bench" not in module])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_loads_nothing(command: str) -> None:
     found = run_without([], CODE, command, "--help")
     assert found.returncode == 0, found.stderr
@@ -50,6 +50,7 @@ def test_help_loads_nothing(command: str) -> None:
         ("ablate nothing", "no grid nothing"),
         ("report", "RUN"),
         ("verify a b", "b"),
+        ("bench-inference --threads 0", "must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(asked: str, reason: str) -> None:

@@ -21,6 +21,10 @@ OPTIONS: dict[str, Any] = {"sparsity": 0.8, "delta_t": 5, "warmup": 5, "cooldown
 CONFIG = PruneConfig(**OPTIONS)
 
 
+def product(p: torch.Tensor, g: torch.Tensor, lr: float) -> torch.Tensor:
+    return (p * g).abs()
+
+
 def frozen(sparse: float = 0.0) -> tuple[Network, dict[str, Tensor]]:
     """A network whose matrices in the blocks don't learn, all else does; and a copy of these matrices."""
     model = Network(16, classes=16)
@@ -64,12 +68,12 @@ def train(
         {"mask_policy": "strict"},
         {"criterion": "movement"},
         {"criterion": "magnitude"},
-        {"criterion": lambda p, g, lr: (p * g).abs()},
+        {"criterion": product},
         {"beta2": 0.0},
         {"state_dtype": "bfloat16", "importance_every": 5},
         {"scope": "layer"},
     ],
-    ids=str,
+    ids=lambda change: ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in change.items()),
 )
 def test_masks_grow_to_the_target_and_nothing_else_moves(change: dict[str, Any], optimizer_class: Any) -> None:
     model, optimizer, pruner, before = start(PruneConfig(**(OPTIONS | change)), optimizer_class)

@@ -19,6 +19,10 @@ CONFIG = PruneConfig(sparsity=0.8, delta_t=5, warmup=5, cooldown=20)
 TRAINED = [name for name, rule in CRITERIA.items() if not rule.reads_inputs]
 
 
+def product(p: torch.Tensor, g: torch.Tensor, lr: float) -> torch.Tensor:
+    return (p * g).abs()
+
+
 def sparse(share: float = 0.5, uneven: bool = False) -> Network:
     """A network whose blocks have zeros at random places."""
     model = Network(16, classes=16)
@@ -79,14 +83,14 @@ def test_the_zeros_of_the_start_stay_and_count(criterion: str, optimizer_class: 
         {"beta2": 1.0},
         {"beta2": 0.0},
         {"state_dtype": "bfloat16"},
-        {"criterion": lambda p, g, lr: (p * g).abs()},
+        {"criterion": product},
         {"regrow": "never", "mask_policy": "strict", "criterion": "platon"},
         {"mask_optimizer_state": True},
         {"ties": "reference"},
         {"min_density": 0.1},
         {"delta_t": 1},
     ],
-    ids=str,
+    ids=lambda change: ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in change.items()),
 )
 def test_with_every_kind_of_score(change: dict[str, Any]) -> None:
     config = PruneConfig(**({"sparsity": 0.8, "delta_t": 5, "warmup": 5, "cooldown": 20} | change))
