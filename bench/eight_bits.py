@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pins_ext import PruneConfig, ops
+from pins_ext import ops
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.tasks import minilm_folder
 

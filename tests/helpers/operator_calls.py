@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         "fold_",
         0,
         lists(1, torch.float16)[0],
-        r"exp_avg_ipt\[0\] must be float32 or bfloat16 or uint8, got float16",
+        r"exp_avg_ipt\[0\] must be float32 or bfloat16( or uint8)?, got float16",
     ),
     "mixed dtypes": (
         "apply_mask_",

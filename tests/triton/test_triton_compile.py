@@ -27,12 +27,18 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pins_ext import triton_kernels
-from pins_ext.triton_kernels import bracket, importance, pack, select, table
+from pins_ext.triton_kernels import bracket, grouped, importance, pack, select, table
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
 TYPES = {"beta1": "fp32", "one_minus_beta1": "fp32", "beta2": "fp32", "one_minus_beta2": "fp32", "total": "i64"}
 FLOAT_POINTERS = ("lr_ptr", "accepted_ptr", "grad_scale_ptr", "clip_ptr", "found_inf_ptr", "factors_ptr")
+POINTERS = {
+    **dict.fromkeys(FLOAT_POINTERS, "*fp32"),
+    **dict.fromkeys(("x_ptr", "y_ptr", "bias_ptr", "values_ptr"), "*fp32"),
+    "columns_ptr": "*u8",
+    "bases_ptr": "*i16",
+}
 PLAIN = {"grad_scale_ptr": None, "clip_ptr": None}
 UNCOUNTED = {"bracket_ptr": None, "counts_ptr": None}
 
@@ -111,6 +117,9 @@ VARIANTS = {
     "cutoff": Variant(bracket._cutoff_kernel, {"EXACT": True}),
     "pack-float32": scored(pack._pack_kernel, "float32", "float32", block=pack.BLOCK_SIZE),
     "pack-bfloat16": scored(pack._pack_kernel, "bfloat16", "bfloat16", block=pack.BLOCK_SIZE),
+    "grouped-linear": Variant(
+        grouped._grouped_linear_kernel, {"VALUES": "float32", "TOKENS": 4, "BLOCK_SIZE": grouped.BLOCK_SIZE}
+    ),
 }
 HOT = [name for name, variant in VARIANTS.items() if variant.reads]
 
@@ -135,7 +144,7 @@ def source_of(kernel: Any, constants: dict[str, Any]) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOAT_POINTERS else "*i64"
+            signature[name] = POINTERS.get(name, "*i64")
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = TYPES.get(name, "i32")
@@ -339,22 +348,22 @@ def test_atomics_order_nothing(name: str, capability: int) -> None:
 
 
 @triton.jit
-def _careless_kernel(addresses_ptr, x_ptr, beta1, BLOCK_SIZE: tl.constexpr):
+def _careless_kernel(addresses_ptr, in_ptr, beta1, BLOCK_SIZE: tl.constexpr):
     """Divides and fuses as it likes, and trusts no alignment."""
     pointer = tl.load(addresses_ptr).to(tl.pointer_type(tl.float32)) + tl.arange(0, BLOCK_SIZE)
-    for _ in range(tl.load(x_ptr)):
+    for _ in range(tl.load(in_ptr)):
         x = tl.load(pointer)
         tl.store(pointer, tl.sqrt(x * beta1 + x) / beta1)
         tl.atomic_add(addresses_ptr, 1)
 
 
 @triton.jit
-def _greedy_kernel(x_ptr, BLOCK_SIZE: tl.constexpr):
+def _greedy_kernel(in_ptr, BLOCK_SIZE: tl.constexpr):
     """Holds more at a time than fits in the registers."""
-    x = tl.load(x_ptr + tl.arange(0, BLOCK_SIZE))
-    for _ in range(tl.load(x_ptr)):
+    x = tl.load(in_ptr + tl.arange(0, BLOCK_SIZE))
+    for _ in range(tl.load(in_ptr)):
         x = tl.cumsum(x) * x
-    tl.store(x_ptr + tl.arange(0, BLOCK_SIZE), x)
+    tl.store(in_ptr + tl.arange(0, BLOCK_SIZE), x)
 
 
 @each_target
