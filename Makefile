@@ -40,8 +40,8 @@ HOST_TESTS := not slow and not interpret and not ptx and not gpu
 # A process for each core; tests of one file stay together and share what they set up.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile
 
-quick: install ## the core and the operators, for every edit
-	$(PYTEST) -m "$(HOST_TESTS)" tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
+quick: install ## the core and the operators, for every edit; without the tests that watch memory grow
+	$(PYTEST) -m "$(HOST_TESTS)" $(foreach t,missing_gradients memory,--ignore tests/pruning/test_$t.py) tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
 
 test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests
