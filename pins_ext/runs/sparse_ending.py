@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def end_sparse(folder: Path, console: Console) -> None:
     model, tokenizer = load_checkpoint(folder)
     target = folder.with_name(f"{folder.name}.sparse")
     sizes = save_sparse(model, target, tokenizer=tokenizer, overwrite=True)
+    console.print(_zeros(model), soft_wrap=True)
     length = min(TOKENS, int(getattr(model.config, "max_position_embeddings", TOKENS)))
     try:
         sparse = sparsify_for_inference(copy.deepcopy(model), tokens=(length,), say=None)
@@ -45,6 +47,14 @@ def end_sparse(folder: Path, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(f"sparse  {target}", soft_wrap=True)
+    console.print(f'next    pins-ext run {shlex.quote(str(target))} --text "your text"', soft_wrap=True)
+
+
+def _zeros(model: torch.nn.Module) -> str:
+    """How many of all the model's weights are zero, those that pruning leaves alone counted too."""
+    pairs = [(int((weight == 0).sum()), weight.numel()) for weight in model.parameters()]
+    zeros, weights = (sum(column) for column in zip(*pairs, strict=True))
+    return f"zeros   {zeros:,} of the model's {weights:,} weights ({zeros / weights:.1%}), embeddings included"
 
 
 def _megabytes(size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,11 @@ def test_a_comparison_ends_with_the_pruned_model_run_sparse(tmp_path: Path) -> N
         assert "pins exported and run" in said
         assert "\n  dense " in said
         assert "\n  sparse " in said
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        zeros = sum(int((weight == 0).sum()) for weight in model.parameters())
+        assert f"zeros   {zeros:,} of the model's {model.num_parameters():,} weights" in said
+        (command,) = (line.removeprefix("next    ") for line in said.splitlines() if line.startswith("next"))
+        assert main(shlex.split(command)[1:]) == 0
     assert torch.equal(
         load_sparse(tmp_path / "pins.sparse").classifier.weight,
         AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight,
