@@ -30,9 +30,12 @@ _EXAMPLES = """examples:
   pins-ext diagnose --task glue/rte --model bert-base-uncased --recipe --loss-batches 8
   pins-ext diagnose --max-steps 100 --delta-t 5 --masks 20 --exchange-masks 0"""
 
-_WITHOUT = ("compare", "resume", "resume_from_checkpoint", "label", "early_stopping", "pattern")
-"""Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go, and exchanges single
-weights, which a pattern forbids."""
+_WITHOUT = (
+    "compare", "resume", "resume_from_checkpoint", "label", "early_stopping", "pattern", "from_sparse",
+    "release_gradients", "release_norm", "release_clip",
+)  # fmt: skip
+"""Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go, exchanges single
+weights, which a pattern or a sparse start forbids, and reads the gradients of a step."""
 
 _HELP = {
     "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from pins_ext.pruning.config import PruneConfig
 from pins_ext.runs import request as requests
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.plan_page import recipe_page, regularization_line
@@ -61,15 +60,14 @@ def main(argv: Sequence[str]) -> int:
     if request.run.recipe and not {"model", "data_dir", "train_file"} & request.given:
         print(recipe_page(request, request.pruning))
     else:
-        _plan(request, request.pruning)
+        _plan(request)
     return EXIT_OK
 
 
-def _plan(request: requests.Request, pruning: PruneConfig) -> None:
+def _plan(request: requests.Request) -> None:
     """Load data and model, and print what would be done with them."""
     from torch import nn
 
-    from pins_ext.pruning.pruner import Pruner
     from pins_ext.runs.prepare import as_usage_errors, prepare
     from pins_ext.runs.start import training_line
 
@@ -77,7 +75,9 @@ def _plan(request: requests.Request, pruning: PruneConfig) -> None:
         prepared = prepare(request, Path(folder))
         trainer = prepared.trainer
         with as_usage_errors():
-            pruner = Pruner(cast(nn.Module, trainer.model), trainer.create_optimizer(), pruning, prepared.total_steps)
+            pruner = prepared.pins.new_pruner(
+                cast(nn.Module, trainer.model), trainer.create_optimizer(), prepared.total_steps
+            )
     print(prepared.task.describe())
     print(f"\nmodel     {prepared.model_name}")
     print(f"training  {training_line(prepared)}")

@@ -24,6 +24,7 @@ from pins_ext.files.atomic import write_file
 from pins_ext.integrations import logs as names
 from pins_ext.integrations.evaluation import EvaluationView, score_of
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
+from pins_ext.integrations.unsupported import refuse_release, refuse_unsupported
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.pruner import Pruner
@@ -72,6 +73,13 @@ class PinsCallback(TrainerCallback):
         resume_from: the folder of the checkpoint that training resumes from.
         metric: the metric that the "best" teacher follows, and whether greater is better, where the Trainer's own
             `metric_for_best_model` names none; accuracy, or else the loss, when None.
+        from_sparse: the model is sparse already: its zeros are part of every mask, and the schedule starts from them,
+            see `Pruner.from_sparse`.
+        frozen_base: prune what does not learn, below adapters that do, see `Pruner`. To resume, load the base as it
+            was at the start.
+        release: arguments of `FusedOptimizer.release_gradients`, such as `{"max_norm": 1.0}` or `{}`: each gradient is
+            used and freed inside backward. It needs the optimizer of `optimizer(args)`, `max_grad_norm=0`, one backward
+            a step and one process. None: gradients wait for the step.
 
     Attributes:
         pruner: the running pruner, from the start of training on. final: what `Pruner.finalize` returned.
@@ -87,8 +95,14 @@ class PinsCallback(TrainerCallback):
         self_regularizer: SelfRegularizer | None = None,
         resume_from: str | Path | None = None,
         metric: tuple[str, bool] | None = None,
+        *,
+        from_sparse: bool = False,
+        frozen_base: bool = False,
+        release: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.self_regularizer, self.metric = config, self_regularizer, metric
+        self.from_sparse, self.frozen_base = from_sparse, frozen_base
+        self.release = dict(release) if release is not None else None
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.pruner: Pruner | None = None
         self.final: dict[str, Any] | None = None
@@ -100,6 +114,7 @@ class PinsCallback(TrainerCallback):
         self._run = uuid.uuid4().hex
         self._stats: tuple[Any, dict[str, Any]] = (None, {})
         self._view: EvaluationView | None = None
+        self._released: FusedOptimizer | None = None
         self._losses: dict[str, tuple[Any, int]] = {}
         self._best_before: tuple[Any, ...] | None = None
         self._at_last_log = (0, 0.0, 0.0, 0.0)
@@ -121,14 +136,17 @@ class PinsCallback(TrainerCallback):
         self._come_before_reporters()
         if model is None or optimizer is None:
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
+        if self.release is not None:
+            refuse_release(args, type(unwrapped_optimizer(optimizer)), self.frozen_base)
         if self.self_regularizer is not None:
             self.self_regularizer.teacher.refuse_sharded()
         if self._view is not None:
             self._view.detach()
+        self._end_release()
         if self.pruner is not None:
             self.pruner.detach()
         if self.config is not None:
-            self.pruner = Pruner(model, optimizer, self.config, total_steps=state.max_steps)
+            self.pruner = self.new_pruner(model, optimizer, state.max_steps)
             self._view = EvaluationView(self.pruner)
             if self.self_regularizer is not None:
                 self.self_regularizer.teacher.snapshots_in = self.pruner.masked_view
@@ -139,10 +157,38 @@ class PinsCallback(TrainerCallback):
             if self.pruner is not None and self.self_regularizer.score_gradient == "task":
                 self.self_regularizer.track_task_gradients(self.pruner.names)
                 self.pruner.score_gradients = self.self_regularizer.take_task_gradients
+        if self.release is not None:
+            self._release(optimizer)
         if state.global_step > 0:
             self._restore(args, state)
         else:
             state.log_history.append({"step": 0, names.RUN: self._run})  # type: ignore[dict-item]
+
+    def new_pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:
+        """A pruner as training makes it."""
+        assert self.config is not None
+        make = Pruner.from_sparse if self.from_sparse else Pruner
+        return make(model, optimizer, self.config, total_steps, self.frozen_base)
+
+    def _release(self, optimizer: Optimizer) -> None:
+        """Let the optimizer step inside backward, once it is clear that the pruner can do without gradients."""
+        owner = unwrapped_optimizer(optimizer)
+        assert isinstance(owner, FusedOptimizer)
+        try:
+            if owner.listener is not None:
+                owner.listener.check_release()
+            owner.release_gradients(**(self.release or {}))
+        except (RuntimeError, ValueError) as error:
+            if self.pruner is not None:
+                self.pruner.detach()
+            raise ValueError(str(error)) from error
+        self._released = owner
+
+    def _end_release(self) -> None:
+        """A backward after training, or after a failure in it, must not step."""
+        if self._released is not None:
+            self._released.keep_gradients()
+            self._released = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -241,6 +287,7 @@ class PinsCallback(TrainerCallback):
             self.self_regularizer.detach()
         if self._view is not None:
             self._view.detach()
+        self._end_release()
         if self.pruner is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -371,31 +418,23 @@ class PinsCallback(TrainerCallback):
             self.self_regularizer.load(folder / TEACHER_FILE, origin)
 
 
-def refuse_unsupported(args: TrainingArguments, optimizer: Optimizer | None = None) -> None:
-    """Raise ValueError for a way of training in which pruning would silently do the wrong thing."""
-    released = optimizer is not None and getattr(unwrapped_optimizer(optimizer), "release", None) is not None
-    if released and args.max_grad_norm:
-        raise ValueError(
-            "max_grad_norm clips by this step's norm, and released gradients are gone by then: set it to 0, and give "
-            "release_gradients a max_norm"
-        )
-    launched = args.distributed_state.distributed_type if args.distributed_state is not None else None
-    if args.deepspeed or launched == "DEEPSPEED":
-        raise ValueError("DeepSpeed steps its optimizer inside backward, where pruning can't follow: train without it")
-
-
-def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, Any]]:
+def optimizer(args: TrainingArguments, moment_dtype: str = "float32") -> tuple[type[FusedOptimizer], dict[str, Any]]:
     """What a Trainer takes as `optimizer_cls_and_kwargs`: the optimizer of `args.optim` with pruning in its own pass.
 
     The Trainer builds it over its usual two groups, so biases and norms get no weight decay. This is also the way that
     a Trainer accepts under FSDP, which forbids `optimizers=`.
+
+    Args:
+        args: of the Trainer.
+        moment_dtype: storage of AdamW's two moments, see PinsAdamW.
 
     Returns:
         PinsAdamW with the learning rate, betas and eps of `args` for adamw_torch and adamw_torch_fused (the default);
         PinsSGD with the learning rate and `optim_args` (momentum, dampening, nesterov) for sgd.
 
     Raises:
-        ValueError: any other `args.optim`: leave `optimizer_cls_and_kwargs` out, and PinsCallback follows its hooks.
+        ValueError: any other `args.optim`: leave `optimizer_cls_and_kwargs` out, and PinsCallback follows its hooks; a
+            moment_dtype for another one than AdamW.
     """
     fused: dict[Any, type[FusedOptimizer]] = {torch.optim.AdamW: PinsAdamW, torch.optim.SGD: PinsSGD}
     stock, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -405,4 +444,9 @@ def optimizer(args: TrainingArguments) -> tuple[type[FusedOptimizer], dict[str, 
             f"adamw_torch_fused and sgd have): leave optimizer_cls_and_kwargs out, "
             "and PinsCallback follows that optimizer by its hooks"
         )
-    return fused[stock], {name: value for name, value in options.items() if name != "fused"}
+    own = {name: value for name, value in options.items() if name != "fused"}
+    if moment_dtype == "float32":
+        return fused[stock], own
+    if fused[stock] is not PinsAdamW:
+        raise ValueError(f"moment_dtype={moment_dtype!r} is of PinsAdamW: use --optim adamw_torch, or leave it out")
+    return PinsAdamW, own | {"moment_dtype": moment_dtype}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pins_ext.optim import FusedOptimizer
+from pins_ext.optim import FusedOptimizer, PinsAdamW
 from pins_ext.wrappers import unwrapped_optimizer
 
 _SAMPLE_WEIGHTS = 1 << 26
@@ -65,12 +65,12 @@ def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> fl
     this is its cost. Larger models are sampled and scaled.
 
     Returns:
-        Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself, and on a GPU, whose
-        steps are not timed to their end.
+        Seconds; None for an optimizer that is followed by hooks, where pruning is timed by itself, on a GPU, whose
+        steps are not timed to their end, and for released gradients, whose steps are part of backward.
     """
     optimizer = unwrapped_optimizer(optimizer)
     everything = [p for p in model.parameters() if p.requires_grad]
-    if not isinstance(optimizer, FusedOptimizer) or any(p.is_cuda for p in everything):
+    if not isinstance(optimizer, FusedOptimizer) or optimizer.release or any(p.is_cuda for p in everything):
         return None
     sample: list[nn.Parameter] = []
     for p in everything:
@@ -78,6 +78,8 @@ def plain_step_seconds(optimizer: torch.optim.Optimizer, model: nn.Module) -> fl
             sample.append(nn.Parameter(p.detach().clone()))
             sample[-1].grad = torch.zeros_like(p)
     options = {name: value for name, value in optimizer.param_groups[0].items() if name in optimizer.defaults}
+    if isinstance(optimizer, PinsAdamW):
+        options["moment_dtype"] = optimizer.moment_dtype
     plain = type(optimizer)(sample, **options)
     seconds = []
     for _ in range(1 + _REPEATS):

@@ -28,6 +28,7 @@ from pins_ext.files.atomic import (
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.clipping import ClipInPass
 from pins_ext.integrations.finite import FiniteWatch, check_weights
+from pins_ext.wrappers import unwrapped_optimizer
 
 EPOCH_RANDOM_STATE = "random_state_of_epoch"
 
@@ -93,6 +94,9 @@ class PinsTrainer(ClipInPass, Trainer):
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(unwrapped_optimizer(self.optimizer), "release", None) is not None:
+            # The gradients are gone: a norm of none would be 0.
+            return None
         norm = super()._get_grad_norm(*args, **kwargs)
         # A gradient scaler finds its scale by infinite gradients, and leaves those steps out.
         if norm is not None and self.accelerator.scaler is None:

@@ -12,8 +12,9 @@ from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.step import Scaling, host_rate, rates_on
+from pins_ext.storage import STORAGES
 
-MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.int8}
+MOMENT_DTYPES = dict(zip(STORAGES, (torch.float32, torch.bfloat16, torch.int8), strict=True))
 """How PinsAdamW can store its moments; the second one, which has no sign, is uint8 in 8 bits."""
 
 

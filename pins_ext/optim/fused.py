@@ -191,6 +191,12 @@ class FusedOptimizer(Optimizer):
             self.release.detach()
         self.release = GradientRelease(self, max_norm, clip)
 
+    def keep_gradients(self) -> None:
+        """Undo release_gradients: gradients wait for the step again."""
+        if self.release is not None:
+            self.release.detach()
+            self.release = None
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim's; the clip factor of these gradients goes with them."""
         self.grad_clip = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pins_ext.criteria import CRITERIA, PRECOMPUTED, Criterion
 from pins_ext.patterns import ACCEPTED, NONE, Pattern
+from pins_ext.storage import STORAGES
 
 SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
 
@@ -107,7 +108,7 @@ class PruneConfig:
         "float32",
         "storage of the importance states: bfloat16 halves it, with stochastic rounding; 8bit, on the CPU, takes a "
         "quarter: a byte each and a scale for every 32 weights",
-        ("float32", "bfloat16", "8bit"),
+        STORAGES,
     )
     mask_optimizer_state: bool = _option(False, "also clear the optimizer state of pruned weights")
     parameter_set: str = _option(
@@ -251,7 +252,7 @@ class PruneConfig:
         """Storage of the importance states; uint8 for 8 bits, see ops.encode."""
         import torch
 
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}[self.state_dtype]
+        return dict(zip(STORAGES, (torch.float32, torch.bfloat16, torch.uint8), strict=True))[self.state_dtype]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a callable becomes its name in angle brackets, the same in every process."""

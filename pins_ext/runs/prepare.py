@@ -21,6 +21,7 @@ from pins_ext import extras
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.timing import StepTimer
 from pins_ext.integrations.trainer import PinsTrainer
+from pins_ext.integrations.unsupported import refuse_release
 from pins_ext.optim import PinsAdamW
 from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.regularization.self_regularizer import SelfRegularizer
@@ -78,9 +79,13 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
         notes += request.recipe_choices
         metric = (task.main_metric, task.greater_is_better)
-        pins = PinsCallback(request.pruning, regularizer, metric=metric)
+        pins = PinsCallback(
+            request.pruning, regularizer, metric=metric, from_sparse=request.run.from_sparse, release=request.release
+        )
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
+        if request.release is not None:
+            refuse_release(args, classes.get(request.run.optimizer, torch.optim.Optimizer))
         own = {"moment_dtype": request.run.moment_dtype} if request.run.optimizer == "adamw" else {}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
         trainer = PinsTrainer(

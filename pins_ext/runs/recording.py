@@ -33,6 +33,7 @@ from pins_ext.runs.record import (
     Timings,
     as_read,
 )
+from pins_ext.runs.request import RunOptions
 
 _HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "zeros", "target_sparsity", "nan")
 _LOSSES = ("task_loss", "divergence", "teacher_weight")
@@ -130,8 +131,15 @@ def _settings(prepared: Prepared) -> Settings:
         task={name: value for name, value in dataclasses.asdict(request.task).items() if value is not None},
         pruning=request.pruning.to_dict() if request.pruning is not None else {},
         self_regularization=regularizer.plan() if regularizer is not None else {},
-        training={"optimizer": request.run.optimizer, **request.training},
+        training={"optimizer": request.run.optimizer, **_of_states(request.run), **request.training},
     )
+
+
+def _of_states(run: RunOptions) -> dict[str, Any]:
+    """What was asked of the optimizer's states, gradients and the start, where it is not the default."""
+    names = ("moment_dtype", "from_sparse", "release_gradients", "release_norm", "release_clip")
+    defaults = RunOptions()
+    return {name: value for name in names if (value := getattr(run, name)) != getattr(defaults, name)}
 
 
 def _final(prepared: Prepared, metrics: Mapping[str, float]) -> Final:

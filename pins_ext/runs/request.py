@@ -14,6 +14,7 @@ from pins_ext.patterns import pattern_text
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.runs import options, trainer_flags
 from pins_ext.runs.errors import UsageError
+from pins_ext.storage import STORAGES
 from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.load import EMBEDDED, task_name
 from pins_ext.tasks.recipes import RECIPES, recipe_for
@@ -25,9 +26,6 @@ T = TypeVar("T")
 
 OWN_OPTIMIZERS = ("adamw", "adamax")
 """Values of --optimizer that the Trainer's --optim does not have."""
-
-MOMENT_DTYPES = ("float32", "bfloat16", "8bit")
-"""As pins_ext.optim has them, whose import takes seconds."""
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What the Trainer calls AdamW, which this command fuses with pruning."""
@@ -60,7 +58,19 @@ class RunOptions:
         "adamw", "adamw, fused with pruning; adamax, or one of the Trainer's --optim, with hooks", "NAME"
     )
     dtype: str = _flag("float32", "dtype of the parameters", None, ("float32", "bfloat16", "float16"))
-    moment_dtype: str = _flag("float32", "storage of adamw's two moments", None, MOMENT_DTYPES)
+    moment_dtype: str = _flag("float32", "storage of adamw's two moments", None, STORAGES)
+    from_sparse: bool = _flag(
+        False, "the model is sparse already: its zeros are part of every mask, and the schedule starts from them"
+    )
+    release_gradients: bool = _flag(
+        False, "use and free each gradient inside backward, so that they take no memory; needs --max-grad-norm 0"
+    )
+    release_norm: float | None = _flag(
+        None, "clip released gradients to this norm, which --max-grad-norm would know too late", "X"
+    )
+    release_clip: str = _flag(
+        "previous", "by the norm of the step before, or each tensor by its own", None, ("previous", "tensor")
+    )
     label: str | None = _flag(None, "the run's name in tables and reports")
     compare: bool | None = _flag(
         None, "also train dense and by magnitude, with the same budget; on where no model and no data are named"
@@ -167,6 +177,13 @@ class Request:
     def regularizes(self) -> bool:
         """Whether there may be a teacher: a dense run has one only where it was asked for."""
         return self.regularizer.teacher != "none" and (self.pruning is not None or "teacher" in self.given)
+
+    @property
+    def release(self) -> dict[str, Any] | None:
+        """Arguments of FusedOptimizer.release_gradients; None: gradients wait for the step."""
+        if not self.run.release_gradients:
+            return None
+        return {"max_norm": self.run.release_norm, "clip": self.run.release_clip}
 
     @property
     def needs_evaluations(self) -> str | None:
@@ -331,9 +348,32 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
         tokens=tuple(tokens),
         recipe=recipe,
     )
+    _check_start(request)
     if request.needs_evaluations and request.training.get("eval_strategy") == "no":
         raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
     return request
+
+
+def _check_start(request: Request) -> None:
+    """Refuse what can't go with a sparse start, or with released gradients, as far as flags tell.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    run = request.run
+    if run.from_sparse and request.pruning is None:
+        raise UsageError("--from-sparse holds zeros while it prunes: --sparsity as the model has keeps just these")
+    if run.from_sparse and run.random_init:
+        raise UsageError("--from-sparse needs a checkpoint with zeros, and --random-init has none: leave one out")
+    if run.from_sparse and request.compares:
+        raise UsageError("--from-sparse has no dense run to compare with: name --model and data, without --compare")
+    clips = {"release_norm", "release_clip"} & request.given
+    if clips and not run.release_gradients:
+        raise UsageError(f"--{min(clips).replace('_', '-')} is of --release-gradients: give it too, or --max-grad-norm")
+    if "release_clip" in clips and run.release_norm is None:
+        raise UsageError("--release-clip says how to clip, --release-norm to which norm: give it too")
+    if run.release_gradients and request.regularizer.score_gradient == "task" and request.regularizes:
+        raise UsageError("--release-gradients: --score-gradient task needs gradients that are gone by then: use joint")
 
 
 def _optimizer(given: Mapping[str, Any], typed: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,16 @@ ROOT = Path(__file__).parents[2]
 
 # Floor -> modules. A file's own name decides before its folder's.
 FLOORS: list[tuple[int, tuple[str, ...]]] = [
-    (0, ("pins_ext.criteria", "pins_ext.patterns", "pins_ext.reference", "pins_ext.triton_kernels.criterion")),
+    (
+        0,
+        (
+            "pins_ext.criteria",
+            "pins_ext.patterns",
+            "pins_ext.reference",
+            "pins_ext.storage",
+            "pins_ext.triton_kernels.criterion",
+        ),
+    ),
     (1, ("pins_ext.triton_kernels", "pins_ext.triton_kernels.*", "pins_ext._C")),
     (
         2,

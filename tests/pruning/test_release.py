@@ -279,7 +279,7 @@ def test_a_trainer_that_clips_by_this_steps_norm_is_refused(tmp_path: Path) -> N
     _, optimizer, _ = start()
     refuse_unsupported(TrainingArguments(str(tmp_path)), optimizer)
     optimizer.release_gradients()
-    with pytest.raises(ValueError, match="max_grad_norm clips by this step's norm"):
+    with pytest.raises(ValueError, match="max_grad_norm=1 clips by this step's norm"):
         refuse_unsupported(TrainingArguments(str(tmp_path)), optimizer)
     refuse_unsupported(TrainingArguments(str(tmp_path), max_grad_norm=0.0), optimizer)
 
