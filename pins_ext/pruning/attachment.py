@@ -1,12 +1,12 @@
-"""How a pruner takes part in its optimizers' steps: in a fused one's own pass, around any other through its hooks."""
+"""How a pruner takes part in its optimizers' steps, and in the own pass of a fused one; hooked.py is for any other."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ from pins_ext import ops
 from pins_ext.distributed.shards import local, local_gradient
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
-from pins_ext.optim.step import Rate, Scaling, is_rehearsal
-from pins_ext.pruning import copies
+from pins_ext.optim.step import Rate, Scaling
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import check_moments
-from pins_ext.wrappers import unwrapped_optimizer
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,87 @@ class Step:
 
 
 class StepDriver(Protocol):
-    """Told by each slot of its optimizer's steps; a Pruner is one."""
+    """Decides what happens in a step, once for all optimizers that take it; a Pruner is one."""
 
     score_gradients: Callable[[], Mapping[str, Tensor] | None] | None
 
-    def begin_step(self, slot: Slot) -> None:
-        """The slot's optimizer is about to step."""
+    def begin_step(self) -> Step:
+        """Gradients are in place, and no optimizer has stepped."""
 
-    def end_step(self, slot: Slot) -> None:
-        """The slot's optimizer has stepped."""
+    def end_step(self) -> None:
+        """All optimizers that will step have stepped."""
+
+
+class Slots(Sequence["Slot"]):
+    """The slots of all optimizers that step pruned tensors, and the step that they take together.
+
+    Each optimizer steps once per training step, in any order. One that a gradient scaler skips, or an exception ends,
+    is left out when the others go on.
+
+    Args:
+        slots: one for each optimizer.
+        driver: what is asked when a step begins, and told when it is over.
+
+    Attributes:
+        begun: slots whose optimizers have begun the step under way, in this order; empty between steps.
+        seconds: host time spent in pruning, the fused update apart.
+    """
+
+    def __init__(self, slots: Sequence[Slot], driver: StepDriver) -> None:
+        self._slots, self.driver = tuple(slots), driver
+        self.begun: list[Slot] = []
+        self.seconds = 0.0
+        self._step = Step(0, None, False, False)
+        for slot in slots:
+            slot.attach(self)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @overload
+    def __getitem__(self, i: int) -> Slot: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Slot]: ...
+    def __getitem__(self, i: int | slice) -> Slot | Sequence[Slot]:
+        return self._slots[i]
+
+    @torch.no_grad()
+    def begin(self, slot: Slot) -> None:
+        """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
+        if slot.masks.in_view:
+            raise RuntimeError(
+                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
+            )
+        begin = time.perf_counter()
+        if slot in self.begun and any(other.stepped for other in self.begun[self.begun.index(slot) :]):
+            # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
+            self.finish()
+        if not self.begun:
+            self._step = self.driver.begin_step()
+            self.begun = [slot]
+        elif slot in self.begun:
+            # An exception ended its step, and this one takes its place; gradients already in the window stay there.
+            slot.count()
+            gradients = self.driver.score_gradients() if self.driver.score_gradients is not None else None
+            self._step = replace(self._step, gradients=gradients)
+        else:
+            self.begun.append(slot)
+        slot.before_step(self._step)
+        self.seconds += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def end(self, slot: Slot) -> None:
+        """An optimizer has stepped; after the last one the step is over."""
+        begin = time.perf_counter()
+        slot.after_step()
+        if all(other.stepped for other in self):
+            self.finish()
+        self.seconds += time.perf_counter() - begin
+
+    def finish(self) -> None:
+        """End the step under way, whoever has not stepped."""
+        self.driver.end_step()
+        self.begun = []
 
 
 class Slot(ABC):
@@ -66,8 +136,11 @@ class Slot(ABC):
         masks: of all pruned tensors.
 
     Attributes:
+        slots: told of each of the optimizer's steps, once attached.
         stepped: whether the optimizer has ended its step.
     """
+
+    slots: Slots
 
     def __init__(
         self,
@@ -89,9 +162,9 @@ class Slot(ABC):
         self.parameters = importance.parameters
         self._subsets = ops.Subsets(importance.layout)
 
-    @abstractmethod
-    def attach(self, driver: StepDriver) -> None:
-        """Tell the driver of each of the optimizer's steps from now on."""
+    def attach(self, slots: Slots) -> None:
+        """Tell these of each of the optimizer's steps from now on."""
+        self.slots = slots
 
     @abstractmethod
     def detach(self) -> None:
@@ -215,61 +288,12 @@ class Slot(ABC):
         return grad.contiguous()
 
 
-class HookedSlot(Slot):
-    """Of any torch optimizer: importance before its step, masks after it."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.rehearsed = False  # whether the step under way is none, see is_rehearsal
-        self._handles: list[Any] = []
-
-    def attach(self, driver: StepDriver) -> None:
-        """See Slot."""
-        # torch.compile breaks its graph at both: what a step does is decided on the host, anew in every step.
-        before, after = (partial(torch.compiler.disable(hook), driver, self) for hook in (_before, _after))
-        copies.warn_copies(self.optimizer)
-        self._handles = [
-            self.optimizer.register_step_pre_hook(before),
-            self.optimizer.register_step_post_hook(after),
-        ]
-
-    def detach(self) -> None:
-        """See Slot."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            copies.let_copies_be(self.optimizer)
-        self._handles = []
-
-    @property
-    def attached(self) -> bool:
-        """See Slot."""
-        return bool(self._handles) and self._handles[0].id in self.optimizer._optimizer_step_pre_hooks
-
-    def close(self, masked: bool) -> None:
-        """See Slot; weights that were stepped go into the shadow, the others were masked before."""
-        if self.stepped and self.importance.shadow:
-            stepped = [i for i in self.indices if self.parameters[i].grad is not None]
-            weights, shadow = [local(self.parameters[i]) for i in stepped], [self.importance.shadow[i] for i in stepped]
-            if self.scaling.found_inf is not None:
-                skipped = self.scaling.found_inf != 0
-                weights = [torch.where(skipped, old, new) for old, new in zip(shadow, weights, strict=True)]
-            if stepped:
-                torch._foreach_copy_(shadow, weights)
-        super().close(masked)
-
-    @property
-    def _scores_in_pass(self) -> bool:
-        return False
-
-
 class FusedSlot(Slot):
     """Of a PinsAdamW or PinsSGD, whose pass takes importance and masks along: a StepListener."""
 
     optimizer: FusedOptimizer
 
     def __init__(self, *args: Any) -> None:
-        self._driver: StepDriver | None = None
         self._passed: set[int] = set()
         super().__init__(*args)
 
@@ -278,9 +302,10 @@ class FusedSlot(Slot):
         super().bind(importance, masks)
         self._places = {id(self.parameters[i]): i for i in self.indices}
 
-    def attach(self, driver: StepDriver) -> None:
+    def attach(self, slots: Slots) -> None:
         """See Slot."""
-        self._driver, self.optimizer.listener = driver, self
+        super().attach(slots)
+        self.optimizer.listener = self
 
     def detach(self) -> None:
         """See Slot."""
@@ -315,7 +340,7 @@ class FusedSlot(Slot):
 
     def check_release(self) -> None:
         """See StepListener."""
-        importance, driver = self.importance, self._driver
+        importance = self.importance
         if not importance.scored_before_step or importance.scores_after_step or not importance.in_pass:
             config = importance.config
             which = "a function as criterion" if callable(config.criterion) else f"criterion={config.criterion!r}"
@@ -324,7 +349,7 @@ class FusedSlot(Slot):
                 f"{which} needs all gradients of a step for its mask, and released ones are gone by then: use another "
                 "criterion, such as pins, or train without release_gradients"
             )
-        if driver is not None and driver.score_gradients is not None:
+        if self.slots.driver.score_gradients is not None:
             raise RuntimeError(
                 "score_gradient='task' scores weights by gradients of its own, and released ones are gone by then: use "
                 "'joint', or train without release_gradients"
@@ -333,8 +358,7 @@ class FusedSlot(Slot):
     def begin_step(self) -> None:
         """See StepListener."""
         self._passed.clear()
-        assert self._driver is not None
-        self._driver.begin_step(self)
+        self.slots.begin(self)
 
     def place_of(self, parameter: Tensor) -> int | None:
         """See StepListener."""
@@ -373,67 +397,4 @@ class FusedSlot(Slot):
 
     def end_step(self) -> None:
         """See StepListener."""
-        assert self._driver is not None
-        self._driver.end_step(self)
-
-
-def divide(
-    names: Sequence[str], parameters: Sequence[Tensor], optimizers: Sequence[Any]
-) -> list[tuple[Optimizer, tuple[int, ...]]]:
-    """Divide the pruned tensors among the optimizers that own them.
-
-    Args:
-        names: of the pruned tensors.
-        parameters: the pruned tensors.
-        optimizers: torch optimizers, wrapped or not.
-
-    Returns:
-        Each optimizer that owns any, and which.
-
-    Raises:
-        ValueError: a pruned parameter that no optimizer owns.
-        TypeError: something that is no torch optimizer.
-        RuntimeError: an optimizer that a pruner takes part in already.
-    """
-    places = {id(p): i for i, p in enumerate(parameters)}
-    parts = []
-    for optimizer in map(unwrapped_optimizer, optimizers):
-        owned = [places.pop(id(p)) for group in optimizer.param_groups for p in group["params"] if id(p) in places]
-        if owned:
-            parts.append((optimizer, tuple(sorted(owned))))
-    if places:
-        missing = [names[i] for i in places.values()]
-        raise ValueError(
-            f"{len(missing)} prunable parameters belong to no optimizer, {missing[0]} first; "
-            f"give them to the optimizer or exclude them"
-        )
-    if any(taken(optimizer) for optimizer, _ in parts):
-        raise RuntimeError("an optimizer already belongs to a Pruner: detach() that one first")
-    return parts
-
-
-def slot_of(optimizer: Optimizer, *args: Any) -> Slot:
-    """The slot of an optimizer, of the class that fits it; see Slot for the arguments."""
-    return (FusedSlot if isinstance(optimizer, FusedOptimizer) else HookedSlot)(optimizer, *args)
-
-
-def _before(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    slot.rehearsed = is_rehearsal(optimizer)
-    if slot.rehearsed:
-        return
-    if any(callable(value) for value in (*args, *kwargs.values())):
-        raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
-    driver.begin_step(slot)
-
-
-def _after(driver: StepDriver, slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not slot.rehearsed:
-        driver.end_step(slot)
-
-
-def taken(optimizer: Optimizer) -> bool:
-    """Whether a pruner takes part in its steps."""
-    if isinstance(optimizer, FusedOptimizer):
-        return optimizer.listener is not None
-    hooks = (getattr(hook, "func", None) for hook in optimizer._optimizer_step_pre_hooks.values())
-    return any(getattr(hook, "__wrapped__", None) is _before for hook in hooks)
+        self.slots.end(self)

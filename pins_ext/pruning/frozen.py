@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from pins_ext import ops
 from pins_ext.optim.step import Scaling
 from pins_ext.pruning import sparse_start
-from pins_ext.pruning.attachment import HookedSlot, Step, StepDriver, taken
+from pins_ext.pruning.attachment import Slots, Step
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.hooked import HookedSlot
+from pins_ext.pruning.owners import taken
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.streamed import GradientStream
 from pins_ext.wrappers import is_sharded, unwrapped_optimizer
@@ -79,7 +81,6 @@ class BaseSlot(HookedSlot):
     """
 
     def __init__(self, *args: Any) -> None:
-        self._driver: StepDriver | None = None
         self._stream: GradientStream | None = None
         self._begun = False
         self._fixed_for: tuple[int, ...] | None = None
@@ -87,10 +88,9 @@ class BaseSlot(HookedSlot):
         super().__init__(*args)
         self.masks.fix()
 
-    def attach(self, driver: StepDriver) -> None:
+    def attach(self, slots: Slots) -> None:
         """See Slot; from now on the base has gradients, one at a time."""
-        super().attach(driver)
-        self._driver = driver
+        super().attach(slots)
         for p in self.parameters:
             p.requires_grad_(True)
         self._stream = GradientStream(self.parameters, self._take, self._first)
@@ -118,13 +118,12 @@ class BaseSlot(HookedSlot):
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._end_backward)
         if not self._begun:
-            assert self._driver is not None
-            if self._driver.score_gradients is not None:
+            if self.slots.driver.score_gradients is not None:
                 raise RuntimeError(
                     "score_gradient='task' is not for a frozen base, whose gradients are gone: use 'joint'"
                 )
             self._begun = True
-            self._driver.begin_step(self)
+            self.slots.begin(self)
 
     def _take(self, i: int, grad: Tensor) -> None:
         if not self._scores:

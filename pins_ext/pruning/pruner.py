@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,29 +15,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pins_ext.distributed import states
-from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import forget_gathered, layout_of, like, local
+from pins_ext.distributed.shards import forget_gathered, like, local
 from pins_ext.pruning import checkpoint, inspection, sparse_start
-from pins_ext.pruning.attachment import Slot, Step, divide, slot_of
+from pins_ext.pruning.attachment import Slot, Slots, Step
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.frozen import BaseSlot, base_config, base_parameters, divide_base
-from pins_ext.pruning.importance import Importance
-from pins_ext.pruning.masks import Masks
-from pins_ext.pruning.moments import reader
+from pins_ext.pruning.owners import divide, slot_of
 from pins_ext.pruning.parameters import prunable_parameters
-from pins_ext.pruning.patterns import fitted, refuse_cut
+from pins_ext.pruning.patterns import fitted
 from pins_ext.pruning.plan import ConflictWarning, Plan, conflicts, plan
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.sparse_start import keep_zeros
+from pins_ext.pruning.states import refuse_stale, states_of
 from pins_ext.pruning.view import masked
-
-
-@dataclasses.dataclass
-class _Now:
-    """The step under way: what was settled when it began, and the optimizers that have begun it, in this order."""
-
-    step: Step
-    slots: list[Slot]
 
 
 class Pruner:
@@ -60,8 +50,10 @@ class Pruner:
             `load` masks it. `detach` freezes the base again.
 
     Attributes:
-        step: optimizer steps seen so far. names: pruned parameters in order of their global index.
-        n_weights: how many weights they hold. schedule: remaining ratio and mask steps.
+        step: optimizer steps seen so far.
+        names: pruned parameters in order of their global index.
+        n_weights: how many weights they hold.
+        schedule: remaining ratio and mask steps.
         score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place
             of the parameters' own (a missing one is zero; None: the parameters' own). For SelfRegularizer's
             score_gradient="task": `pruner.score_gradients = regularizer.take_task_gradients`.
@@ -90,30 +82,27 @@ class Pruner:
         parameters = base_parameters(model, config) if frozen_base else prunable_parameters(model, config)
         self.names = list(parameters)
         self.n_weights = sum(p.numel() for p in parameters.values())
-        fits, self._misfits = fitted(model, parameters, config)
-        self._scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config, fits)
+        fits, misfits = fitted(model, parameters, config)
+        scopes = Scopes(self.names, [p.numel() for p in parameters.values()], config, fits)
         optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         parts = (
             divide_base(len(parameters), optimizers)
             if frozen_base
             else divide(self.names, list(parameters.values()), optimizers)
         )
-        self._bind(parameters, [indices for _, indices in parts])
+        self.parameters = list(parameters.values())
+        self.importance, self.masks = states_of(parameters, scopes, config, parts)
+        self.step = 0
+        self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
+        self.before_mask: Callable[[], None] | None = None
+        self._settled = False
         make = BaseSlot if frozen_base else slot_of
-        self.slots: list[Slot] = [
+        made: list[Slot] = [
             make(owner, indices, part, self.names, self.importance, self.masks)
             for part, (owner, indices) in enumerate(parts)
         ]
-        self.importance.moments = reader(config, self.names, self.parameters, parts)
-        self.step = 0
-        self.seconds = 0.0
-        self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
-        self.before_mask: Callable[[], None] | None = None
-        self._now: _Now | None = None
-        self._settled = False
-        for slot in self.slots:
-            slot.attach(self)
-        for conflict in (*self._misfits, *conflicts(config, self.schedule, frozen_base)):
+        self.slots = Slots(made, self)
+        for conflict in (*misfits, *conflicts(config, self.schedule, frozen_base)):
             warnings.warn(conflict, ConflictWarning, stacklevel=2)
 
     def __repr__(self) -> str:
@@ -124,7 +113,7 @@ class Pruner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
         """A pruner of the copies of the model and of the optimizers, which are made along if they were not yet."""
-        if self._now is not None or self.masks.in_view:
+        if self.slots.begun or self.masks.in_view:
             raise RuntimeError("a Pruner can't be copied within a step or inside masked_view")
         if self.frozen_base:
             raise RuntimeError("a Pruner of a frozen base can't be copied: make a new one, and load its state_dict")
@@ -135,18 +124,10 @@ class Pruner:
             copied = memo[id(self)] = Pruner(model, optimizers, self.config, self.schedule.total)
         copied.schedule = self.schedule
         if self.masks.fixed is not None:
-            copied._keep_zeros()
+            copied.schedule = keep_zeros(copied.schedule, copied.names, copied.importance, copied.masks)
         copied.load_state_dict(self.state_dict())
         copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
         return copied
-
-    def _bind(self, parameters: Mapping[str, Tensor], parts: Sequence[Sequence[int]]) -> None:
-        """Begin with these parameters: which optimizer owns which (parts) and the number of weights are known."""
-        self.parameters = list(parameters.values())
-        refuse_cut(self.names, self.parameters, self._scopes.fits)
-        layout, ranks = layout_of(parameters), Ranks(self.parameters)
-        self.importance = Importance(self.parameters, self.config, layout, parts, ranks)
-        self.masks = Masks(self.parameters, layout, self._scopes, self.config, ranks)
 
     def _settle(self) -> None:
         """Until the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
@@ -154,30 +135,22 @@ class Pruner:
         Raises:
             RuntimeError: they are not the same ones any more, or their optimizers have not got them.
         """
+        if self._settled:
+            return
         forget_gathered(self.model)
         parameters = prunable_parameters(self.model, self.config)
         if all(a is b for a, b in zip(parameters.values(), self.parameters, strict=False)):
             return
         if list(parameters) != self.names or self.n_weights != sum(p.numel() for p in parameters.values()):
             raise RuntimeError("the model's parameters changed since the Pruner was made: make a new one")
-        for slot in self.slots:
-            owned = {id(p) for group in slot.optimizer.param_groups for p in group["params"]}
-            if missing := [self.names[i] for i in slot.indices if id(parameters[self.names[i]]) not in owned]:
-                raise RuntimeError(
-                    f"{missing[0]} was replaced in the model since the Pruner was made, and its optimizer has the old "
-                    f"one: build optimizer and Pruner after the model is sharded"
-                )
-        frozen, fixed, fits = self.masks.frozen, self.masks.fixed is not None, self.masks.fits
-        self._bind(parameters, [slot.indices for slot in self.slots])
-        if fixed:
-            self._keep_zeros()
-        elif frozen:
-            self.masks.keep_nonzero(self.parameters)
-            self.masks.frozen = True
-            # A rank that sees parts of tensors can't tell the patterns of their zeros.
-            self.masks.fits = fits if self.masks.ranks.alone else self.masks.fits
-        of_slots = [(slot.optimizer, slot.indices) for slot in self.slots]
-        self.importance.moments = reader(self.config, self.names, self.parameters, of_slots)
+        before, parts = self.masks, [(slot.optimizer, slot.indices) for slot in self.slots]
+        refuse_stale(parameters, parts)
+        self.parameters = list(parameters.values())
+        self.importance, self.masks = states_of(parameters, before.scopes, self.config, parts)
+        if before.fixed is not None:
+            self.schedule = keep_zeros(self.schedule, self.names, self.importance, self.masks)
+        elif before.frozen:
+            sparse_start.hold_again(before, self.parameters, self.masks)
         for slot in self.slots:
             slot.bind(self.importance, self.masks)
 
@@ -215,7 +188,7 @@ class Pruner:
                 raise ValueError("from_sparse needs a config with total_steps: how sparse is the model to become?")
             pruner = cls(model, optimizer, config, total_steps, frozen_base)
             try:
-                pruner._keep_zeros()
+                pruner.schedule = keep_zeros(pruner.schedule, pruner.names, pruner.importance, pruner.masks)
             except ValueError:
                 pruner.detach()
                 raise
@@ -233,52 +206,12 @@ class Pruner:
         pruner.schedule = dataclasses.replace(pruner.schedule, final_ratio=1 - zeros / pruner.n_weights)
         return pruner
 
-    def _keep_zeros(self) -> None:
-        """Fix the zeros that are there, and let the schedule start from them; see from_sparse."""
-        sparse_start.fix_zeros(self.config, self.schedule, self.names, self.parameters, self.importance, self.masks)
-        self.schedule = sparse_start.from_there(self.schedule, self.masks)
-
     # ---- the step ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def begin_step(self, slot: Slot) -> None:
-        """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
-        if self.masks.in_view:
-            raise RuntimeError(
-                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
-            )
-        begin = time.perf_counter()
-        if not self._settled:
-            self._settle()
-            self._settled = True
-        now = self._now
-        if now and slot in now.slots and any(other.stepped for other in now.slots[now.slots.index(slot) :]):
-            # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
-            self._finish_step()
-            now = None
-        if now is None:
-            now = self._now = _Now(self._start_step(), [slot])
-        elif slot in now.slots:
-            # An exception ended its step, and this one takes its place; gradients already in the window stay there.
-            slot.count()
-            gradients = self.score_gradients() if self.score_gradients is not None else None
-            now.step = dataclasses.replace(now.step, gradients=gradients)
-        else:
-            now.slots.append(slot)
-        slot.before_step(now.step)
-        self.seconds += time.perf_counter() - begin
-
-    @torch.no_grad()
-    def end_step(self, slot: Slot) -> None:
-        """An optimizer has stepped; after the last one the weights are masked."""
-        begin = time.perf_counter()
-        slot.after_step()
-        if all(other.stepped for other in self.slots):
-            self._finish_step()
-        self.seconds += time.perf_counter() - begin
-
-    def _start_step(self) -> Step:
-        """End a window and renew the masks where the step before any optimizer's is the time for it."""
+    def begin_step(self) -> Step:
+        """See StepDriver: end a window and renew the masks where the step before any optimizer's is the time for it."""
+        self._settle()
+        self._settled = True
         t, importance, masks = self.step, self.importance, self.masks
         gradients = self.score_gradients() if self.score_gradients is not None else None
         if gradients is not None and self.config.rule.reads_moments:
@@ -299,12 +232,12 @@ class Pruner:
         scored = t % self.config.importance_every == 0
         return Step(t, gradients, scored, masks.wanted(due) and final and self.before_mask is None)
 
-    def _finish_step(self) -> None:
-        """All optimizers that will step have stepped: choose masks that could not be chosen before, and zero."""
+    def end_step(self) -> None:
+        """See StepDriver: choose masks that could not be chosen before, and zero what they prune."""
         t, importance, masks = self.step, self.importance, self.masks
         due = self.schedule.mask_due(t)
         if not masks.frozen:
-            for slot in self._now.slots if self._now else ():
+            for slot in self.slots.begun:
                 slot.count()
             if due and not importance.scored_before_step:
                 masks.renew(importance, self.schedule.remaining_ratio(t), t)
@@ -317,15 +250,9 @@ class Pruner:
         for slot in self.slots:
             slot.close(masked)
         masks.applied = masked
-        self._now = None
         self.step += 1
 
     # ---- what the user asks for -------------------------------------------------------------------------------------
-
-    @property
-    def remaining_ratio(self) -> float:
-        """Share of the prunable weights that the schedule keeps at the current step."""
-        return self.schedule.remaining_ratio(self.step)
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Any]:
@@ -340,8 +267,8 @@ class Pruner:
         Raises:
             RuntimeError: no gradient was ever seen, so no weight has a score; or verification failed.
         """
-        if self._now is not None:
-            self._finish_step()
+        if self.slots.begun:
+            self.slots.finish()
         before = sum(self.masks.pruned())
         if not self.masks.frozen:
             if not self.importance.known:
@@ -396,16 +323,18 @@ class Pruner:
             step; target_sparsity (what the schedule asks for at this step); ms (host time spent in pruning since the
             last call, the fused update apart); and what `inspection.stats` returns.
         """
-        ms, self.seconds = 1e3 * self.seconds, 0.0
+        ms, self.slots.seconds = 1e3 * self.slots.seconds, 0.0
+        target = 1 - self.schedule.remaining_ratio(self.step)
         found = inspection.stats(dict(zip(self.names, self.parameters, strict=True)), self.masks)
-        return {"step": self.step, "target_sparsity": 1 - self.remaining_ratio, "ms": ms, **found}
+        return {"step": self.step, "target_sparsity": target, "ms": ms, **found}
 
     def plan(self) -> Plan:
         """What would happen, without doing it: pruned tensors, memory, schedule, conflicts."""
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
         made = plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights, self.masks.fits)
-        made["conflicts"] = [*self._misfits, *conflicts(self.config, self.schedule, self.frozen_base)]
+        _, misfits = fitted(self.model, parameters, self.config)
+        made["conflicts"] = [*misfits, *conflicts(self.config, self.schedule, self.frozen_base)]
         return made
 
     def verify(self) -> dict[str, Any]:
@@ -427,43 +356,35 @@ class Pruner:
             target = pruned / report["weights"]
         return report | {"final_sparsity": target}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, full: bool = True) -> dict[str, Any]:
         """All that resuming needs, as plain data and tensors (not copied): never part of the optimizer's state.
 
-        The states of sharded parameters are put together from all ranks, as one process has them: every rank asks, gets
-        all, and any number of ranks can go on from it.
+        Args:
+            full: put the states of sharded parameters together from all ranks, as one process has them: every rank
+                asks, gets all, and any number of ranks can go on from it. False: this rank's parts alone; nothing is
+                sent.
         """
-        state = self.local_state()
-        state["tensors"] = states.whole(state["tensors"], self.names, self.parameters, self.masks.ranks)
+        self._settle()
+        state = checkpoint.gather(self.config, self.schedule.total, self.step, self.names, self.importance, self.masks)
+        if full:
+            state["tensors"] = states.whole(state["tensors"], self.names, self.parameters, self.masks.ranks)
         return state
 
-    def local_state(self) -> dict[str, Any]:
-        """As state_dict, but of this rank's parts alone: nothing is sent."""
-        if not self._settled:
-            self._settle()
-        total = self.schedule.total
-        return checkpoint.gather(self.config, total, self.step, self.names, self.importance, self.masks)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], full: bool = True) -> None:
         """Go on from a state_dict of a Pruner of the same model and configuration, of any number of ranks.
+
+        Args:
+            state: the other Pruner's.
+            full: False: it was made with full=False, from parts cut like those of this rank.
 
         Raises:
             ValueError: another configuration, other parameters or shapes, or values that no pruner can have; the
                 message lists them, and nothing has changed.
         """
-        if not self._settled:
-            self._settle()
-        if "tensors" in state:
+        own = self.state_dict(full=False)
+        if full and "tensors" in state:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
-        self.load_local_state(state)
-
-    def load_local_state(self, state: dict[str, Any]) -> None:
-        """As load_state_dict, from a local_state of the same parts.
-
-        Raises:
-            ValueError: see load_state_dict.
-        """
-        checkpoint.restore(state, self.local_state(), self.masks)
+        checkpoint.restore(state, own, self.masks)
         self.step, self._settled = state["step"], True
         for slot in self.slots:
             if isinstance(slot, BaseSlot):

@@ -46,7 +46,7 @@ class ShardedState:
                 (pytorch#161368); `Pruner.save` is right there.
         """
         pruner = self.pruner
-        state = pruner.local_state()
+        state = pruner.state_dict(full=False)
         tensors = state.pop("tensors")
         # Whether one row serves all tensors changes with the first selection; shapes in a checkpoint must not.
         cutoff = tensors.pop(_CUTOFF).expand(len(pruner.names), 2).contiguous()
@@ -64,7 +64,7 @@ class ShardedState:
         if pruner.masks.scopes.is_global:
             tensors[_CUTOFF] = tensors[_CUTOFF][:1]
         collected = states.collected(tensors, pruner.names, pruner.parameters)
-        pruner.load_local_state({**_decoded(state[_ABOUT]), "tensors": collected})
+        pruner.load_state_dict({**_decoded(state[_ABOUT]), "tensors": collected}, full=False)
 
     def _encoded(self, data: Mapping[str, Any]) -> Tensor:
         """JSON, uint8, of a length that the pruner's progress doesn't change."""

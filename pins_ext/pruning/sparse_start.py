@@ -58,31 +58,40 @@ def hold_zeros(
     return zeros
 
 
-def fix_zeros(
-    config: PruneConfig,
-    schedule: Schedule,
-    names: Sequence[str],
-    parameters: Sequence[Tensor],
-    importance: Importance,
-    masks: Masks,
-) -> None:
+def hold_again(before: Masks, parameters: Sequence[Tensor], masks: Masks) -> None:
+    """Freeze the masks of parameters that took the place of others, as theirs were.
+
+    Args:
+        before: the masks of the others.
+        parameters: the pruned tensors.
+        masks: theirs.
+    """
+    masks.keep_nonzero(parameters)
+    masks.frozen = True
+    # A rank that sees parts of tensors can't tell the patterns of their zeros.
+    masks.fits = before.fits if masks.ranks.alone else masks.fits
+
+
+def keep_zeros(schedule: Schedule, names: Sequence[str], importance: Importance, masks: Masks) -> Schedule:
     """Let the zeros that are there score below everything else, and every mask prune them.
 
     Args:
-        config: of the pruner.
         schedule: of the pruner.
         names: of the pruned tensors.
-        parameters: the pruned tensors.
         importance: theirs.
         masks: theirs.
+
+    Returns:
+        The schedule, which starts from these zeros.
 
     Raises:
         ValueError: there are none, more than there may be in the end, or a configuration that can't hold them apart.
     """
+    config = importance.config
     if config.initial_sparsity:
         raise ValueError("initial_sparsity: the schedule starts from the sparsity that is there; leave it out")
     check_marks(config)
-    zeros, scopes = masks.keep_nonzero(parameters), masks.scopes
+    zeros, scopes = masks.keep_nonzero(importance.parameters), masks.scopes
     if not any(zeros):
         raise ValueError(_NO_ZEROS)
     for region, pruned in zip(scopes.regions, scopes.n_prune(schedule.final_ratio), strict=True):
@@ -97,6 +106,7 @@ def fix_zeros(
             )
     masks.fix()
     importance.bar(masks.fixed or [])
+    return from_there(schedule, masks)
 
 
 def check_marks(config: PruneConfig) -> None:

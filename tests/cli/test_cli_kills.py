@@ -61,8 +61,8 @@ def train_apart(setup: str, arguments: list[str]) -> subprocess.CompletedProcess
 _KILL_IN_STEP = """
 from pins_ext.pruning.pruner import Pruner
 end = Pruner.end_step
-def dying(self, slot):
-    end(self, slot)
+def dying(self):
+    end(self)
     if self.step == 8: os.kill(os.getpid(), signal.SIGKILL)
 Pruner.end_step = dying
 """
@@ -114,8 +114,8 @@ def test_an_interrupted_run_stops_with_a_checkpoint(
 ) -> None:  # fmt: skip
     end: Callable[..., Any] = Pruner.end_step
 
-    def interrupted(self: Pruner, slot: Any) -> None:
-        end(self, slot)
+    def interrupted(self: Pruner) -> None:
+        end(self)
         if self.step == 5:
             os.kill(os.getpid(), number)
 
@@ -136,8 +136,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 ) -> None:
     end: Callable[..., Any] = Pruner.end_step
 
-    def interrupted(self: Pruner, slot: Any) -> None:
-        end(self, slot)
+    def interrupted(self: Pruner) -> None:
+        end(self)
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 

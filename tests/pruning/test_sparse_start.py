@@ -55,7 +55,7 @@ def test_the_zeros_of_the_start_stay_and_count(criterion: str, optimizer_class: 
     model, optimizer, pruner = run(config, optimizer_class)
     start = places(pruner)
     n_start = sum(int(there.sum()) for there in start)
-    assert pruner.masks.scopes.n_prune(pruner.remaining_ratio) == [n_start]
+    assert pruner.masks.scopes.n_prune(pruner.schedule.remaining_ratio(0)) == [n_start]
     pruned: list[int] = []
     zeros_between: list[int] = []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
+import textwrap
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,3 +47,18 @@ def test_a_step_touches_few_files_and_the_pruner_twice() -> None:
     assert pruner.masks.chosen
     assert max(files for files, _ in seen) <= 16
     assert max(entered for _, entered in seen) <= 4
+
+
+def test_the_pruner_is_easily_held_in_the_head() -> None:
+    """Properties and dunder methods count; so do attributes that any method sets."""
+    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(pins_ext.Pruner))).body
+    assert isinstance(cls, ast.ClassDef)
+    assert not cls.bases
+    methods = [node.name for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    stored = [node for node in ast.walk(cls) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    attributes = {node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == "self"}
+    attributes |= {
+        node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert len(methods) <= 20, methods
+    assert len(attributes) <= 14, attributes
