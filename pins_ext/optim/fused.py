@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import is_dtensor, local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import Scaling, is_rehearsal
 
@@ -47,11 +47,10 @@ class FusedOptimizer(Optimizer):
         self.listener: StepListener | None = None
         self.grad_clip: Tensor | None = None
         self.release: GradientRelease | None = None
-        self._norm_layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._norm = GradientNorm()
         self._left_listener = False  # a copy, of one that had a listener
         self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
-        self._ranks: tuple[tuple[int, ...], Ranks] | None = None
         self._plain: dict[tuple[int, ...], PruningArguments] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -80,10 +79,10 @@ class FusedOptimizer(Optimizer):
             self._refuse_unsupported(group)
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
-        for name in ("listener", "grad_clip", "release", "_ranks"):
+        for name in ("listener", "grad_clip", "release"):
             self.__dict__.setdefault(name, None)
-        for name in ("_norm_layouts", "_plain"):
-            self.__dict__.setdefault(name, {})
+        self.__dict__.setdefault("_plain", {})
+        self.__dict__.setdefault("_norm", GradientNorm())
         for name in ("_left_listener", "_left_release"):
             self.__dict__.setdefault(name, False)
         self._eager_step = torch.compiler.disable(self._step)
@@ -230,33 +229,9 @@ class FusedOptimizer(Optimizer):
                 "release_gradients(max_norm=...)"
             )
         parameters = [p for group in self.param_groups for p in group["params"]]
-        ranks = self._ranks_of(parameters)
-        batches: dict[Any, list[Tensor]] = {}
-        for i, p in enumerate(parameters):
-            if (grad := local_gradient(p)) is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            # Of replicas one counts; the others keep the same device and dtype, so that every rank sums alike.
-            part = grad.contiguous() if ranks.counts(i) else grad.new_empty(0)
-            batches.setdefault((grad.device, grad.dtype), []).append(part)
-        sums, layouts = [torch.zeros(1, dtype=torch.float64)], {}
-        for grads in batches.values():
-            key = tuple(g.numel() for g in grads)
-            layout = layouts[key] = self._norm_layouts.get(key) or ops.Layout.of(grads)
-            sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks))
-        self._norm_layouts = layouts
-        device = sums[-1].device
-        total = ranks.sum(torch.stack([s.to(device) for s in sums]).sum(0))
+        total = self._norm.squared(parameters, type(self).__name__)
         norm, self.grad_clip = ops.clip_factor(total, float(max_norm))
         return norm.reshape(())
-
-    def _ranks_of(self, parameters: list[Tensor]) -> Ranks:
-        """The processes that hold the parameters; asked anew where those are new."""
-        key = tuple(id(p) for p in parameters)
-        if self._ranks is None or self._ranks[0] != key:
-            self._ranks = (key, Ranks(parameters))
-        return self._ranks[1]
 
     def _rehearse(self) -> None:
         """Make the state that a first step will need, and leave it and the weights at the beginning."""
