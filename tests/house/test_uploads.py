@@ -17,7 +17,7 @@ ALLOWED = {
     "to_device": "it is the one",
     "pointer_table": "pinned when it is made; refused while a graph is captured",
     "of": "Scaling: a scalar that a gradient scaler left on another device",
-    "clip_grad_norm_": "sums of other devices",
+    "squared": "GradientNorm: sums of other devices",
     "rates_on": "a learning rate that lives on another device",
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "_on": "released gradients: sums of other devices, and a checkpoint's norm, once",
