@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointFunction
 
 from pins_ext import ops
 from pins_ext.optim.step import Scaling
@@ -93,7 +95,7 @@ class BaseSlot(HookedSlot):
         super().attach(slots)
         for p in self.parameters:
             p.requires_grad_(True)
-        self._stream = GradientStream(self.parameters, self._take, self._first)
+        self._stream = GradientStream(self.parameters, self._take, self._first, self._end_backward)
 
     def detach(self) -> None:
         """See Slot; the base is frozen as it was."""
@@ -115,6 +117,11 @@ class BaseSlot(HookedSlot):
 
     def _first(self) -> None:
         """A backward begins."""
+        if _inside_reentrant_checkpoint():
+            raise RuntimeError(
+                "reentrant activation checkpointing makes a backward of its own of each part, and each would count as "
+                "a gradient in which all other weights have none: use use_reentrant=False"
+            )
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._end_backward)
         if not self._begun:
@@ -137,7 +144,7 @@ class BaseSlot(HookedSlot):
 
     @torch.no_grad()
     def _end_backward(self) -> None:
-        """A weight without a gradient has a zero in its window."""
+        """A weight without a gradient has a zero in its window; one that an exception ended early counts like that."""
         if self._stream is None:
             return
         if self._scores:
@@ -180,3 +187,12 @@ class BaseSlot(HookedSlot):
         assert self.masks.fixed is not None
         self.apply_masks(self.indices, self.masks.fixed)
         self.importance.bar(self.masks.fixed)
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    """Whether this backward is one inside another: its hooks are called from CheckpointFunction.backward."""
+    frame = sys._getframe()
+    code = CheckpointFunction.backward.__code__
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

@@ -20,15 +20,22 @@ class GradientStream:
         parameters: leaf tensors that require a gradient.
         take: told of every gradient.
         first: told when a gradient comes and none has come since `begin`, before it is taken.
+        torn: told before that when gradients of an earlier backward are there, which an exception has ended; it must
+            `begin`. None: gradients of several backwards belong together.
 
     Attributes:
         came: places of the parameters whose gradient has come since `begin`.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], take: TakeGradient, first: Callable[[], None] = lambda: None
+        self,
+        parameters: Sequence[Tensor],
+        take: TakeGradient,
+        first: Callable[[], None] = lambda: None,
+        torn: Callable[[], None] | None = None,
     ) -> None:
-        self._take, self._first = take, first
+        self._take, self._first, self._torn = take, first, torn
+        self._backward = -1
         self.came: set[int] = set()
         self._handles: list[Any] = [
             p.register_post_accumulate_grad_hook(partial(self._hook, i)) for i, p in enumerate(parameters)
@@ -43,6 +50,10 @@ class GradientStream:
         grad, p.grad = p.grad, None
         if grad is None:
             return
+        backward = torch._C._current_graph_task_id()
+        if self._torn is not None and self.came and backward != self._backward:
+            self._torn()
+        self._backward = backward
         if i in self.came:
             raise RuntimeError(
                 "a parameter's gradient came twice in one backward, in parts, of which no score can be made: use "

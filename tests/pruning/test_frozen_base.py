@@ -233,6 +233,49 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     assert moved == [j != i for j in range(len(moved))]
 
 
+def test_an_exception_inside_backward_ends_that_backward_alone() -> None:
+    """What came of it counts, a weight whose gradient did not come has a zero, and training goes on."""
+    model, optimizer, pruner, _ = start()
+    train(model, optimizer, 2)
+    ipt = [t.clone() for t in pruner.importance.ipt]
+    (x, y), (more_x, more_y) = batches(2)
+    stop = model.layers[1].register_full_backward_hook(lambda *_: 1 / 0)  # before the first block has any
+    with pytest.raises(ZeroDivisionError):
+        nn.functional.cross_entropy(model(x), y).backward()
+    stop.remove()
+    seen = pruner.importance.accepted[0].item()
+    torn = [not torch.equal(a, b) for a, b in zip(ipt, pruner.importance.ipt, strict=True)]
+    assert any(torn)
+    assert not all(torn)
+    partial = [t.clone() for t in pruner.importance.ipt]
+    grads = torch.autograd.grad(nn.functional.cross_entropy(model(more_x), more_y), pruner.parameters)
+    nn.functional.cross_entropy(model(more_x), more_y).backward()
+    assert pruner.importance.accepted[0].item() == seen + 2
+    for own, old, g, p, came in zip(pruner.importance.ipt, partial, grads, pruner.parameters, torn, strict=True):
+        window = old if came else old * seen / (seen + 1)
+        torch.testing.assert_close(own, (window * (seen + 1) + (p * g).abs()) / (seen + 2), rtol=1e-5, atol=1e-9)
+    optimizer.step()
+    train(model, optimizer, STEPS, skip=3)
+    assert pruner.finalize()["zeros"] == pruner.n_weights - round(0.2 * pruner.n_weights)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_that_cuts_a_backward_in_parts_is_refused(reentrant: bool) -> None:
+    model, optimizer, pruner, _ = start()
+    block = model.layers[0].forward
+    model.layers[0].forward = lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+    x, y = next(batches(1))
+    inside = model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] + 0,))
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use use_reentrant=False"):
+            nn.functional.cross_entropy(model(x.requires_grad_()), y).backward()
+    else:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert pruner.step == 1
+    inside.remove()
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     model, _ = frozen()
     optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
