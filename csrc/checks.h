@@ -86,9 +86,6 @@ constexpr Dtypes kCpuFirstMomentDtypes = {ScalarType::Float, ScalarType::BFloat1
 constexpr Dtypes kReadableDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 constexpr Dtypes kReadableFirstDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char};
 
-// Bytes of this many weights in it: whole groups of layout.inl kGroup, and 2 bytes for the scale of each.
-inline int64_t coded_bytes(int64_t weights) { return (weights + 31) / 32 * 34; }
-
 inline bool is_coded(ScalarType dtype) { return dtype == ScalarType::Byte || dtype == ScalarType::Char; }
 
 inline bool is_one_of(ScalarType dtype, Dtypes allowed) {
@@ -164,12 +161,24 @@ inline std::vector<int64_t> numels_of(const Tensors& tensors) {
   return numel;
 }
 
+// 8-bit storage of this many weights: [.., groups of a row, 34], where rows are equally long, see layout.inl kGroup.
+template <class Name>
+void check_coded(const Name& name, const Tensor& tensor, int64_t weights) {
+  const auto sizes = tensor.sizes();
+  bool fits = sizes.size() >= 2 && sizes[sizes.size() - 1] == 34;
+  if (fits && weights > 0) {
+    const int64_t groups = sizes[sizes.size() - 2], rows = groups > 0 ? tensor.numel() / 34 / groups : 0;
+    fits = rows > 0 && weights % rows == 0 && (weights / rows + 31) / 32 == groups;
+  }
+  PINS_CHECK(fits, name(), " must be [.., groups of a row, 34] for ", weights, " weights in 8 bits, got ",
+             joined(sizes));
+}
+
 // `numel[i]` weights in tensor i.
 inline void check_numel(const char* list, const Tensors& tensors, const std::vector<int64_t>& numel) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (is_coded(tensors[i].scalar_type())) {
-      PINS_CHECK(tensors[i].numel() == coded_bytes(numel[i]), item(list, i), " must have ", coded_bytes(numel[i]),
-                 " bytes for ", numel[i], " weights in 8 bits, got ", tensors[i].numel());
+      check_coded([&] { return item(list, i); }, tensors[i], numel[i]);
       continue;
     }
     PINS_CHECK(tensors[i].numel() == numel[i], item(list, i), " must have ", numel[i], " elements, got ",
@@ -206,7 +215,7 @@ inline void check_scalar(const char* name, const OptionalTensor& tensor, ScalarT
 // The shapes of the two tables that every list operator takes. Returns the number of tensors.
 inline int64_t check_tables(const Tensor& places, const Tensor& chunks, const Device& device) {
   const int64_t n = places.dim() > 0 ? places.size(0) : 0;
-  check_shape("places", places, {n, 13}, ScalarType::Long, device);
+  check_shape("places", places, {n, 14}, ScalarType::Long, device);
   check_shape("chunks", chunks, {chunks.dim() > 0 ? chunks.size(0) : 0, 2}, ScalarType::Long, device);
   return n;
 }

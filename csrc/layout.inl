@@ -8,9 +8,10 @@
 // Weights per row of `chunks`; pins_ext/ops/layout.py CHUNK. A chunk at a tensor's end is shorter.
 constexpr int64_t kChunk = 16384;
 
-// Weights that share a scale in 8-bit storage. Such a tensor has a byte for each weight, filled up to whole groups, and
-// then a bf16 scale for each group; checks.h coded_bytes.
+// Weights of a row that share a scale in 8-bit storage: 32 bytes and a bf16 scale. The last group of a row is filled
+// up.
 constexpr int64_t kGroup = 32;
+constexpr int64_t kGroupBytes = kGroup + 2;
 
 // One row of `places`: sizes are right-aligned, whole trailing dimensions merged.
 struct Place {
@@ -18,8 +19,9 @@ struct Place {
   int64_t full[4];   // sizes of the full tensor
   int64_t local[4];  // sizes of the local tensor
   int64_t start[4];  // first index of the local tensor in each dimension
+  int64_t columns;   // weights of a row of the local tensor
 };
-static_assert(sizeof(Place) == 13 * sizeof(int64_t), "a row of the table of places");
+static_assert(sizeof(Place) == 14 * sizeof(int64_t), "a row of the table of places");
 
 // One row of `chunks`.
 struct Chunk {
@@ -42,6 +44,15 @@ PINS_HD int64_t global_index(const Place& place, int64_t i) {
     stride *= place.full[d];
   }
   return index;
+}
+
+// Groups of a row of 8-bit storage.
+PINS_HD int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+
+// The first local weight from i on that begins a group.
+PINS_HD int64_t next_group(int64_t columns, int64_t i) {
+  const int64_t column = i % columns, next = groups_of(column) * kGroup;
+  return i - column + (next < columns ? next : columns);
 }
 
 // From local weight i on, this many weights have consecutive global indices. A whole tensor is one run.

@@ -2,8 +2,8 @@
 // fake (meta) versions from pins_ext/ops.
 //
 // Common arguments of a list operator over n tensors:
-//   places    int64 [n, 13]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4]
-//                            in ascending order of the base, no two of them overlapping
+//   places    int64 [n, 14]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4],
+//                            weights of a row of the local tensor; in ascending order of the base, without overlaps
 //   chunks    int64 [m, 2]   work list: (tensor, local offset) of every kChunk weights, less at a tensor's end, in
 //   order rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
 //   factors   float32 [n]    of the score fisher, 1 / (1 - beta2^t) of each tensor

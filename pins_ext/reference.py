@@ -8,6 +8,7 @@ ACL 2023; smoothing and schedule: Zhang et al., "PLATON", ICML 2022. csrc/criter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -268,16 +269,24 @@ GROUP = 32
 """Weights that share a scale."""
 
 
-def coded_bytes(numel: int) -> int:
-    """Bytes of this many weights in 8 bits: whole groups, and the scale of each."""
-    return -(-numel // GROUP) * (GROUP + 2)
+def coded_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a tensor in 8 bits, [.., groups of a row, 34]: the codes of a group, then its scale.
+
+    A row is what the last dimension counts, or as many of the last ones as hold a group, but the first is left out: a
+    row of a matrix, the weights of one output channel of a convolution. A tensor of one dimension is one row.
+    """
+    first = max(len(shape) - 1, 0)
+    while first > 1 and math.prod(shape[first:]) < GROUP:
+        first -= 1
+    return (*shape[:first], -(-math.prod(shape[first:]) // GROUP), GROUP + 2)
 
 
 def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None) -> Tensor:
     """float32 to 8-bit storage: for each weight a softsign of its share in the scale of its group.
 
-    Groups are 32 weights that follow each other in the flat tensor; the last may be shorter. The magnitude of a weight
-    is its square root, or itself where `signed`; the scale the group's largest magnitude, rounded up to bfloat16. With
+    Groups are 32 weights that follow each other in a row, from its first on; the last may be shorter. The magnitude of
+    a weight is its square root, or itself where `signed`; the scale the group's largest magnitude, rounded up to
+    bfloat16. With
     q = magnitude / scale the code is 2 q / (1 + q) of 254, or of 127 with the sign. A weight above zero never becomes
     zero without a sign. 255, or -128, stands for what is not finite, and without a sign for what is below zero; the
     scale passes over it.
@@ -288,42 +297,50 @@ def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None) -> T
         random16: 16 bits of each weight in the low bits, int64, for stochastic rounding; None rounds to nearest.
 
     Returns:
-        uint8, or int8 where signed, [coded_bytes]: codes, zeros up to whole groups, then bfloat16 scales as bytes.
+        uint8, or int8 where signed, [coded_shape]: of each group its codes, zeros up to 32, and its bfloat16 scale.
     """
-    x = x.flatten()
     odd = ~x.isfinite() | ((x < 0) & (not signed))
     magnitude = torch.where(odd, 0.0, x.abs())
     # Through float64: torch's float32 square root may be one that is not rounded correctly.
     magnitude = magnitude if signed else magnitude.double().sqrt().float()
-    groups = torch.zeros(-(-x.numel() // GROUP) * GROUP).index_copy(0, torch.arange(x.numel()), magnitude)
-    largest = groups.view(-1, GROUP).amax(1).view(torch.int32)
+    largest = _by_group(magnitude).amax(-1, keepdim=True).view(torch.int32)
     scales = ((largest + 0xFFFF) >> 16).clamp(max=0x7F7F).to(torch.int16)
-    scale = scales.view(torch.bfloat16).float().repeat_interleave(GROUP)[: x.numel()]
+    scale = _by_weight(scales.view(torch.bfloat16).float().expand(*largest.shape[:-1], GROUP), x.shape)
     q = magnitude / torch.where(scale > 0, scale, 1.0)
     levels = 127 if signed else 254
-    part = torch.full_like(q, 0.5) if random16 is None else (random16.flatten() & 0xFFFF).float() * 2.0**-16
+    part = torch.full_like(q, 0.5) if random16 is None else (random16.view(x.shape) & 0xFFFF).float() * 2.0**-16
     level = (((2.0 * levels) * q) / (1.0 + q) + part).to(torch.int32).clamp(max=levels)
     if not signed:
         level = torch.where((level == 0) & (x > 0), 1, level)
     code = torch.where(x < 0, -level, level)
     code = torch.where(odd, -128 if signed else 255, code)
     dtype = torch.int8 if signed else torch.uint8
-    packed = torch.zeros(coded_bytes(x.numel()), dtype=dtype)
-    packed[: x.numel()] = code.to(dtype)
-    packed[groups.numel() :] = scales.view(torch.uint8).view(dtype)
-    return packed
+    return torch.cat([_by_group(code.to(dtype)), scales.view(torch.uint8).view(dtype)], -1)
 
 
-def decode(packed: Tensor, numel: int) -> Tensor:
-    """What `encode` stored of this many weights, float32 [numel]."""
-    signed, end = packed.dtype == torch.int8, -(-numel // GROUP) * GROUP
-    code = packed[:numel].to(torch.int32)
-    scales = packed[end:].clone().view(torch.bfloat16)
-    scale = scales.float().repeat_interleave(GROUP)[:numel]
+def decode(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """What `encode` stored of a tensor of this shape, float32."""
+    signed = packed.dtype == torch.int8
+    code = packed[..., :GROUP].to(torch.int32)
+    scale = packed[..., GROUP:].clone().view(torch.bfloat16).float()
     levels = 127 if signed else 254
     x = (code.float() / (2 * levels - code.abs()).float()) * scale
     x = x if signed else x * x
-    return torch.where(code == (-128 if signed else 255), torch.nan, x)
+    return _by_weight(torch.where(code == (-128 if signed else 255), torch.nan, x), shape)
+
+
+def _by_group(x: Tensor) -> Tensor:
+    """[.., groups of a row, 32], rows filled up with zeros."""
+    *rows, groups, _ = coded_shape(x.shape)
+    x = x.reshape(math.prod(rows), math.prod(x.shape[len(rows) :]))
+    return torch.nn.functional.pad(x, (0, groups * GROUP - x.shape[1])).view(*rows, groups, GROUP)
+
+
+def _by_weight(groups: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weights that `_by_group` filled up."""
+    *rows, of_row, _ = groups.shape
+    columns = math.prod(shape[len(rows) :])
+    return groups.reshape(math.prod(rows), of_row * GROUP)[:, :columns].reshape(tuple(shape))
 
 
 # ---- gradient norm --------------------------------------------------------------------------------------------------
@@ -363,9 +380,9 @@ def global_index(layout_row: Tensor) -> Tensor:
     """Global index of every local weight of one tensor, int64 [local numel], from its row of the layout table.
 
     Args:
-        layout_row: int64 [13]: base, full sizes [4], local sizes [4], start per dimension [4], right-aligned.
+        layout_row: int64 [14]: base, full sizes [4], local sizes [4], start per dimension [4], right-aligned; columns.
     """
-    base, *sizes = layout_row.tolist()
+    base, *sizes, _ = layout_row.tolist()
     full, local, start = sizes[:4], sizes[4:8], sizes[8:]
     index = torch.zeros(1, dtype=torch.int64)
     for f, n, s in zip(full, local, start, strict=True):

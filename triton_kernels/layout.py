@@ -11,7 +11,7 @@ import triton.language as tl
 from .criterion import float_of_bf16, float_of_fp16
 
 CHUNK = tl.constexpr(16384)
-ROW = tl.constexpr(13)
+ROW = tl.constexpr(14)
 
 TAIL = tl.constexpr(512)
 """Block of the masked path: four weights a thread, so that it needs no more registers than the VECTOR path."""

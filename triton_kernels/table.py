@@ -67,7 +67,7 @@ def check_scalar(name: str, x: Tensor | None, places: Tensor) -> None:
 
 def check_tables(places: Tensor, chunks: Tensor) -> None:
     """Check the shapes of the two tables that every list operator takes."""
-    check_shape("places", places, torch.int64, (*places.shape[:1], 13), places)
+    check_shape("places", places, torch.int64, (*places.shape[:1], 14), places)
     check_shape("chunks", chunks, torch.int64, (*chunks.shape[:1], 2), places)
 
 

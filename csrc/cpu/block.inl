@@ -19,34 +19,46 @@ struct alignas(64) Bits {
   uint32_t values[kBlock];
 };
 
-inline int64_t block_size(const Run& run, int64_t at) { return run.count - at < kBlock ? run.count - at : kBlock; }
+inline int64_t block_size(const Run& run, int64_t at) {
+  if (run.count - at <= kBlock) return run.count - at;
+  if (run.columns % kGroup == 0) return kBlock;
+  const int64_t column = (run.offset + at + kBlock) % run.columns;
+  return kBlock - column % kGroup;
+}
 
 // ---- operands ---------------------------------------------------------------------------------------------------
 
 inline float* in_place(const Span& span, int64_t at) { return static_cast<float*>(span.data) + at; }
 inline uint16_t* halves(const Span& span, int64_t at) { return static_cast<uint16_t*>(span.data) + at; }
 
-inline float load_scale(const Span& span, int64_t group) {
-  uint16_t bits;
-  __builtin_memcpy(&bits, span.scales + 2 * group, 2);
-  return float_of_bf16(bits);
-}
-
-// f(first weight, one past the last, number of the group) for every group of a block, which begins with one.
+// f(first weight, one past the last, codes of the group, how many of them lie before) for every group of a block.
 template <class F>
-inline __attribute__((always_inline)) void for_each_group(int64_t n, const F& f) {
-  for (int64_t begin = 0; begin < n; begin += kGroup) f(begin, begin + kGroup < n ? begin + kGroup : n, begin / kGroup);
+inline __attribute__((always_inline)) void for_each_group(const Span& span, int64_t at, int64_t n, const F& f) {
+  int64_t column = span.column + at;
+  uint8_t* codes = static_cast<uint8_t*>(span.data) - span.column / kGroup * kGroupBytes;
+  codes += (column / span.columns * groups_of(span.columns) + column % span.columns / kGroup) * kGroupBytes;
+  column %= span.columns;
+  for (int64_t begin = 0; begin < n; codes += kGroupBytes) {
+    const int64_t before = column % kGroup;
+    int64_t size = span.columns - column < kGroup - before ? span.columns - column : kGroup - before;
+    size = n - begin < size ? n - begin : size;
+    f(begin, begin + size, codes, before);
+    begin += size;
+    column = column + size == span.columns ? 0 : column + size;
+  }
 }
 
 PINS_BLOCK void load_codes(const Span& span, int64_t at, int64_t n, float* __restrict target) {
-  const uint8_t* __restrict codes = static_cast<const uint8_t*>(span.data) + at;
-  const int8_t* __restrict signed_codes = reinterpret_cast<const int8_t*>(codes);
-  for_each_group(n, [&](int64_t begin, int64_t end, int64_t group) {
-    const float scale = load_scale(span, at / kGroup + group);
+  for_each_group(span, at, n, [&](int64_t begin, int64_t end, const uint8_t* group, int64_t before) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, group + kGroup, 2);
+    const float scale = float_of_bf16(bits);
+    const uint8_t* __restrict codes = group + before;
+    const int8_t* __restrict signed_codes = reinterpret_cast<const int8_t*>(codes);
     if (span.dtype == Dtype::code8) {
-      for (int64_t i = begin; i < end; ++i) target[i] = float_of_code(codes[i], scale);
+      for (int64_t i = 0; i < end - begin; ++i) target[begin + i] = float_of_code(codes[i], scale);
     } else {
-      for (int64_t i = begin; i < end; ++i) target[i] = float_of_signed_code(signed_codes[i], scale);
+      for (int64_t i = 0; i < end - begin; ++i) target[begin + i] = float_of_signed_code(signed_codes[i], scale);
     }
   });
 }
@@ -57,7 +69,7 @@ inline bool is_odd(float x, bool has_sign) {
   return (bits & 0x7fffffffu) >= 0x7f800000u || (!has_sign && bits > 0x80000000u);
 }
 
-// To nearest without random bits. Those of a weight, 16 from `shift` on, make 2^-16 of a level each.
+// Whole groups. To nearest without random bits. Those of a weight, 16 from `shift` on, make 2^-16 of a level each.
 template <bool has_sign>
 PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
                             int shift) {
@@ -65,7 +77,6 @@ PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float
   const float* __restrict source = values;
   float* __restrict magnitude = magnitudes.values;
   float* __restrict part = parts.values;
-  uint8_t* __restrict codes = static_cast<uint8_t*>(span.data) + at;
   for (int64_t i = 0; i < n; ++i) {
     const float x = is_odd(source[i], has_sign) ? 0.0f : abs_of(source[i]);
     magnitude[i] = has_sign ? x : __builtin_sqrtf(x);
@@ -74,7 +85,7 @@ PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float
   if (random) {
     for (int64_t i = 0; i < n; ++i) part[i] = static_cast<float>((random[i] >> shift) & 0xffffu) * 0x1p-16f;
   }
-  for_each_group(n, [&](int64_t begin, int64_t end, int64_t group) {
+  for_each_group(span, at, n, [&](int64_t begin, int64_t end, uint8_t* __restrict codes, int64_t) {
     // Of numbers that are not negative the bits have their order; and integers are compared many at a time.
     uint32_t largest = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -82,13 +93,13 @@ PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float
       largest = bits > largest ? bits : largest;
     }
     const uint16_t stored = bf16_above(float_of(largest));
-    __builtin_memcpy(span.scales + 2 * (at / kGroup + group), &stored, 2);
+    __builtin_memcpy(codes + kGroup, &stored, 2);
     const float scale = float_of_bf16(stored);
     for (int64_t i = begin; i < end; ++i) {
       const float x = source[i];
       const int code =
           has_sign ? signed_code_of(x, magnitude[i], scale, part[i]) : code_of(x, magnitude[i], scale, part[i]);
-      codes[i] = static_cast<uint8_t>(is_odd(x, has_sign) ? (has_sign ? kSignedNanCode : kNanCode) : code);
+      codes[i - begin] = static_cast<uint8_t>(is_odd(x, has_sign) ? (has_sign ? kSignedNanCode : kNanCode) : code);
     }
   });
 }
@@ -97,7 +108,7 @@ PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float
 PINS_BLOCK float* load(const Span& span, int64_t at, int64_t n, Buffer& buffer) {
   if (!span.data) return buffer.values;
   if (span.dtype == Dtype::float32) return in_place(span, at);
-  if (span.scales) {
+  if (span.columns) {
     load_codes(span, at, n, buffer.values);
     return buffer.values;
   }
@@ -226,8 +237,13 @@ inline uint64_t up_to(const uint32_t* keys, uint32_t threshold) {
   return threshold == 0xffffffffu ? ~uint64_t{0} : below(keys, threshold + 1);
 }
 
-// Mask bits to one all-ones or all-zeros word per weight; whole words are read.
-PINS_BLOCK void expand_mask(const uint8_t* mask, int64_t n, uint32_t* keep) {
+// Mask bits from one on to one all-ones or all-zeros word per weight; whole words are read.
+PINS_BLOCK void expand_mask(const uint8_t* mask, int64_t first, int64_t n, uint32_t* keep) {
+  if (first % 32 != 0) {
+    for (int64_t i = 0; i < n; ++i) keep[i] = (mask[(first + i) / 8] >> (first + i) % 8 & 1) ? 0xffffffffu : 0u;
+    return;
+  }
+  mask += first / 8;
   for (int64_t start = 0; start < n; start += 32) {
     uint32_t bits;
     __builtin_memcpy(&bits, mask + start / 8, 4);

@@ -41,14 +41,17 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   inputs.check_outputs({{"ipt", ipt}});
   if (is_set(found_inf)) return;
 
-  const Operand ipt_at(ipt), params_at(params), grads_at(grads);
+  const Operand ipt_at(work, ipt), params_at(work, params), grads_at(work, grads);
   const float* lrs = static_cast<const float*>(lr.const_data_ptr());
   const float count = value_of(accepted);
   const Gradient gradient = gradient_of(grad_scale, clip);
   const Rounding rounding = rounding_of(rng);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
-    kernels().accumulate[kind]({work.run(chunk), ipt_at.at(chunk), params_at.at(chunk), grads_at.at(chunk), gradient,
-                                lrs[chunk.tensor], count, rounding});
+    const Run run = ipt_at.coded() ? work.whole_groups(chunk) : work.run(chunk);
+    if (run.count == 0) return;
+    const Chunk at{chunk.tensor, run.offset};
+    kernels().accumulate[kind](
+        {run, ipt_at.at(at), params_at.at(at), grads_at.at(at), gradient, lrs[chunk.tensor], count, rounding});
   });
 }
 
@@ -83,12 +86,13 @@ Work check_fold(const FoldCall& call, const Tensor* factors) {
 // `fill` adds the operands of the window's score to a chunk's.
 template <class Fill>
 void fold(const FoldCall& call, const Work& work, const Fill& fill) {
-  const Operand mean_at(call.exp_avg_ipt), unc_at(call.exp_avg_unc);
+  const Operand mean_at(work, call.exp_avg_ipt), unc_at(work, call.exp_avg_unc);
   const bool moves = value_of(call.accepted) != 0.0f;
-  const auto fold_chunk = [&](const Chunk& chunk) {
-    if (!moves) return;
+  const auto run_of = [&](const Chunk& chunk) { return mean_at.coded() ? work.whole_groups(chunk) : work.run(chunk); };
+  const auto fold_run = [&](const Run& run, const Chunk& chunk) {
+    if (!moves || run.count == 0) return;
     Fold args{};
-    args.run = work.run(chunk);
+    args.run = run;
     args.exp_avg_ipt = mean_at.at(chunk);
     args.exp_avg_unc = unc_at.at(chunk);
     args.beta1 = static_cast<float>(call.beta1);
@@ -100,14 +104,20 @@ void fold(const FoldCall& call, const Work& work, const Fill& fill) {
     kernels().fold(args);
   };
   if (!call.bracket.has_value() || check_bracket(*call.bracket).resolved) {
-    for_each_chunk(work, [&](const Chunk& chunk, int64_t) { fold_chunk(chunk); });
+    for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
+      const Run run = run_of(chunk);
+      fold_run(run, {chunk.tensor, run.offset});
+    });
     return;
   }
   // A chunk's new states are still in the L2 cache when they are counted.
   const auto count = kernels().count[static_cast<int>(call.exp_avg_unc.empty() ? Score::identity : Score::product)];
   count_chunks(work, *call.bracket, *call.counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
-    fold_chunk(chunk);
-    count({work.run(chunk), mean_at.at(chunk), unc_at.at(chunk)}, bounds, tally);
+    const Run run = run_of(chunk);
+    const Chunk at{chunk.tensor, run.offset};
+    if (run.count == 0) return;
+    fold_run(run, at);
+    count({run, mean_at.at(at), unc_at.at(at)}, bounds, tally);
   });
 }
 
@@ -119,7 +129,7 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
   check_list("ipt", ipt, work.tensors(), kCpu, kCpuStateDtypes);
   check_same_dtype("ipt", ipt, "exp_avg_ipt", exp_avg_ipt);
   check_numel("ipt", ipt, work.numel);
-  const Operand ipt_at(ipt);
+  const Operand ipt_at(work, ipt);
   fold(call, work, [&](Fold& args, const Chunk& chunk) { args.ipt = ipt_at.at(chunk); });
 }
 
@@ -137,7 +147,7 @@ void fold_moments_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const
   }
   check_moments(exp_avg, exp_avg_sq);
   check_shape("factors", factors, {static_cast<int64_t>(work.tensors()), 3}, ScalarType::Float, kCpu);
-  const Operand params_at(params), mean_at(exp_avg), square_at(exp_avg_sq);
+  const Operand params_at(work, params), mean_at(work, exp_avg), square_at(work, exp_avg_sq);
   const float* rows = static_cast<const float*>(factors.const_data_ptr());
   fold(call, work, [&](Fold& args, const Chunk& chunk) {
     args.params = params_at.at(chunk);

@@ -12,8 +12,8 @@ template <Criterion criterion>
 void accumulate(const Accumulate& args) {
   Buffer ipt_buffer, p_buffer, g_buffer;
   Bits random;
-  for (int64_t at = 0; at < args.run.count; at += kBlock) {
-    const int64_t n = block_size(args.run, at);
+  for (int64_t at = 0, n; at < args.run.count; at += n) {
+    n = block_size(args.run, at);
     float* ipt = load(args.ipt, at, n, ipt_buffer);
     const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
     const float* p = criterion == Criterion::precomputed ? g : load(args.params, at, n, p_buffer);
@@ -58,8 +58,8 @@ PINS_BLOCK const float* load_ipt(const Fold& args, int64_t at, int64_t n, Buffer
 void fold(const Fold& args) {
   Buffer mean_buffer, unc_buffer, ipt_buffer;
   Bits random;
-  for (int64_t at = 0; at < args.run.count; at += kBlock) {
-    const int64_t n = block_size(args.run, at);
+  for (int64_t at = 0, n; at < args.run.count; at += n) {
+    n = block_size(args.run, at);
     float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
     float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
     const float* ipt = load_ipt(args, at, n, ipt_buffer);

@@ -16,9 +16,9 @@ enum class Dtype : int { float32, bfloat16, float16, code8, signed8 };
 
 // One operand of a chunk, at the chunk's first weight. No data: the operand is not wanted.
 struct Span {
-  void* data = nullptr;
+  void* data = nullptr;  // of 8-bit storage: the group of the first weight
   Dtype dtype = Dtype::float32;
-  uint8_t* scales = nullptr;  // of 8-bit storage: that of the group of the first weight
+  int64_t columns = 0, column = 0;  // of 8-bit storage: of a row, and that of the first weight
 };
 
 // The weights of a chunk: `count` from local index `offset` on of the tensor with this row of places.
@@ -26,6 +26,7 @@ struct Run {
   const int64_t* place;
   int64_t offset;
   int64_t count;
+  int64_t columns = 0;  // of a row, where blocks must hold whole groups of 8-bit storage
 };
 
 struct Rounding {
@@ -95,7 +96,7 @@ struct Inside {
 struct Update {
   Run run;
   Span params, grads, first, second, ipt, shadow;
-  const uint8_t* mask;  // at the chunk's first weight, or null
+  const uint8_t* mask;  // of the whole tensor, or null
   const float* hyper;   // the tensor's row
   Gradient gradient;
   float accepted;

@@ -44,7 +44,8 @@ Scored check_scores(const Work& work, const Tensors& a, const Tensors& b, const 
   }
   check_numel("a", a, work.numel);
   check_numel("b", b, work.numel);
-  return {kind, Operand(a), Operand(b), fisher ? static_cast<const float*>(factors->const_data_ptr()) : nullptr};
+  return {kind, Operand(work, a), Operand(work, b),
+          fisher ? static_cast<const float*>(factors->const_data_ptr()) : nullptr};
 }
 
 // Position in [0, 1) inside a stratum: a hash of its number, so that regular weights meet no regular grid.

@@ -19,8 +19,8 @@ void load_keys(const Scores& scores, int64_t at, int64_t n, Buffer& a_buffer, Bu
 template <Score score>
 void keys(const Scores& scores, uint32_t* target) {
   Buffer a_buffer, b_buffer;
-  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
-    const int64_t n = block_size(scores.run, at);
+  for (int64_t at = 0, n; at < scores.run.count; at += n) {
+    n = block_size(scores.run, at);
     const float* a = load(scores.a, at, n, a_buffer);
     const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
     keys_block<score>(a, b, scores.factor, n, target + at);
@@ -61,8 +61,8 @@ void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
   Bits block;
   Pending pending;
   const bool one_key = bracket.lo == bracket.hi;
-  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
-    const int64_t n = block_size(scores.run, at);
+  for (int64_t at = 0, n; at < scores.run.count; at += n) {
+    n = block_size(scores.run, at);
     load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
@@ -88,8 +88,8 @@ int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uin
   Buffer a_buffer, b_buffer;
   Bits block;
   int64_t size = 0;
-  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
-    const int64_t n = block_size(scores.run, at);
+  for (int64_t at = 0, n; at < scores.run.count; at += n) {
+    n = block_size(scores.run, at);
     load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
@@ -109,8 +109,8 @@ template <Score score>
 void pack(const Scores& scores, const Pack& args, PackStats& stats) {
   Buffer a_buffer, b_buffer;
   Bits block;
-  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
-    const int64_t n = block_size(scores.run, at);
+  for (int64_t at = 0, n; at < scores.run.count; at += n) {
+    n = block_size(scores.run, at);
     load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
@@ -135,8 +135,8 @@ int64_t pack_around(const Scores& scores, const Bracket& bracket, uint8_t* mask,
   Buffer a_buffer, b_buffer;
   Bits block;
   int64_t size = 0;
-  for (int64_t at = 0; at < scores.run.count; at += kBlock) {
-    const int64_t n = block_size(scores.run, at);
+  for (int64_t at = 0, n; at < scores.run.count; at += n) {
+    n = block_size(scores.run, at);
     load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;

@@ -15,9 +15,10 @@ void masked_update(const UpdateCall& call, void (*const (&table)[count])(const U
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   if (is_set(call.found_inf)) return;
-  const Operand params_at(call.params), grads_at(call.grads), first_at(call.moments[0].tensors),
-      second_at(call.moments.size() > 1 ? call.moments[1].tensors : Tensors{}), ipt_at(call.ipt),
-      shadow_at(call.shadow);
+  const Operand params_at(work, call.params), grads_at(work, call.grads), first_at(work, call.moments[0].tensors),
+      second_at(work, call.moments.size() > 1 ? call.moments[1].tensors : Tensors{}), ipt_at(work, call.ipt),
+      shadow_at(work, call.shadow);
+  const bool coded = first_at.coded() || second_at.coded() || ipt_at.coded();
   const Masks masks_at(call.masks);
   const float* hyper = static_cast<const float*>(call.hyper.const_data_ptr());
   const float accepted = value_of(call.accepted);
@@ -25,9 +26,11 @@ void masked_update(const UpdateCall& call, void (*const (&table)[count])(const U
   const Rounding rounding = rounding_of(call.rng);
   const auto kernel = table[call.ipt.empty() ? kNoCriterion : criterion];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
-    kernel({work.run(chunk), params_at.at(chunk), grads_at.at(chunk), first_at.at(chunk), second_at.at(chunk),
-            ipt_at.at(chunk), shadow_at.at(chunk), masks_at.at(chunk), hyper + 8 * chunk.tensor, gradient, accepted,
-            call.clear_state, rounding});
+    const Run run = coded ? work.whole_groups(chunk) : work.run(chunk);
+    if (run.count == 0) return;
+    const Chunk at{chunk.tensor, run.offset};
+    kernel({run, params_at.at(at), grads_at.at(at), first_at.at(at), second_at.at(at), ipt_at.at(at), shadow_at.at(at),
+            masks_at.of(chunk.tensor), hyper + 8 * chunk.tensor, gradient, accepted, call.clear_state, rounding});
   });
 }
 
@@ -51,7 +54,7 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
   check_list("masks", masks, work.tensors(), kCpu, {ScalarType::Byte});
   check_masks(masks, work.numel);
   Inputs{{"places", &places}, {"chunks", &chunks}}.check_outputs({{"params", params}});
-  const Operand params_at(params);
+  const Operand params_at(work, params);
   const Masks masks_at(masks);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     kernels().apply_mask({params_at.at(chunk), work.run(chunk).count, masks_at.at(chunk)});

@@ -50,8 +50,8 @@ void masked_update(const Update& args) {
   Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer, next;
   Bits keep, random, moment_random;
   const bool rounds = args.params.dtype == Dtype::bfloat16 || args.ipt.dtype == Dtype::bfloat16;
-  for (int64_t at = 0; at < args.run.count; at += kBlock) {
-    const int64_t n = block_size(args.run, at);
+  for (int64_t at = 0, n; at < args.run.count; at += n) {
+    n = block_size(args.run, at);
     if (rounds) random_block(args.run, at, n, args.rounding, random.values);
     const float* p = load(args.params, at, n, p_buffer);
     const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
@@ -66,7 +66,7 @@ void masked_update(const Update& args) {
     }
     store_state(args.shadow, at, n, next.values, random.values, 16);
     if (args.mask) {
-      expand_mask(args.mask + at / 8, n, keep.values);
+      expand_mask(args.mask, args.run.offset + at, n, keep.values);
       mask_block(next.values, keep.values, n);
       if (args.clear_state) {
         mask_block(first, keep.values, n);
@@ -87,7 +87,7 @@ void apply_mask(const ApplyMask& args) {
   Bits keep;
   for (int64_t at = 0; at < args.count; at += kBlock) {
     const int64_t n = args.count - at < kBlock ? args.count - at : kBlock;
-    expand_mask(args.mask + at / 8, n, keep.values);
+    expand_mask(args.mask, at, n, keep.values);
     if (args.params.dtype == Dtype::float32) {
       mask_block(in_place(args.params, at), keep.values, n);
     } else {

@@ -25,6 +25,16 @@ struct Work {
     int64_t left = numel[chunk.tensor] - chunk.offset;
     return {&places[chunk.tensor].base, chunk.offset, left < kChunk ? left : kChunk};
   }
+
+  // Of 8-bit storage that is written: the groups that begin in the chunk.
+  Run whole_groups(const Chunk& chunk) const {
+    Run run = this->run(chunk);
+    const int64_t end = run.offset + run.count;
+    run.columns = places[chunk.tensor].columns;
+    run.offset = next_group(run.columns, run.offset);
+    run.count = next_group(run.columns, end) - run.offset;
+    return run;
+  }
 };
 
 // The global index past a full tensor's last weight; refuses a row that lies outside its full tensor or overflows.
@@ -71,7 +81,7 @@ inline Work check_work(const Tensor& places, const Tensor& chunks) {
 // One operand of the list: addresses by tensor. An empty list gives empty spans.
 class Operand {
  public:
-  explicit Operand(const Tensors& tensors) {
+  Operand(const Work& work, const Tensors& tensors) : places_(work.places) {
     if (tensors.empty()) return;
     ScalarType dtype = tensors[0].scalar_type();
     dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16
@@ -80,23 +90,36 @@ class Operand {
              : dtype == ScalarType::Char   ? Dtype::signed8
                                            : Dtype::float32;
     data_.reserve(tensors.size());
-    for (const Tensor& tensor : tensors) {
-      data_.push_back(static_cast<char*>(tensor.data_ptr()));
-      if (is_coded(dtype)) scales_.push_back(data_.back() + tensor.numel() / (kGroup + 2) * kGroup);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      data_.push_back(static_cast<char*>(tensors[i].data_ptr()));
+      if (coded()) check_rows(tensors[i], i);
     }
   }
 
-  Span at(const Chunk& chunk) const {
+  bool coded() const { return dtype_ == Dtype::code8 || dtype_ == Dtype::signed8; }
+
+  Span at(int64_t tensor, int64_t offset) const {
     if (data_.empty()) return {};
-    if (!scales_.empty()) {
-      char* scale = scales_[chunk.tensor] + chunk.offset / kGroup * 2;
-      return {data_[chunk.tensor] + chunk.offset, dtype_, reinterpret_cast<uint8_t*>(scale)};
+    if (coded()) {
+      const int64_t columns = places_[tensor].columns, column = offset % columns;
+      const int64_t group = offset / columns * groups_of(columns) + column / kGroup;
+      return {data_[tensor] + group * kGroupBytes, dtype_, columns, column};
     }
-    return {data_[chunk.tensor] + chunk.offset * (dtype_ == Dtype::float32 ? 4 : 2), dtype_};
+    return {data_[tensor] + offset * (dtype_ == Dtype::float32 ? 4 : 2), dtype_};
   }
+  Span at(const Chunk& chunk) const { return at(chunk.tensor, chunk.offset); }
 
  private:
-  std::vector<char*> data_, scales_;
+  // Of a checked list: its rows are those of the table.
+  void check_rows(const Tensor& tensor, size_t i) const {
+    const int64_t weights = numel_of(places_[i]), columns = places_[i].columns;
+    const bool fits = weights == 0 || (columns > 0 && weights % columns == 0 && tensor.size(-2) == groups_of(columns));
+    PINS_CHECK(fits, item("places", i), " has rows of ", columns, " weights, other ones than its 8-bit storage of ",
+               joined(tensor.sizes()));
+  }
+
+  const Place* places_;
+  std::vector<char*> data_;
   Dtype dtype_ = Dtype::float32;
 };
 
@@ -109,6 +132,7 @@ class Masks {
   }
 
   uint8_t* at(const Chunk& chunk) const { return data_.empty() ? nullptr : data_[chunk.tensor] + chunk.offset / 8; }
+  uint8_t* of(int64_t tensor) const { return data_.empty() ? nullptr : data_[tensor]; }
 
  private:
   std::vector<uint8_t*> data_;

@@ -15,11 +15,11 @@ from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket, grouped
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
-from pins_ext.ops.coded import CODED, coded_bytes, decode, encode, is_coded, new_state
+from pins_ext.ops.coded import CODED, by_group, check_cut, coded_bytes, coded_shape, decode, encode, is_coded, new_state
 from pins_ext.ops.cpu import cpu_capability, stream_
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
-from pins_ext.ops.layout import CHUNK, Layout, Shard, Subsets
+from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.rounding import rounding_key
@@ -49,6 +49,7 @@ __all__ = [
     "CHUNK",
     "CODED",
     "CRITERIA",
+    "GROUP",
     "MAX_INDEX",
     "MAX_KEY",
     "SAMPLES",
@@ -63,8 +64,11 @@ __all__ = [
     "apply_mask_",
     "bracket_around",
     "bracket_of",
+    "by_group",
+    "check_cut",
     "clip_factor",
     "coded_bytes",
+    "coded_shape",
     "collect_",
     "count_",
     "cpu_capability",

@@ -35,7 +35,7 @@ def accumulate_(
             mean score of the window; written.
         params: float32, bfloat16 or float16 [n tensors], weights before the step; empty for the criterion precomputed.
         grads: [n tensors], gradients in the dtype of params.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         lr: float32 [n], learning rate of the coming step for each tensor.
         accepted: float32 [1], gradients accepted in this window before this one.
@@ -94,7 +94,7 @@ def fold_(
             average of the score; written.
         exp_avg_unc: [n tensors], average of its deviation, in the dtype of exp_avg_ipt; written. Empty for none.
         ipt: [n tensors], mean score of the window, in the dtype of exp_avg_ipt.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         accepted: float32 [1], gradients accepted in this window; at 0 the averages stay as they are.
         rng: int64 [2], `rounding_key`; read for bfloat16 averages alone.
@@ -157,7 +157,7 @@ def fold_moments_(
         params: float32, bfloat16 or float16 [n tensors], weights.
         exp_avg: float32, bfloat16 or float16 [n tensors], AdamW's first moment, not corrected for its bias.
         exp_avg_sq: [n tensors], its second moment, not corrected, in the dtype of exp_avg.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         factors: float32 [n, 3]: learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t), with AdamW's betas.
         accepted: float32 [1], gradients accepted in this window; at 0 the averages stay as they are.

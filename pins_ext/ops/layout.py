@@ -15,6 +15,10 @@ CHUNK = 16384
 """Weights per row of a work list; csrc/layout.inl kChunk and triton_kernels/criterion.py say the same."""
 
 
+GROUP = 32
+"""Weights of a row that share a scale in 8-bit storage; csrc/layout.inl kGroup."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Where a local tensor lies in its full, unsharded tensor.
@@ -32,7 +36,8 @@ class Layout:
     """The places of a list of tensors among all weights: the `places` and `chunks` arguments of every list operator.
 
     Attributes:
-        places: int64 [n, 13]: global base, full sizes [4], local sizes [4], start per dimension [4].
+        places: int64 [n, 14]: global base, full sizes [4], local sizes [4], start per dimension [4], weights of a row
+            of the local tensor (ops.coded_shape).
         chunks: int64 [m, 2]: (tensor, local offset).
         total: number of weights of all full tensors: the global index of the end.
     """
@@ -57,9 +62,9 @@ class Layout:
         places = []
         for i, tensor in enumerate(tensors):
             full, local, start = _collapse(tuple(tensor.shape), shards[i] if shards else None)
-            places.append([base, *full, *local, *start])
+            places.append([base, *full, *local, *start, columns_of(tensor.shape, shards[i] if shards else None)])
             base += math.prod(full)
-        return _laid_out(torch.tensor(places, dtype=torch.int64).reshape(-1, 13), base, device)
+        return _laid_out(torch.tensor(places, dtype=torch.int64).reshape(-1, 14), base, device)
 
     def subset(self, indices: Sequence[int]) -> Layout:
         """The layout of some of the tensors, in this order, at their own global indices.
@@ -82,7 +87,7 @@ class Layout:
             i: the tensor.
             offset: int64, flat indices in its local part.
         """
-        base, *sizes = self._host_places[i].tolist()
+        base, *sizes, _ = self._host_places[i].tolist()
         full, local, start = sizes[:4], sizes[4:8], sizes[8:]
         index, stride = torch.full_like(offset, base), 1
         for f, n, s in zip(reversed(full), reversed(local), reversed(start), strict=True):
@@ -125,6 +130,28 @@ def _laid_out(places: Tensor, total: int, device: torch.device) -> Layout:
         chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
     work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
     return Layout(to_device(places, device), to_device(work, device), total, places)
+
+
+def columns_of(local: Sequence[int], shard: Shard | None = None) -> int:
+    """Weights of a row of a local tensor: groups of 8-bit storage lie inside it.
+
+    Args:
+        local: its shape.
+        shard: where it lies in its full tensor; None where it is whole.
+    """
+    return math.prod(local[row_dims(shard.full if shard else local) :])
+
+
+def row_dims(full: Sequence[int]) -> int:
+    """How many leading dimensions of a full tensor count its rows.
+
+    A row is what the last dimension counts, or as many of the last ones as hold a group of 8-bit storage, but the first
+    is left out. A tensor of one dimension is one row.
+    """
+    first = max(len(full) - 1, 0)
+    while first > 1 and math.prod(full[first:]) < GROUP:
+        first -= 1
+    return first
 
 
 def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, ...], ...]:

@@ -68,7 +68,7 @@ def pack_(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         threshold: int64 [1, 2] or [n, 2], (order key, tie index) for all tensors or for each, from `select`.
@@ -110,7 +110,7 @@ def pack_around_(
             float16.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         bracket: int64 [5]: lowest and highest key, width of a bin as a shift, rank of the weight looked for among those
@@ -137,7 +137,7 @@ def apply_mask_(
     Args:
         params: float32, bfloat16 or float16 [n tensors], weights; written.
         masks: uint8 [n tensors of `mask_bytes`].
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         pointers: int64 [2, n], on a GPU: addresses of params and masks; None to look them up, except while a CUDA graph
             is captured.

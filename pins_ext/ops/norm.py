@@ -36,7 +36,7 @@ def sum_of_squares(
 
     Args:
         tensors: float32, bfloat16 or float16 [n tensors].
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         pointers: int64 [1, n], on a GPU: addresses of the tensors; None to look them up, except while a CUDA graph is
             captured.

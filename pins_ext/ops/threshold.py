@@ -30,7 +30,7 @@ def sample(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         size: how many keys, at least 1.
@@ -70,7 +70,7 @@ def count_(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         bracket: int64 [5]: lowest and highest key, width of a bin as a shift, rank of the weight looked for among those
@@ -110,7 +110,7 @@ def collect_(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         bracket: int64 [5]: lowest and highest key, width of a bin as a shift, rank of the weight looked for among those
@@ -155,7 +155,7 @@ def tie_index(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         bracket: int64 [5]: lowest and highest key, width of a bin as a shift, rank of the weight looked for among those
@@ -288,7 +288,7 @@ def select(
             float16; on the CPU also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         n_prune: int64, one element, how many weights to prune.

@@ -39,7 +39,7 @@ class PointerTables:
 
         Args:
             use: what for; one table is kept for each.
-            places: int64 [n, 13], see Layout.
+            places: int64 [n, 14], see Layout.
             lists: n tensors each, or none.
         """
         if not self.read_on(places.device):

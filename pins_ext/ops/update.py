@@ -45,7 +45,7 @@ def masked_adamw_(
             Empty for none.
         grads: [n tensors], gradients in the dtype of params.
         masks: uint8 [n tensors of `mask_bytes`], a bit of 1 for each weight that is kept. Empty to mask nothing.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         hyper: float32 [n, 8]: lr, 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, -lr / (1 - beta1^t),
             sqrt(1 - beta2^t), eps; each best computed in float64 and rounded once.
@@ -120,7 +120,7 @@ def masked_sgd_(
             Empty for none.
         grads: [n tensors], gradients in the dtype of params.
         masks: uint8 [n tensors of `mask_bytes`], a bit of 1 for each weight that is kept. Empty to mask nothing.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         hyper: float32 [n, 8]: lr, weight_decay, momentum, 1 - dampening, 1 at the first step (b becomes g) or 0, 1 for
             Nesterov's momentum or 0, -lr, 0.

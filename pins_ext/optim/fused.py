@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class FusedOptimizer(Optimizer):
         """As torch.optim's, but moments keep the dtype of this optimizer: torch's would cast them to the weights'."""
         given: list[dict[str, Any]] = []
         # Behind every hook that may change what is loaded.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
+        handle = self.register_load_state_dict_pre_hook(partial(_take_given, given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -151,7 +152,7 @@ class FusedOptimizer(Optimizer):
             for name, value in given[0]["state"].get(i, {}).items():
                 if name == "step" or not isinstance(value, Tensor):
                     continue
-                if value.shape == p.shape or ops.is_coded(value, p.numel()):
+                if value.shape == p.shape or ops.is_coded(value, p.shape):
                     self.state[p][name] = _converted(value, p, self._storage(p, name))
 
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
@@ -395,13 +396,27 @@ def _check_storage(p: Tensor, dtypes: Iterable[torch.dtype]) -> None:
         )
 
 
+def _take_given(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+    """Keep what is loaded; refuse, before anything changes, 8-bit moments that are not the parameter's."""
+    given.append(loaded)
+    saved = [i for group in loaded["param_groups"] for i in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(saved, own, strict=False):  # torch's own check of their number follows
+        for name, value in loaded["state"].get(i, {}).items():
+            if isinstance(value, Tensor) and value.dtype in ops.CODED and not ops.is_coded(value, p.shape):
+                raise ValueError(
+                    f"state[{i}][{name!r}] is {tuple(value.shape)} in 8 bits, and {ops.coded_shape(p.shape)} for a "
+                    f"parameter of shape {tuple(p.shape)}: another parameter's, or an earlier version's"
+                )
+
+
 def _converted(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A loaded moment of a parameter, in this storage."""
     _check_storage(p, [dtype])
     if moment.dtype == dtype:
         return moment.to(p.device)
     if moment.dtype in ops.CODED:
-        moment = ops.decode(moment.cpu(), p.numel()).view(p.shape)
+        moment = ops.decode(moment, p.shape)
     return ops.encode(moment, dtype) if dtype in ops.CODED else moment.to(p.device, dtype)
 
 

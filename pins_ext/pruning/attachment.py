@@ -239,9 +239,9 @@ class Slot(ABC):
         for i in indices:
             p = self.parameters[i]
             for name, state in self.optimizer.state[p].items():
-                if isinstance(state, Tensor) and ops.is_coded(state, p.numel()):
+                if isinstance(state, Tensor) and ops.is_coded(state, p.shape):
                     # Code 0 is zero, and the scale stays: no other weight's moment changes.
-                    state[: p.numel()] *= ops.unpack_bits((bits or self.masks.bits)[i], (p.numel(),))
+                    state[..., : ops.GROUP] *= ops.by_group(ops.unpack_bits((bits or self.masks.bits)[i], p.shape))
                 elif isinstance(state, Tensor) and state.shape == p.shape:
                     states.setdefault(name, []).append((i, local(state)))
         for name, entries in states.items():

@@ -54,15 +54,16 @@ def state_names(config: PruneConfig) -> list[str]:
     return [name for name, wanted in kept.items() if wanted]
 
 
-def state_bytes(config: PruneConfig, numel: int, element: int) -> int:
+def state_bytes(config: PruneConfig, shape: Sequence[int], element: int) -> int:
     """Bytes of all states of a pruned tensor.
 
     Args:
         config: says which states there are.
-        numel: weights.
+        shape: of the tensor.
         element: bytes of one weight.
     """
-    one = ops.coded_bytes(numel) if config.dtype in ops.CODED else numel * config.dtype.itemsize
+    numel = math.prod(shape)
+    one = ops.coded_bytes(shape) if config.dtype in ops.CODED else numel * config.dtype.itemsize
     return sum(numel * element if name == "shadow" else one for name in state_names(config))
 
 

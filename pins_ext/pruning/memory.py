@@ -16,7 +16,7 @@ from pins_ext.pruning.importance import state_bytes
 Shape = tuple[int, ...]
 
 _FLOAT32 = 4
-_ROW, _CHUNK = 13 * 8, 2 * 8
+_ROW, _CHUNK = 14 * 8, 2 * 8
 """Bytes of a tensor's row and of a chunk in a layout."""
 
 
@@ -34,7 +34,7 @@ def _adafactor(shape: Shape, size: int) -> int:
 MOMENTS: dict[str, Callable[[Shape, int], int]] = {
     "float32": lambda shape, size: 8 * math.prod(shape),
     "bfloat16": lambda shape, size: 4 * math.prod(shape),
-    "8bit": lambda shape, size: 2 * ops.coded_bytes(math.prod(shape)),
+    "8bit": lambda shape, size: 2 * ops.coded_bytes(shape),
 }
 """PinsAdamW's moment_dtype -> bytes of both moments of a parameter."""
 
@@ -133,7 +133,7 @@ def memory(
         gradients=gradients,
         buckets=gradients if shards == 1 and ranks > 1 else 0,
         moments=sum(state_of(_local(p, shards), p.element_size()) for p in learning),
-        statistics=sum(state_bytes(config, n, size) for n, (_, size) in zip(sizes, shapes, strict=True)),
+        statistics=sum(state_bytes(config, shape, size) for shape, size in shapes),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
         selection=_selection(sizes),

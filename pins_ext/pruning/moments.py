@@ -91,7 +91,7 @@ def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) ->
         moment = state.get(kind)
         alike = isinstance(moment, Tensor) and moment.shape == p.shape and is_dtensor(moment) == is_dtensor(p)
         plain = alike and type(local(moment)) is Tensor and moment.is_floating_point()
-        plain = plain or (type(moment) is Tensor and ops.is_coded(moment, p.numel()))
+        plain = plain or (type(moment) is Tensor and ops.is_coded(moment, p.shape))
         if not plain:
             got = "none" if moment is None else f"a {type(moment).__name__} of shape {tuple(moment.shape)}"
             raise ValueError(

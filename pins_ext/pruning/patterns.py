@@ -217,7 +217,7 @@ def _plain(score: Operands, operand: Tensor, i: int) -> Tensor:
     """One tensor's operand in float32."""
     if operand.dtype not in ops.CODED:
         return operand.float()
-    return ops.decode(operand, score.shapes[i].numel()).view(score.shapes[i])
+    return ops.decode(operand, score.shapes[i])
 
 
 def eligible(weights: Tensor, fit: Fit) -> Tensor:

@@ -74,7 +74,7 @@ def plan(
         final_sparsity=zeros / n,
         remainder=scopes.remainder(schedule.final_ratio),
         patterns=dict(pattern_sizes(parameters, fits)),
-        state_bytes=sum(state_bytes(config, p.numel(), p.element_size()) for p in parameters.values()),
+        state_bytes=sum(state_bytes(config, p.shape, p.element_size()) for p in parameters.values()),
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
         view_bytes=_view_bytes(config, zeros, parameters),
         schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),

@@ -346,7 +346,7 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         "x must have at most 32768 columns, got 40000",
     ),
     "sample size": ("sample", 5, 0, "size must be at least 1, got 0"),
-    "places columns": ("apply_mask_", 2, PLACES[:, :12].clone(), r"places must have shape \(3, 13\), got \(3, 12\)"),
+    "places columns": ("apply_mask_", 2, PLACES[:, :13].clone(), r"places must have shape \(3, 14\), got \(3, 13\)"),
     "place": ("apply_mask_", 2, replaced(2, 12, 1), r"places\[2\] puts 700 at 1 of 700 in dimension 3"),
     "place at a start past any size": (
         "apply_mask_",

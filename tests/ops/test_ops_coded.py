@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import pytest
 import torch
 from cases import LISTS, assert_all_same, clones, index_of, masks_of, rng_of, tensors
@@ -12,24 +15,43 @@ from pins_ext import ops
 from pins_ext import reference as ref
 
 pins = torch.ops.pins_ext
-SIZES = [1, 0, 31, 32, 33, 65, 511, 2 * 16384 + 77]
+SHAPES: list[tuple[int, ...]] = [
+    *((n,) for n in (1, 0, 31, 32, 33, 65, 511, 2 * 16384 + 77)),
+    # Groups that begin anew in every row, across the ends of blocks and chunks; rows of several dimensions.
+    *((1, 1), (7, 33), (300, 65), (3, 16384), (1030, 31), (40, 2), (6, 5, 3, 3), (3, 5, 33), (4, 0)),
+]
 VALUES = ("normal", "special", "zeros", "equal", "spread")
 
 
-def values_of(sizes: list[int], values: str, seed: int = 0, signed: bool = False) -> list[Tensor]:
+def weights(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, values: str = "normal", seed: int = 0
+) -> list[Tensor]:
+    """One tensor per shape, see cases.tensors."""
+    made = tensors([math.prod(shape) for shape in shapes], dtype, values, seed)
+    return [x.view(shape) for x, shape in zip(made, shapes, strict=True)]
+
+
+def values_of(shapes: Sequence[tuple[int, ...]], values: str, seed: int = 0, signed: bool = False) -> list[Tensor]:
     """float32, not negative unless `signed`; "spread": many octaves within a group."""
     if values == "spread":
-        made = tensors(sizes, torch.float32, seed=seed)
-        made = [x * torch.exp2(8 * y) for x, y in zip(made, tensors(sizes, torch.float32, seed=seed + 50), strict=True)]
+        made = weights(shapes, torch.float32, seed=seed)
+        other = weights(shapes, torch.float32, seed=seed + 50)
+        made = [x * torch.exp2(8 * y) for x, y in zip(made, other, strict=True)]
     else:
-        made = tensors(sizes, torch.float32, values, seed=seed)
+        made = weights(shapes, torch.float32, values, seed=seed)
     return made if signed or values == "special" else [x.abs() for x in made]
+
+
+def plain_of(groups: Tensor, like: Tensor) -> Tensor:
+    """Of values [.., groups, 32] those of the weights."""
+    rows, columns = math.prod(groups.shape[:-2]), like.numel() // max(math.prod(groups.shape[:-2]), 1)
+    return groups.reshape(rows, groups.shape[-2] * 32)[:, :columns].reshape(like.shape)
 
 
 def placed(packed: Tensor, misaligned: bool = False) -> Tensor:
     """A copy, one byte after an address of whole words."""
     storage = torch.empty(packed.numel() + 1, dtype=packed.dtype)
-    return storage[int(misaligned) :][: packed.numel()].copy_(packed)
+    return storage[int(misaligned) :][: packed.numel()].view(packed.shape).copy_(packed)
 
 
 def coded(values: list[Tensor], signed: bool = False, misaligned: bool = False) -> list[Tensor]:
@@ -45,16 +67,16 @@ def assert_same_bytes(actual: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_decoding_is_near_and_keeps_zeros_and_odd_values(values: str, signed: bool) -> None:
-    for x in values_of(SIZES, values, signed=signed):
+    for x in values_of(SHAPES, values, signed=signed):
         packed = ref.encode(x, signed)
-        assert packed.numel() == ref.coded_bytes(x.numel())
-        back = ref.decode(packed, x.numel())
+        assert packed.shape == ref.coded_shape(x.shape) == ops.coded_shape(x.shape)
+        back = ref.decode(packed, x.shape)
         odd = ~x.isfinite() | ((x < 0) & (not signed))
         assert torch.equal(back.isnan(), odd)
         assert not back[(x == 0) & ~odd].any()
-        sound, largest = torch.where(odd, 0.0, x).abs(), torch.zeros(-(-x.numel() // 32) * 32)
-        largest[: x.numel()] = sound
-        largest = largest.view(-1, 32).amax(1).repeat_interleave(32)[: x.numel()]
+        sound = torch.where(odd, 0.0, x).abs()
+        groups = ops.by_group(sound)
+        largest = plain_of(groups.amax(-1, keepdim=True).expand_as(groups), x)
         error = (back.nan_to_num() - torch.where(odd, 0.0, x)).abs()
         if signed:
             # A step of the code at q is (1 + q)² / 254 of the scale, which is at most 1 % above the largest.
@@ -69,13 +91,13 @@ def test_decoding_is_near_and_keeps_zeros_and_odd_values(values: str, signed: bo
 @pytest.mark.parametrize("values", VALUES)
 def test_a_state_is_stored_and_read_as_the_reference_says(values: str, misaligned: bool) -> None:
     """The first score of a window replaces what ipt holds; then the mean of two."""
-    first, then = values_of(SIZES, values, 1), values_of(SIZES, values, 2)
+    first, then = values_of(SHAPES, values, 1), values_of(SHAPES, values, 2)
     ipt = coded([torch.zeros_like(x) for x in first], misaligned=misaligned)
     layout = ops.Layout.of(first)
-    tables = (layout.places, layout.chunks, torch.zeros(len(SIZES)))
+    tables = (layout.places, layout.chunks, torch.zeros(len(SHAPES)))
     pins.accumulate_(ipt, [], first, *tables, torch.zeros(1), rng_of(0), "precomputed")
     assert_same_bytes(ipt, [ref.encode(x) for x in first])
-    before = [ref.decode(i, x.numel()) for i, x in zip(ipt, first, strict=True)]
+    before = [ref.decode(i, x.shape) for i, x in zip(ipt, first, strict=True)]
     pins.accumulate_(ipt, [], then, *tables, torch.ones(1), rng_of(0), "precomputed")
     means = [ref.next_ipt("precomputed", i, c, 1) for i, c in zip(before, then, strict=True)]
     assert_same_bytes(ipt, [ref.encode(x) for x in means])
@@ -84,11 +106,11 @@ def test_a_state_is_stored_and_read_as_the_reference_says(values: str, misaligne
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("beta2", [0.95, 1.0])
 def test_fold_and_the_selection_that_follows(values: str, beta2: float) -> None:
-    mean, unc, ipt = (values_of(SIZES, values, s) for s in (1, 2, 3))
+    mean, unc, ipt = (values_of(SHAPES, values, s) for s in (1, 2, 3))
     states = [coded(x, misaligned=True) for x in (mean, unc, ipt)]
     layout = ops.Layout.of(mean)
     tables = (layout.places, layout.chunks)
-    was = [[ref.decode(s, x.numel()) for s, x in zip(state, mean, strict=True)] for state in states]
+    was = [[ref.decode(s, x.shape) for s, x in zip(state, mean, strict=True)] for state in states]
     expected = [ref.fold(m, u if beta2 < 1 else None, i, 0.85, beta2) for m, u, i in zip(*was, strict=True)]
     bracket, counts = torch.tensor([0, 2**32 - 1, 16, 0, 0]), torch.zeros(1 + ops.BINS, dtype=torch.int64)
     given = states[1] if beta2 < 1 else []
@@ -103,10 +125,16 @@ def test_fold_and_the_selection_that_follows(values: str, beta2: float) -> None:
     assert torch.equal(counts[1:], torch.bincount(keys >> 16, minlength=ops.BINS))
 
 
+def plain(packed: Tensor, numel: int) -> Tensor:
+    """float32 [numel]."""
+    rows = packed.shape[:-2]
+    return ref.decode(packed, (*rows, numel // max(math.prod(rows), 1))).flatten()
+
+
 def keys_of(score: str, a: list[Tensor], b: list[Tensor], layout: ops.Layout) -> list[Tensor]:
     sizes = [len(i) for i in index_of(layout)]
-    first = [ref.decode(x, n) for x, n in zip(a, sizes, strict=True)]
-    second = [ref.decode(x, n) for x, n in zip(b, sizes, strict=True)] if b else [None] * len(a)
+    first = [plain(x, n) for x, n in zip(a, sizes, strict=True)]
+    second = [plain(x, n) for x, n in zip(b, sizes, strict=True)] if b else [None] * len(a)
     return [ref.order_key(ref.score(score, x, y)) for x, y in zip(first, second, strict=True)]
 
 
@@ -132,7 +160,7 @@ def check_selection(score: str, a: list[Tensor], b: list[Tensor], layout: ops.La
 
 
 def test_the_deviation_and_many_small_tensors() -> None:
-    sizes = LISTS["many"]
+    sizes = [(n,) for n in LISTS["many"]]
     mean, ipt = (coded(values_of(sizes, "normal", s)) for s in (1, 2))
     check_selection("deviation", mean, ipt, ops.Layout.of(values_of(sizes, "normal")))
 
@@ -140,12 +168,12 @@ def test_the_deviation_and_many_small_tensors() -> None:
 @pytest.mark.parametrize("values", ["normal", "special", "spread"])
 def test_criteria_made_of_the_moments(values: str) -> None:
     """fold_moments_ and fisher read AdamW's moments as they are stored."""
-    params, layout = tensors(SIZES, torch.bfloat16, seed=9), ops.Layout.of(tensors(SIZES, torch.float32))
-    first, second = coded(values_of(SIZES, values, 1, signed=True), signed=True), coded(values_of(SIZES, values, 2))
-    mean, unc = (coded(values_of(SIZES, "normal", s)) for s in (3, 4))
-    factors = torch.linspace(1e-3, 2, 3 * len(SIZES)).view(-1, 3)
+    params, layout = weights(SHAPES, torch.bfloat16, seed=9), ops.Layout.of(weights(SHAPES, torch.float32))
+    first, second = coded(values_of(SHAPES, values, 1, signed=True), signed=True), coded(values_of(SHAPES, values, 2))
+    mean, unc = (coded(values_of(SHAPES, "normal", s)) for s in (3, 4))
+    factors = torch.linspace(1e-3, 2, 3 * len(SHAPES)).view(-1, 3)
     plain = [
-        [ref.decode(x, p.numel()) for x, p in zip(list_, params, strict=True)] for list_ in (first, second, mean, unc)
+        [ref.decode(x, p.shape) for x, p in zip(list_, params, strict=True)] for list_ in (first, second, mean, unc)
     ]
     expected = [
         ref.fold(m, u, ref.moments(p, e, s, f), 0.85, 0.95)
@@ -157,7 +185,7 @@ def test_criteria_made_of_the_moments(values: str) -> None:
     assert_same_bytes(unc, [ref.encode(u) for _, u in expected])
     bias = factors[:, 2].contiguous()
     scores = [ref.score("fisher", p, s, f) for p, s, f in zip(params, plain[1], bias, strict=True)]
-    keys, index = torch.cat([ref.order_key(s) for s in scores]), torch.cat(index_of(layout))
+    keys, index = torch.cat([ref.order_key(s).flatten() for s in scores]), torch.cat(index_of(layout))
     cutoff = pins.select(params, second, *tables, "fisher", torch.tensor(len(keys) // 2), factors=bias)
     assert int(ref.keep_mask(keys, index, tuple(cutoff.tolist())).sum()) == len(keys) - len(keys) // 2
 
@@ -169,19 +197,19 @@ def test_a_step_of_adamw(dtype: torch.dtype, values: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: torch_sqrt(x.double()).to(x.dtype))
     optimizer = AdamW(1e-2, weight_decay=0.1)
     for masked, accepted, misaligned in ((False, 0, False), (True, 2, True)):
-        params, grads = tensors(SIZES, dtype, values.replace("spread", "normal"), 1), tensors(SIZES, dtype, seed=2)
+        params, grads = weights(SHAPES, dtype, values.replace("spread", "normal"), 1), weights(SHAPES, dtype, seed=2)
         stored = [
-            coded(values_of(SIZES, values, 3, signed=True), signed=True, misaligned=misaligned),
-            coded(values_of(SIZES, values, 4), misaligned=misaligned),
+            coded(values_of(SHAPES, values, 3, signed=True), signed=True, misaligned=misaligned),
+            coded(values_of(SHAPES, values, 4), misaligned=misaligned),
         ]
-        ipt, rng, layout = coded(values_of(SIZES, values, 5)), rng_of(3), ops.Layout.of(params)
-        moments = [[ref.decode(x, p.numel()) for x, p in zip(m, params, strict=True)] for m in stored]
+        ipt, rng, layout = coded(values_of(SHAPES, values, 5)), rng_of(3), ops.Layout.of(params)
+        moments = [[ref.decode(x, p.shape) for x, p in zip(m, params, strict=True)] for m in stored]
         stepped, new = torch_step(optimizer, 3, params, moments, grads)
         keep, masks = masks_of(params)
         if not masked:
             keep, masks = [torch.ones_like(k) for k in keep], []
         scores = [
-            ref.next_ipt("pins", ref.decode(i, p.numel()), ref.instant_score("pins", p, q, g, 1e-2), accepted)
+            ref.next_ipt("pins", ref.decode(i, p.shape), ref.instant_score("pins", p, q, g, 1e-2), accepted)
             for i, p, q, g in zip(ipt, params, stepped, grads, strict=True)
         ]
         kwargs = {"masks": masks, "accepted": float(accepted), "rng": rng, "clear_state": masked}
@@ -196,17 +224,46 @@ def test_a_step_of_adamw(dtype: torch.dtype, values: str, monkeypatch: pytest.Mo
 
 
 def test_a_part_of_a_tensor_is_rounded_as_the_whole() -> None:
-    """Rows 2 to 5 of 9 with 64 columns: groups, scales and random bits are those of the whole."""
-    p, g = tensors([9 * 64], torch.float32, seed=1)[0].view(9, 64), tensors([9 * 64], torch.float32, seed=2)[0]
-    whole = [p.clone(), *(ref.encode(torch.zeros(9 * 64), signed) for signed in (True, False))]
-    part = [p[2:6].clone(), *(ref.encode(torch.zeros(4 * 64), signed) for signed in (True, False))]
-    shard = ops.Layout.of([part[0]], [ops.Shard((9, 64), (2, 0))])
-    rows = g.view(9, 64)[2:6].contiguous()
-    for tensors_, grad, layout in ((whole, g.view(9, 64), ops.Layout.of([p])), (part, rows, shard)):
-        run(AdamW(1e-2), 1, [tensors_[0]], [[tensors_[1]], [tensors_[2]]], [grad], layout, rng=rng_of(1))
-    assert torch.equal(whole[0][2:6], part[0])
-    for all_, own in zip(whole[1:], part[1:], strict=True):
-        assert torch.equal(ref.decode(all_, 9 * 64).view(9, 64)[2:6], ref.decode(own, 4 * 64).view(4, 64))
+    """Rows, or columns at multiples of 32: groups, scales and random bits are those of the whole."""
+    p, g = weights([(9, 131)], torch.float32, seed=1)[0], weights([(9, 131)], torch.float32, seed=2)[0]
+    for box in ((slice(2, 6), slice(0, 131)), (slice(0, 9), slice(64, 131)), (slice(1, 9), slice(32, 64))):
+        whole = [p.clone(), *(ref.encode(torch.zeros_like(p), signed) for signed in (True, False))]
+        own, rows = p[box].clone(), g[box].contiguous()
+        part = [own, *(ref.encode(torch.zeros_like(own), signed) for signed in (True, False))]
+        where = ops.Shard((9, 131), (box[0].start, box[1].start))
+        ops.check_cut("p", own.shape, where)
+        shard = ops.Layout.of([own], [where])
+        for tensors_, grad, layout in ((whole, g, ops.Layout.of([p])), (part, rows, shard)):
+            run(AdamW(1e-2), 1, [tensors_[0]], [[tensors_[1]], [tensors_[2]]], [grad], layout, rng=rng_of(1))
+        assert torch.equal(whole[0][box], part[0])
+        for all_, parts in zip(whole[1:], part[1:], strict=True):
+            assert torch.equal(all_[box[0], box[1].start // 32 : -(-box[1].stop // 32)], parts)
+
+
+@pytest.mark.parametrize(
+    ("full", "local", "start", "fits"),
+    [
+        ((9, 131), (4, 131), (2, 0), True),
+        ((9, 131), (9, 64), (0, 0), True),
+        ((9, 131), (9, 48), (0, 0), False),
+        ((9, 131), (9, 51), (0, 80), False),
+        ((64,), (32,), (32,), True),
+        ((64,), (40,), (0,), False),
+        ((6, 64, 3, 3), (6, 32, 3, 3), (0, 32, 0, 0), True),
+        ((6, 64, 3, 3), (6, 16, 3, 3), (0, 16, 0, 0), False),
+        ((6, 64, 3, 3), (6, 64, 3, 2), (0, 0, 0, 0), False),
+        ((3, 5, 33), (3, 2, 33), (0, 3, 0), True),
+        ((64,), (0,), (64,), True),
+    ],
+)
+def test_a_cut_through_a_group_is_refused(
+    full: tuple[int, ...], local: tuple[int, ...], start: tuple[int, ...], fits: bool
+) -> None:
+    if fits:
+        ops.check_cut("p", local, ops.Shard(full, start))
+        return
+    with pytest.raises(ValueError, match=r"p is cut inside its rows of [\d,]+ weights: .* or at multiples of 32"):
+        ops.check_cut("p", local, ops.Shard(full, start))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +275,8 @@ def test_a_part_of_a_tensor_is_rounded_as_the_whole() -> None:
             r"exp_avg_sq must have the dtype of exp_avg \(int8 needs uint8\), got bfloat16",
         ),
         ({"exp_avg": torch.uint8}, r"exp_avg\[0\] must be float32 or bfloat16 or int8, got uint8"),
-        ({"size": 1}, r"exp_avg\[0\] must have 136 bytes for 100 weights in 8 bits, got 137"),
+        ({"size": 1}, r"exp_avg\[0\] must be \[.., groups of a row, 34\] for 100 weights in 8 bits, got \(136,\)"),
+        ({"rows": 1}, r"places\[0\] has rows of 100 weights, other ones than its 8-bit storage of \(4, 1, 34\)"),
     ],
 )
 def test_what_is_no_8_bit_state_is_refused(change: dict[str, torch.dtype], message: str) -> None:
@@ -226,10 +284,12 @@ def test_what_is_no_8_bit_state_is_refused(change: dict[str, torch.dtype], messa
     lists = {"exp_avg": coded(p, signed=True), "exp_avg_sq": coded([x.abs() for x in p])}
     for name in lists:
         if name in change:
-            count = 136 if change[name] == torch.uint8 else 100
+            count = (4, 34) if change[name] == torch.uint8 else (100,)
             lists[name] = [torch.zeros(count, dtype=change[name])]
     if "size" in change:
-        lists["exp_avg"] = [torch.zeros(137, dtype=torch.int8)]
+        lists["exp_avg"] = [torch.zeros(136, dtype=torch.int8)]
+    if "rows" in change:
+        lists["exp_avg_sq"] = [torch.zeros(4, 1, 34, dtype=torch.uint8)]
     before = clones(p)
     with pytest.raises(RuntimeError, match=message):
         run(AdamW(1e-2), 1, p, list(lists.values()), g, ops.Layout.of(p))

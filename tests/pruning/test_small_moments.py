@@ -97,7 +97,7 @@ def test_a_state_of_torchs_is_converted() -> None:
         back.load_state_dict(ours.state_dict())
         for p in model.parameters():
             moment = ours.state[p]["exp_avg_sq"]
-            moment = reference.decode(moment, p.numel()).view(p.shape) if name == "8bit" else moment.float()
+            moment = reference.decode(moment, p.shape) if name == "8bit" else moment.float()
             assert torch.equal(back.state[p]["exp_avg_sq"], moment)
 
 
@@ -269,7 +269,7 @@ def test_criteria_made_of_the_moments_read_them_as_they_are_stored(criterion: st
     assert moments.exp_avg_sq[0] is state["exp_avg_sq"]
     if criterion == "fisher":
         second = state["exp_avg_sq"]
-        plain = reference.decode(second, p.numel()).view(p.shape) if moment_dtype == "8bit" else second
+        plain = reference.decode(second, p.shape) if moment_dtype == "8bit" else second
         kept = pruner.mask(pruner.names[0])
         scores = reference.score("fisher", p, plain, moments.factors[0, 2])
         assert scores[kept].mean() > scores[~kept].mean()
@@ -291,9 +291,30 @@ def test_cleared_moments_are_cleared_in_8_bits_too() -> None:
     for name, p in zip(pruner.names, pruner.parameters, strict=True):
         pruned = ~pruner.mask(name).flatten()
         for moment in ("exp_avg", "exp_avg_sq"):
-            values = reference.decode(optimizer.state[p][moment], p.numel())
+            values = reference.decode(optimizer.state[p][moment], p.shape).flatten()
             assert not values[pruned].any()
             assert values[~pruned].any()
+
+
+def test_groups_that_ran_across_rows_are_refused(tmp_path: Path) -> None:
+    """As earlier versions stored them: flat, and the last scale after the last code."""
+    config = PruneConfig(delta_t=2, warmup=1, cooldown=3, state_dtype="8bit")
+    model = Network(13)
+    optimizer = PinsAdamW(model.parameters(), lr=3e-3, moment_dtype="8bit")
+    pruner = Pruner(model, optimizer, config, 10)
+    train(model, optimizer, 4)
+    state, saved = pruner.state_dict(), copy.deepcopy(optimizer.state_dict())
+    name = f"exp_avg_ipt/{pruner.names[0]}"
+    state["tensors"][name] = torch.zeros(pruner.parameters[0].numel() // 32 * 34 + 34, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"{name}: torch.uint8 \(\d+,\) there, torch.uint8 \(\d+, 1, 34\) here"):
+        pruner.load_state_dict(state)
+    n = next(model.parameters()).numel()
+    before = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = torch.zeros(-(-n // 32) * 34, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"state\[0\]\['exp_avg'\] is \(\d+,\) in 8 bits, .*an earlier version's"):
+        optimizer.load_state_dict(saved)
+    for there, here in zip(before["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(there[key], here[key]) for key in there)
 
 
 def test_what_8_bits_cannot_do_is_refused() -> None:
@@ -305,8 +326,8 @@ def test_what_8_bits_cannot_do_is_refused() -> None:
         values = x if dtype == torch.int8 else x.abs()
         assert torch.equal(ops.encode(values, dtype), reference.encode(values, dtype == torch.int8))
         assert torch.equal(
-            ops.decode(ops.encode(values, dtype), 300),
-            reference.decode(reference.encode(values, dtype == torch.int8), 300),
+            ops.decode(ops.encode(values, dtype), (300,)),
+            reference.decode(reference.encode(values, dtype == torch.int8), (300,)),
         )
     with torch.device("meta"):
         model = Network(16)
