@@ -18,6 +18,7 @@ examples:
   pins-ext bench-inference --tokens 1 16 1x128 --sparsity 0.8 0.9 0.95
   pins-ext bench-inference runs/rte --threads 2 --tokens 8x128 --output rte.json
   pins-ext bench-inference --curves --output curves.json
+  pins-ext bench-inference --curves --threads 2 --at 8x128 --output curves-2-threads.json
 """
 
 
@@ -29,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", nargs="+", metavar="[B x]N", help="sequences x tokens (default: 1 16 128)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: 1)")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="stop measuring a case then, after 3 rounds (default: curves: 10)"
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the random BERT (default: 12)")
     parser.add_argument(
         "--curves",
@@ -36,15 +40,19 @@ def main(argv: Sequence[str]) -> int:
         help="the random BERT over sparsities from 0.5 to 0.98, at 1 and 128 tokens, and over tokens from 1 to 2048, "
         "at 0.9; and where our kernels become faster than each peer. --sparsity and --tokens give other places",
     )
+    parser.add_argument("--at", nargs="+", metavar="[B x]N", help="with --curves: tokens while sparsity varies")
     parser.add_argument("--output", metavar="FILE", help="JSON to write; a plot goes beside it (.svg)")
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     given = vars(parser.parse_args(argv))
-    threads, rounds = given.get("threads", 1), given.get("rounds", 20)
-    if threads < 1 or rounds < 1:
+    if given.get("threads", 1) < 1 or given.get("rounds", 1) < 1:
         raise UsageError("--threads and --rounds must be at least 1")
+    if not given.get("seconds", 1.0) > 0:
+        raise UsageError("--seconds must be above 0")
+    if "at" in given and "curves" not in given:
+        raise UsageError("--at is for --curves: without them, --tokens says how many")
     if "checkpoint" in given and ("sparsity" in given or "layers" in given):
         raise UsageError("--sparsity and --layers are for the random BERT: leave them out with a checkpoint")
     from .bench_inference import run
 
-    return run(given, threads, rounds)
+    return run(given)

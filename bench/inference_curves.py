@@ -11,6 +11,15 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 TOKENS = ("1", "4", "16", "64", "128", "512", "4x512")
 """Up to 2048; a BERT's sequence has 512 at most."""
 
+AT = ("1", "1x128")
+"""Where sparsity varies."""
+
+SPARSITY = 0.9
+"""Where tokens vary."""
+
+SECONDS = 10.0
+"""For measuring at a place: the whole of it ends within ten minutes."""
+
 OURS = "pins_ext "
 
 

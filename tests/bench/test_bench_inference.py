@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from pins_ext.bench import inference_peers
+from pins_ext.bench.inference_contest import Contest, measure, random_inputs
 from pins_ext.bench.inference_curves import Point, crossing, lines, summary
 from pins_ext.cli.main import main
 
@@ -41,6 +47,9 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
         (["none", "--sparsity", "0.9"], "leave them out with a checkpoint"),
         (["none"], "none is no folder"),
         (["none", "--curves"], "leave the checkpoint out"),
+        (["--curves", "--at", "3y"], "--at 3y: a number of tokens, or sequences x tokens as in 8x128"),
+        (["--at", "1x128"], "--at is for --curves"),
+        (["--seconds", "0"], "--seconds must be above 0"),
         (["--curves", "--sparsity", "0.5"], "at least two places"),
         (["--curves", "--sparsity", "0.5", "1.5"], "--sparsity must lie between 0 and 1"),
     ]:
@@ -52,26 +61,68 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
 def test_curves_cover_sparsity_and_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exported(*args: object) -> None:
-        raise inference_peers.AbsentError("left out: an export for each place would take a minute")
+    exports = []
+
+    def exported(_: object, inputs: dict[str, Tensor]) -> None:
+        exports.append(tuple(inputs["input_ids"].shape))
+        raise inference_peers.AbsentError("left out: an export for each shape would take a minute")
 
     monkeypatch.setattr(inference_peers, "exported", exported)
     file = tmp_path / "curves.json"
     argv = ["--curves", "--layers", "1", "--sparsity", "0.5", "0.98", "--tokens", "2x3", "1", "--rounds", "1"]
-    assert main(["bench-inference", *argv, "--output", str(file)]) == 0
+    assert main(["bench-inference", *argv, "--at", "1", "3x4", "--output", str(file)]) == 0
     said = capsys.readouterr().out
-    assert "1/6: 1 x 1 tokens, 50.0% zeros" in said
+    assert "1/6: 1 x 1 tokens, 50.0% zeros, " in said
+    assert "6/6: 2 x 3 tokens, 90.0% zeros, " in said
+    assert "onnxruntime, OpenVINO: absent: left out" in said
     assert "pins_ext float32 is faster than: torch float32 " in said
+    # What is dense is built once for a shape.
+    assert exports == [(1, 1), (3, 4), (2, 3)]
     found = json.loads(file.read_text())["curves"]
     assert [(c["over"], c["where"], c["x"]) for c in found] == [
         ("sparsity", "1 x 1 tokens", [0.5, 0.98]),
-        ("sparsity", "1 x 128 tokens", [0.5, 0.98]),
+        ("sparsity", "3 x 4 tokens", [0.5, 0.98]),
         ("tokens", "90 % zeros", [1, 6]),
     ]
     for curve in found:
         assert {"torch float32", "pins_ext float32", "pins_ext int8"} <= curve["series"].keys()
         assert all(len(times) == 2 and min(times) > 0 for times in curve["series"].values())
     assert file.with_suffix(".svg").is_file()
+
+
+def test_runtimes_take_turns_until_the_time_is_over() -> None:
+    said: list[str] = []
+    calls = {name: partial(said.append, name) for name in ("a", "b", "c")}
+    found = measure(calls, 5)
+    assert said == ["a", "b", "c"] * 5
+    assert all(len(wall) == len(processor) == 5 for wall, processor in found.values())
+    assert {len(wall) for wall, _ in measure(calls, 50, seconds=0.0).values()} == {3}
+
+
+@pytest.mark.slow
+def test_every_runtime_gives_the_models_answer() -> None:
+    """Those that are installed: float32 within rounding, the others near it."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    for name, p in model.named_parameters():
+        if ".layer." in name and p.dim() == 2:
+            p.data[torch.rand(p.shape) < 0.9] = 0
+    with torch.inference_mode(), ExitStack() as stack:
+        contest = Contest(random_inputs(model, (2, 9)), 1)
+        contest.add_dense(model, stack)
+        contest.add_csr(model, "90%")
+        contest.add_ours(model, "90%")
+        expected = model(**contest.inputs).last_hidden_state
+        for name, call in contest.calls.items():
+            answer = call()
+            first = answer if isinstance(answer, (Tensor, list)) else list(answer.values())
+            found = torch.as_tensor(first[0], dtype=torch.float32)
+            wide = next((gap for kind, gap in (("bfloat16", 0.1), ("int8", 0.3)) if kind in name), 2e-5)
+            assert found.shape == expected.shape, name
+            assert (found - expected).abs().max() < wide, name
+    assert {"torch float32", "torch CSR 90%", "pins_ext int8 90%"} <= contest.calls.keys()
+    assert contest.calls.keys().isdisjoint(contest.absent)
 
 
 @pytest.mark.parametrize(

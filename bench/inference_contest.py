@@ -1,0 +1,148 @@
+"""Runtimes that take turns with one model at one shape: `pins-ext bench-inference`."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inference_peers as peers
+from .inference_peers import AbsentError, Call
+
+LEAST_ROUNDS = 3
+
+
+class Contest:
+    """Calls by name, each runs its model once; and who can't take part, with the reason.
+
+    Args:
+        inputs: what every model gets.
+        threads: threads of every runtime.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor], threads: int) -> None:
+        self.inputs = inputs
+        self.threads = threads
+        self.calls: dict[str, Call] = {}
+        self.absent: dict[str, str] = {}
+        self.memory: dict[str, int] = {}
+
+    def add_dense(self, model: nn.Module, stack: ExitStack) -> None:
+        """Dense runtimes; their files are deleted with `stack`."""
+        inputs, threads = self.inputs, self.threads
+        self._add("torch float32", partial(peers.torch_dense, model, inputs, torch.float32))
+        self._add("torch bfloat16", partial(peers.torch_dense, model, inputs, torch.bfloat16))
+        try:
+            file = stack.enter_context(peers.exported(model, inputs))
+        except AbsentError as error:
+            self.absent["onnxruntime, OpenVINO"] = str(error)
+            return
+        self._add("onnxruntime float32", partial(peers.onnxruntime, file, inputs, threads))
+        self._add("OpenVINO float32", partial(peers.openvino, file, inputs, threads, "f32"))
+        self._add("OpenVINO bfloat16", partial(peers.openvino, file, inputs, threads, "bf16"))
+        self._add("OpenVINO int8", partial(peers.openvino_int8, file, inputs, threads))
+
+    def add_csr(self, model: nn.Module, name: str) -> None:
+        """torch's CSR matrices. `name`: the model's, e.g. "90%"."""
+        self._add(f"torch CSR {name}", partial(peers.torch_csr, model, self.inputs))
+
+    def add_ours(self, model: nn.Module, name: str = "") -> None:
+        """This package's sparse layers, with each kind of values. `name`: the model's, e.g. "90%"."""
+        for values in ("float32", "bfloat16", "int8"):
+            self._add(f"pins_ext {values} {name}".rstrip(), partial(peers.ours, model, self.inputs, values))
+
+    def _add(self, name: str, build: Callable[[], Call]) -> None:
+        gc.collect()
+        before = _resident()
+        try:
+            call = build()
+            call()
+        except AbsentError as error:
+            self.absent[name] = str(error)
+            return
+        self.calls[name] = call
+        self.memory[name] = _resident() - before
+
+    def beside(self) -> Contest:
+        """A contest with the same calls, to which more can be added."""
+        other = Contest(self.inputs, self.threads)
+        other.calls, other.absent, other.memory = dict(self.calls), dict(self.absent), dict(self.memory)
+        return other
+
+    def rows(self, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
+        """Measure: a row of numbers for each runtime.
+
+        Args:
+            rounds: measurements of each.
+            seconds: measuring ends after that time, though not before three rounds.
+        """
+        batch, length = self.inputs["input_ids"].shape
+        found = measure(self.calls, rounds, seconds, pause=0.002 if self.threads > 1 else 0.0)
+        return {name: _summary(*samples, self.memory[name], batch * length) for name, samples in found.items()}
+
+
+def measure(
+    calls: dict[str, Call], rounds: int, seconds: float = float("inf"), pause: float = 0.0
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Time calls in turns.
+
+    Args:
+        calls: by name.
+        rounds: how often each is called.
+        seconds: no further round begins after that time, once there are three.
+        pause: seconds before each call, in which the threads of the last one stop spinning.
+
+    Returns:
+        Seconds of each call in every round: (wall, processor).
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    end = time.monotonic() + seconds
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        for name, call in calls.items():
+            time.sleep(pause)
+            wall, processor = time.perf_counter(), time.process_time()
+            call()
+            found[name][1].append(time.process_time() - processor)
+            found[name][0].append(time.perf_counter() - wall)
+    return found
+
+
+def _summary(wall: list[float], processor: list[float], memory: int, tokens: int) -> dict[str, float]:
+    ordered = sorted(wall)
+    p50 = statistics.median(ordered)
+    return {
+        "p50_ms": p50 * 1e3,
+        "p95_ms": ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))] * 1e3,
+        "least_ms": ordered[0] * 1e3,
+        "processor_ms": min(processor) * 1e3,
+        "rounds": len(wall),
+        "tokens_per_second": tokens / p50,
+        "resident_mb": memory / 1e6,
+    }
+
+
+def key(threads: int) -> str:
+    """What runtimes are compared by: on a machine that others use, processor time of one thread is the steadier."""
+    return "processor_ms" if threads == 1 else "least_ms"
+
+
+def random_inputs(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
+    """Random tokens without padding, int64 [sequences, tokens]."""
+    vocabulary = int(getattr(model.config, "vocab_size", 100))
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
