@@ -31,7 +31,7 @@ __device__ float sum_of_lanes(float x) {
 template <typename Value, int kTokens>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     grouped_linear_kernel(const __grid_constant__ Grouped matrix, const __grid_constant__ Tokens tokens,
-                          const float* bias) {
+                          const float* bias, const __grid_constant__ Strides strides) {
   extern __shared__ float4 shared[];
   float* staged = reinterpret_cast<float*>(shared);
   const int lane = threadIdx.x % kLanes;
@@ -41,17 +41,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   take_off(course, flight);
   stage<kTokens>(tokens, matrix.columns_of_row, staged, threadIdx.x, kThreads);
   __syncthreads();
-  float sums[kTokens] = {};
+  const Staged<kTokens> x(staged, strides);
   while (row < matrix.rows) {
-    land<Value, kTokens>(flight, course.left, staged, sums);
-    course.advance();
-    if (course.left + lane <= 0) {  // for all lanes alike
-      for (int t = 0; t < kTokens; ++t) sums[t] = sum_of_lanes(sums[t]);
-      if (lane == 0) finish<kTokens>(matrix, tokens, bias, row, sums);
-      for (int t = 0; t < kTokens; ++t) sums[t] = 0.0f;
-      row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-      course = Course<Value>(matrix, row, lane);
-    }
+    float sums[kTokens] = {};
+    travel<Value, kTokens>(course, flight, x, sums);
+    for (int t = 0; t < kTokens; ++t) sums[t] = sum_of_lanes(sums[t]);
+    if (lane == 0) finish<kTokens>(matrix, tokens, bias, row, sums);
+    row += static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+    course = Course<Value>(matrix, row, lane);
     take_off(course, flight);
   }
 }
@@ -84,7 +81,7 @@ void launch_linear(const Grouped& matrix, const Tokens& tokens, const float* bia
   PINS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes));
   const int64_t most = std::max(resident, 1) * static_cast<int64_t>(attribute(cudaDevAttrMultiProcessorCount, device));
   const auto blocks = static_cast<unsigned>(std::min(blocks_for(matrix.rows), most));
-  kernel<<<blocks, kThreads, bytes, device.stream()>>>(matrix, tokens, bias);
+  kernel<<<blocks, kThreads, bytes, device.stream()>>>(matrix, tokens, bias, Strides(kTokens));
   PINS_LAUNCH_CHECK(grouped_linear_kernel);
 }
 

@@ -63,6 +63,47 @@ PINS_HD void stage(const Tokens& in, int64_t columns, float* staged, int64_t thr
   }
 }
 
+// Bytes of a staged column, in each of the four places of a word. A parameter of the kernel: as constants of the code
+// they would be moved into registers again in each turn of its loop.
+struct Strides {
+  uint32_t at[4];
+
+  explicit Strides(int tokens) {
+    for (int i = 0; i < 4; ++i) at[i] = static_cast<uint32_t>(tokens * sizeof(float)) << (8 * i);
+  }
+};
+
+// The staged tokens by place: an address of shared memory; on the host, bytes from the start.
+template <int kTokens>
+struct Staged {
+  const Strides& strides;
+#ifdef __CUDA_ARCH__
+  uint32_t start;
+
+  // Through a shuffle the start stays in a register; the compiler would work it out again for every group.
+  PINS_HD Staged(const float* staged, const Strides& strides)
+      : strides(strides), start(__shfl_sync(0xffffffffu, static_cast<uint32_t>(__cvta_generic_to_shared(staged)), 0)) {}
+
+  PINS_HD Pack<float, kTokens> operator[](uint32_t place) const {
+    return *static_cast<const Pack<float, kTokens>*>(__cvta_shared_to_generic(place));
+  }
+#else
+  const char* memory;
+  uint32_t start = 0;
+
+  PINS_HD Staged(const float* staged, const Strides& strides)
+      : strides(strides), memory(reinterpret_cast<const char*>(staged)) {}
+
+  PINS_HD Pack<float, kTokens> operator[](uint32_t place) const {
+    return *reinterpret_cast<const Pack<float, kTokens>*>(memory + place);
+  }
+#endif
+
+  PINS_HD uint32_t place_of(uint32_t column) const {
+    return start + column * static_cast<uint32_t>(kTokens * sizeof(float));
+  }
+};
+
 // ---- groups -------------------------------------------------------------------------------------------------------
 
 // Groups that a lane has on their way: 104 bytes. 32 warps of them are 106 KB on a multiprocessor; by its datasheet an
@@ -89,38 +130,40 @@ PINS_HD float weight_of(const Values<Float16>& values, int w) {
   return load(Float16{static_cast<uint16_t>(values.at[w / 2] >> (w % 2 * 16))});
 }
 
-// One instruction where a shift and a mask are two.
-PINS_HD uint32_t column_of(const Columns& columns, int w) {
+// The place of a group's column w. A dot product of four bytes is one instruction where taking a byte out, multiplying
+// and adding are three.
+PINS_HD uint32_t place_of(const Columns& columns, int w, const Strides& strides, uint32_t base) {
 #ifdef __CUDA_ARCH__
-  return __byte_perm(columns.at[w / 4], 0, 0x4440 + w % 4);
+  return __dp4a(columns.at[w / 4], strides.at[w % 4], base);
 #else
-  return columns.at[w / 4] >> (w % 4 * 8) & 255u;
+  return base + (columns.at[w / 4] >> (w % 4 * 8) & 255u) * strides.at[0];
 #endif
 }
 
-// A lane's groups of a row, every 32nd, from its next one on.
+// A lane's groups of a row, every 32nd. Counted up to the row's end, so that one addition moves on in all three arrays.
 template <typename Value>
 struct Course {
-  const Values<Value>* values = nullptr;
+  const Values<Value>* values = nullptr;  // all three at the row's end
   const Columns* columns = nullptr;
   const uint16_t* bases = nullptr;
-  int left = 0;  // groups of the row from there on, the other lanes' among them; not above zero: none
+  int at = 0;  // the lane's next group, from the row's end: not below zero, there is none
 
   // Past the last row: none.
   PINS_HD Course(const Grouped& matrix, int64_t row, int lane) {
     if (row >= matrix.rows) return;
-    const int64_t first = read<1>(matrix.starts + row).at[0] + lane;
-    left = static_cast<int>(read<1>(matrix.starts + row + 1).at[0] - first);
-    values = static_cast<const Values<Value>*>(matrix.values) + first;
-    columns = reinterpret_cast<const Columns*>(matrix.columns) + first;
-    bases = matrix.bases + first;
+    const int64_t end = read<1>(matrix.starts + row + 1).at[0];
+    at = static_cast<int>(read<1>(matrix.starts + row).at[0] - end) + lane;
+    values = static_cast<const Values<Value>*>(matrix.values) + end;
+    columns = reinterpret_cast<const Columns*>(matrix.columns) + end;
+    bases = matrix.bases + end;
   }
 
+  PINS_HD bool none(int f) const { return at >= -f * kLanes; }
   PINS_HD void advance() {
-    values += kFlight<Value> * kLanes;
-    columns += kFlight<Value> * kLanes;
-    bases += kFlight<Value> * kLanes;
-    left -= kFlight<Value> * kLanes;
+    at += kFlight<Value> * kLanes;
+#ifdef __CUDA_ARCH__
+    asm("" : "+r"(at));  // compared as it is: else the compiler keeps both and moves one over the other
+#endif
   }
 };
 
@@ -129,6 +172,7 @@ struct Flight {
   Values<Value> values[kFlight<Value>];
   Columns columns[kFlight<Value>];
   uint32_t bases[kFlight<Value>];
+  bool none[kFlight<Value>];  // kept in predicates, worked out once
 };
 
 // All loads before the first use.
@@ -136,28 +180,41 @@ template <typename Value>
 PINS_HD void take_off(const Course<Value>& course, Flight<Value>& flight) {
 #pragma unroll
   for (int f = 0; f < kFlight<Value>; ++f) {
-    if (f * kLanes >= course.left) continue;
+    flight.none[f] = course.none(f);
+    if (flight.none[f]) continue;
     PINS_ACCESS(course.values);
     PINS_ACCESS(course.columns);
-    flight.values[f] = course.values[f * kLanes];
-    flight.columns[f] = course.columns[f * kLanes];
-    flight.bases[f] = read<1>(course.bases + f * kLanes).at[0];
+    flight.values[f] = (course.values + course.at)[f * kLanes];
+    flight.columns[f] = (course.columns + course.at)[f * kLanes];
+    flight.bases[f] = read<1>(course.bases + course.at + f * kLanes).at[0];
   }
 }
 
 template <typename Value, int kTokens>
-PINS_HD void land(const Flight<Value>& flight, int left, const float* staged, float (&sums)[kTokens]) {
+PINS_HD void multiply(const Values<Value>& values, const Columns& columns, uint32_t base, const Staged<kTokens>& staged,
+                      float (&sums)[kTokens]) {
 #pragma unroll
-  for (int f = 0; f < kFlight<Value>; ++f) {
-    if (f * kLanes >= left) break;
+  for (int w = 0; w < kGroupWeights; ++w) {
+    const float weight = weight_of(values, w);
+    const auto x = staged[place_of(columns, w, staged.strides, base)];
 #pragma unroll
-    for (int w = 0; w < kGroupWeights; ++w) {
-      const float weight = weight_of(flight.values[f], w);
-      const uint32_t column = flight.bases[f] + column_of(flight.columns[f], w);
-      const auto x = *reinterpret_cast<const Pack<float, kTokens>*>(staged + column * kTokens);
+    for (int t = 0; t < kTokens; ++t) sums[t] = fused_multiply_add(weight, x.at[t], sums[t]);
+  }
+}
+
+// A lane's part of a row, whose first groups are on their way. From the first group that is missing it leaves at once,
+// without waiting for the other lanes.
+template <typename Value, int kTokens>
+PINS_HD void travel(Course<Value>& course, Flight<Value>& flight, const Staged<kTokens>& staged,
+                    float (&sums)[kTokens]) {
+  while (true) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) sums[t] = fused_multiply_add(weight, x.at[t], sums[t]);
+    for (int f = 0; f < kFlight<Value>; ++f) {
+      if (flight.none[f]) return;
+      multiply<Value, kTokens>(flight.values[f], flight.columns[f], staged.place_of(flight.bases[f]), staged, sums);
     }
+    course.advance();
+    take_off(course, flight);
   }
 }
 

@@ -50,22 +50,23 @@ void multiply(const Grouped& matrix, const Tokens& tokens, const float* bias) {
   const int64_t columns = matrix.columns_of_row;
   float* staged = static_cast<float*>(allocated((columns + 1) * kTokens * sizeof(float)));
   for (int64_t thread = 0; thread < 48; ++thread) stage<kTokens>(tokens, columns, staged, thread, 48);
+  const Strides strides(kTokens);
+  const Staged<kTokens> x(staged, strides);
   for (int64_t row = 0; row < matrix.rows; ++row) {
     std::vector<float> lanes[kTokens];
     for (int lane = 0; lane < kLanes; ++lane) {
       float sums[kTokens] = {};
       Flight<Value> flight;
-      for (Course<Value> course(matrix, row, lane); course.left > 0; course.advance()) {
-        take_off(course, flight);
-        land<Value, kTokens>(flight, course.left, staged, sums);
-      }
+      Course<Value> course(matrix, row, lane);
+      take_off(course, flight);
+      travel<Value, kTokens>(course, flight, x, sums);
       for (int t = 0; t < kTokens; ++t) lanes[t].push_back(sums[t]);
     }
     float sums[kTokens];
     for (int t = 0; t < kTokens; ++t) sums[t] = sum_of_lanes(lanes[t]);
     finish<kTokens>(matrix, tokens, bias, row, sums);
   }
-  if (Course<Value>(matrix, matrix.rows, 0).left != 0) std::abort();
+  if (!Course<Value>(matrix, matrix.rows, 0).none(0)) std::abort();
   std::free(staged);
 }
 

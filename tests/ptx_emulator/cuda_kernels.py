@@ -175,6 +175,7 @@ class CudaKernels:
             to = y.data_ptr() + first * rows * x.element_size()
             tokens = struct.pack("<QQi4xq", at, to, list(NAMES).index(x.dtype), count)
             blob = matrix + tokens + struct.pack("<Q", 0 if bias is None else bias.data_ptr())
+            blob += struct.pack("<4I", *(4 * width << 8 * i for i in range(4)))
             # Fewer blocks than rows need, so that warps go on to further rows.
             blocks = min(-(-rows // (GROUPED_THREADS // 32)), GROUPED_BLOCKS)
             key = ("grouped_linear_kernel", NAMES[values.dtype], str(width))

@@ -209,6 +209,11 @@ class Decoder:
         self._plain("shf", "l", "r", "wrap", "clamp")
         self.row["mod"], self.row["mod2"] = int("r" in self.modifiers), int("wrap" in self.modifiers)
 
+    def _dp4a(self) -> None:
+        if self.types != ["u32", "u32"]:
+            raise PTXError("dp4a of signed bytes is not implemented")
+        self._plain("dp4a")
+
     def _setp(self) -> None:
         comparison, join = self._one_of(COMPARISONS), self._one_of(JOINS, "none")
         self._known(comparison, join, "ftz")

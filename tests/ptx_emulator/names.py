@@ -9,7 +9,7 @@ def words(text: str) -> list[str]:
 
 OPS = words("""nop mov movpack movunpack add sub mul_lo mul_hi mul_wide mad_lo mad_hi mad_wide fma div rem neg abs min
 max and or xor not cnot shl shr bfe bfi prmt clz popc brev setp selp set cvt cvt2 ld st atom bra bar warpsync shfl vote
-match_any match_all redux activemask ret sqrt rcp rsqrt ex2 lg2 sin cos tanh cpasync lop3 shf copysign trap""")
+match_any match_all redux activemask ret sqrt rcp rsqrt ex2 lg2 sin cos tanh cpasync lop3 shf copysign trap dp4a""")
 BITS = {
     "pred": 1,
     **dict.fromkeys(("b8", "u8", "s8"), 8),

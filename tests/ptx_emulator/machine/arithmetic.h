@@ -319,6 +319,11 @@ struct Arithmetic : Memory {
           }
           return r;
         });
+      case OP_dp4a:
+        return ternary(I, [=](uint64_t x, uint64_t y, uint64_t sum) {
+          for (int i = 0; i < 32; i += 8) sum += (x >> i & 255) * (y >> i & 255);
+          return sum & m;
+        });
       case OP_lop3:
         return quaternary(I, [=](uint64_t x, uint64_t y, uint64_t z, uint64_t table) {
           uint64_t r = 0;
