@@ -1,14 +1,15 @@
 """The exact n-th smallest score of weights that lie on many ranks: each reads its own, counts are summed.
 
-A selection costs one all-reduce of 65,537 counts and one all-gather of a bin's candidates. A threshold that has left
-the bracket around the last one costs one more of the first; so many candidates that they don't fit, because most are
-tied, one more of each.
+A selection costs one all-reduce of 65,537 counts and one all-gather of a bin's few weights. A threshold that has left
+the bracket around the last one, or a bin that holds too many, costs one all-reduce more; a key that too many weights
+share, two in place of the all-gather. Each rank lists its own weights of the bin at once: what follows reads the list.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,13 +17,23 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY
-from pins_ext.ops.select import Scored, choose, position_of
+from pins_ext.ops.select import Scored, position_of
+
+GATHERED = 1 << 18
+"""Most pairs of key and index that an all-gather brings to a rank, 4 MB: a bin's weights, times the ranks."""
 
 ROOM = 1024
-"""Least candidates that a rank can send: 64 ranks then gather 1 MB. A bin holds some hundred per rank of 70 G."""
+"""Weights of a bin that are gathered however many ranks there are: a bin holds some hundred per rank of 70 G."""
+
+LISTED = 1 << 20
+"""Most weights of a bin that a rank lists for itself, 16 MB; where there are more, it reads its scores again."""
 
 _SLICE = 1 << 19
 """Bytes of a mask whose ties are listed at a time."""
+
+_ALL_KEYS = (0, MAX_KEY, 16, 0, 0)
+
+pins = torch.ops.pins_ext
 
 
 def select(
@@ -60,81 +71,160 @@ def select(
     """
     scratch = torch.empty(1 + BINS, dtype=torch.int64, device=layout.places.device)
     position = position_of(n_prune, total, exact)
-    scored = _Spread(
-        a, b, layout.places, layout.chunks, score, None, position, total, scratch, factors, ranks=ranks, layout=layout
-    )
-    return choose(scored, n_prune, exact, bracket, counts)
+    scored = Scored(a, b, layout.places, layout.chunks, score, None, position, total, scratch, factors)
+    key, tie = _Search(ranks, scored, layout).settled(bracket, counts, exact)
+    return pins.cutoff(key, tie, n_prune, total, exact)
 
 
 @dataclass(frozen=True)
-class _Spread(Scored):
-    """Operands of which this rank holds a part."""
+class _Bin:
+    """The weights between two keys, among which is the one that is looked for.
 
-    ranks: Ranks
-    layout: ops.Layout
+    Attributes:
+        bracket: the keys, and its rank among these weights.
+        everywhere: how many weights of all ranks.
+        here: how many of this rank.
+        listed: int64 [2, here], keys and global indices of this rank's; None: too many.
+    """
 
-    def looked(self, flag: Tensor) -> bool:
-        """See Scored: every rank looks, and sees the same."""
-        return bool(flag)
+    bracket: Tensor
+    everywhere: int
+    here: int
+    listed: Tensor | None = None
 
-    def summed(self, counts: Tensor) -> Tensor:
-        """See Scored."""
-        return self.ranks.sum(counts)
 
-    def begun(self, missed: Tensor | None = None) -> Tensor:
-        """See Scored: a sample would be another collective, so the side that was missed, or all keys."""
-        if missed is not None:
-            return missed
-        return torch.tensor([0, MAX_KEY, 16, 0, 0]).to(self.places.device)
+class _Search:
+    """One selection.
 
-    def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
-        """See Scored."""
-        room = max(ROOM, ops.CANDIDATES // self.ranks.size)
-        own = self.places.new_full((2, room + 1), MAX_INDEX)
-        candidates = self.places.new_full((2, room), MAX_INDEX)
-        found = self.places.new_zeros(1)
-        torch.ops.pins_ext.collect_(found, candidates, *self._operands, bracket, factors=self.factors)
-        own[:, 0], own[:, 1:] = found, candidates
-        every = self.ranks.gather(own)
-        fits = (every[:, 0, 0] <= room).all()
-        together = every[:, :, 1:].movedim(0, 1).reshape(2, -1)
-        # Too many for one of the ranks are too many.
-        return together, torch.where(fits, every[:, 0, 0].sum(), MAX_INDEX)
+    Args:
+        ranks: the processes.
+        scored: operands of which this rank holds a part.
+        layout: theirs.
+    """
 
-    def tie_index(self, bracket: Tensor) -> Tensor:
-        """See Scored: counts of ties by ever smaller bins of the global index, until a bin is one index."""
-        key, rank = int(bracket[0]), int(bracket[3])
-        if rank <= 0:
-            return torch.zeros_like(bracket[0])
-        begin, end = 0, self.layout.total
+    def __init__(self, ranks: Ranks, scored: Scored, layout: ops.Layout) -> None:
+        self._ranks, self._scored, self._layout = ranks, scored, layout
+        self._room = max(ROOM, GATHERED // ranks.size)
+
+    def settled(self, bracket: Tensor | None, counts: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+        """The bracket of one key, and the tie index, int64 [1], see `pins_ext::settle`."""
+        found = self._listed(self._bin_of(bracket, counts))
+        if found.everywhere > self._room:
+            found = self._key_of(found)
+            rank = int(found.bracket[3])
+            if found.everywhere > self._room or rank <= 0 or not exact:
+                index = self._tie_index(found, rank) if rank > 0 and exact else 0
+                return found.bracket, found.bracket.new_full((1,), index)
+        return self._gathered(found)
+
+    def _bin_of(self, bracket: Tensor | None, counts: Tensor | None) -> _Bin:
+        """A bin around the threshold; where it has left the bracket, from all keys on that side."""
+        if bracket is None:
+            # No sample to begin with, which would be another collective.
+            bracket, counts = ops.to_device(torch.tensor([0, MAX_KEY, 16, 0, 0]), self._scored.places.device), None
+        position = self._scored.position
+        found = self._narrowed(bracket, self._counts(bracket) if counts is None else counts, position)
+        if isinstance(found, _Bin):
+            return found
+        found = self._narrowed(found, self._counts(found), position)
+        assert isinstance(found, _Bin)
+        return found
+
+    def _key_of(self, found: _Bin) -> _Bin:
+        """The key of the weight that is looked for, and the weights that share it."""
+        if bool(found.bracket[0] == found.bracket[1]):
+            return found
+        if found.listed is None:
+            counts = self._counts(found.bracket)
+        else:
+            bins = (found.listed[0] - found.bracket[0]) >> found.bracket[2]
+            counts = torch.nn.functional.pad(torch.bincount(bins, minlength=BINS), (1, 0))
+        # The rank is one among the weights of the bin.
+        counts[0] = 0
+        key = self._narrowed(found.bracket, counts, found.bracket[3])
+        assert isinstance(key, _Bin)
+        if found.listed is None:
+            return self._listed(key)
+        return replace(key, listed=found.listed[:, found.listed[0] == key.bracket[0]])
+
+    def _counts(self, bracket: Tensor) -> Tensor:
+        """Of this rank's weights, see `pins_ext::count_`."""
+        scored = self._scored
+        pins.count_(scored.scratch, *scored.operands, bracket, factors=scored.factors)
+        return scored.scratch
+
+    def _narrowed(self, bracket: Tensor, counts: Tensor, position: Tensor) -> _Bin | Tensor:
+        """The bin that holds a position; a bracket of the missed side where none does."""
+        everywhere = self._ranks.sum(counts)
+        found = _unresolved(pins.narrow(bracket, everywhere, position))
+        if bool((found[0] < bracket[0]) | (found[1] > bracket[1])):
+            return found
+        place = 1 + ((found[0] - bracket[0]) >> bracket[2])
+        return _Bin(found, int(everywhere[place]), int(counts[place]))
+
+    def _listed(self, found: _Bin) -> _Bin:
+        """The bin with this rank's weights, if they aren't too many."""
+        if found.here > LISTED and found.everywhere > self._room:
+            return found
+        scored, number = self._scored, found.bracket.new_zeros(1)
+        listed = found.bracket.new_empty(2, found.here)
+        if found.here:
+            pins.collect_(number, listed, *scored.operands, found.bracket, factors=scored.factors)
+        return replace(found, listed=listed)
+
+    def _gathered(self, found: _Bin) -> tuple[Tensor, Tensor]:
+        """The key and the tie index, from the weights of all ranks."""
+        assert found.listed is not None
+        own = found.bracket.new_full((2, found.everywhere), MAX_INDEX)
+        own[:, : found.here] = found.listed
+        every = self._ranks.gather(own).movedim(0, 1).reshape(2, -1).contiguous()
+        key, tie = pins.settle(found.bracket, every, found.bracket.new_tensor([found.everywhere]))
+        return key, tie
+
+    def _tie_index(self, found: _Bin, rank: int) -> int:
+        """Of the weight of this rank among those of one key: counts by ever smaller bins of the global index."""
+        begin, end = 0, self._layout.total
+        bins = max(BINS, math.isqrt(end) + 1)
         while end - begin > 1:
-            width = -(-(end - begin) // BINS)
-            counts = torch.zeros(BINS, dtype=torch.int64, device=self.places.device)
-            for index in self._ties(key):
+            width = -(-(end - begin) // bins)
+            counts = torch.zeros(bins, dtype=torch.int64, device=found.bracket.device)
+            for index in self._ties(found, begin, end):
                 inside = index[(index >= begin) & (index < end)]
-                counts += torch.bincount((inside - begin) // width, minlength=BINS)
-            ends = self.summed(counts).cumsum(0)
+                counts += torch.bincount((inside - begin) // width, minlength=bins)
+            ends = self._ranks.sum(counts).cumsum(0)
             chosen = int(torch.searchsorted(ends, rank, right=True))
             rank -= int(ends[chosen - 1]) if chosen else 0
             begin += chosen * width
             end = min(begin + width, end)
-        return torch.full_like(bracket[0], begin)
+        return begin
 
-    def _ties(self, key: int) -> Iterator[Tensor]:
-        """Global indices of this rank's weights of one key, int64, some at a time."""
-        first, last = torch.tensor([[[key, 0]], [[key, MAX_INDEX]]]).to(self.places.device)
-        for i, a in enumerate(self.a):
-            layout, b = self.layout.subset([i]), self.b[i : i + 1]
-            stats = self.places.new_empty(1, 3)
-            own = None if self.factors is None else self.factors[i : i + 1]
+    def _ties(self, found: _Bin, begin: int, end: int) -> Iterator[Tensor]:
+        """Global indices of this rank's weights of one key, int64, some at a time; at least those in a range."""
+        if found.listed is not None:
+            yield found.listed[1]
+            return
+        scored, key = self._scored, int(found.bracket[0])
+        cutoffs = ops.to_device(torch.tensor([[[key, 0]], [[key, MAX_INDEX]]]), found.bracket.device)
+        for i in self._layout.within(begin, end):
+            layout, b = self._layout.subset([i]), scored.b[i : i + 1]
+            stats = found.bracket.new_empty(1, 3)
+            own = None if scored.factors is None else scored.factors[i : i + 1]
             kept = []
-            for cutoff in (first, last):
-                kept.append(torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=a.device))
-                torch.ops.pins_ext.pack_(
-                    [kept[-1]], stats, [a], b, layout.places, layout.chunks, self.score, cutoff, factors=own
-                )
+            for cutoff in cutoffs:
+                kept.append(torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=cutoff.device))
+                operands = (scored.a[i : i + 1], b, layout.places, layout.chunks, scored.score)
+                pins.pack_([kept[-1]], stats, *operands, cutoff, factors=own)
             ties = kept[0] ^ kept[1]
-            for begin in range(0, len(ties), _SLICE):
-                part = ties[begin : begin + _SLICE]
-                flat = ops.unpack_bits(part, (8 * len(part),)).nonzero().flatten()
-                yield layout.global_index(0, flat + 8 * begin)
+            for first in range(0, len(ties), _SLICE):
+                part = ties[first : first + _SLICE]
+                # Most bytes hold none.
+                bytes_ = part.nonzero().flatten()
+                bits = ops.unpack_bits(part[bytes_], (len(bytes_), 8)).nonzero()
+                yield layout.global_index(0, 8 * (first + bytes_[bits[:, 0]]) + bits[:, 1])
+
+
+def _unresolved(bracket: Tensor) -> Tensor:
+    """A bracket that passes read even where it is a single key."""
+    found = bracket.clone()
+    found[4] = 0
+    return found

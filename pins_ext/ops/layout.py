@@ -76,6 +76,12 @@ class Layout:
             return self
         return _laid_out(self._host_places[list(indices)], self.total, self.places.device)
 
+    def within(self, begin: int, end: int) -> list[int]:
+        """The tensors that have weights, whole or cut, in this range of global indices."""
+        first = self._host_places[:, 0]
+        last = first + self._host_places[:, 1:5].prod(1)
+        return ((first < end) & (last > begin)).nonzero().flatten().tolist()
+
     def numel(self, i: int) -> int:
         """Weights of the local part of one tensor."""
         return int(self._host_places[i, 5:9].prod())

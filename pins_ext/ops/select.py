@@ -1,4 +1,4 @@
-"""The exact n-th smallest score over all tensors, by counting passes driven from here: ranks can sum the counts.
+"""The exact n-th smallest score over all tensors, by counting passes driven from here.
 
 On a GPU the host never waits for what a pass has found: further passes are launched and return at once where they are
 not needed. On the CPU, where looking is free, they are left out.
@@ -58,7 +58,8 @@ class Scored:
     factors: Tensor | None
 
     @property
-    def _operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
+    def operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
+        """What every operator that reads scores takes first."""
         return self.a, self.b, self.places, self.chunks, self.score
 
     @property
@@ -69,25 +70,17 @@ class Scored:
         """Whether the flag is set and the host knows: on the CPU, where looking is free."""
         return flag.is_cpu and bool(flag)
 
-    def summed(self, counts: Tensor) -> Tensor:
-        """The counts of all weights that compete, from those of a pass over the operands."""
-        return counts
-
-    def begun(self, missed: Tensor | None = None) -> Tensor:
-        """A bracket to begin with, from a sample.
-
-        Args:
-            missed: the side on which the target lies of a bracket that was counted before.
-        """
-        keys = pins.sample(*self._operands, min(SAMPLES, self.total), **self._keywords)
+    def begun(self) -> Tensor:
+        """A bracket to begin with, from a sample."""
+        keys = pins.sample(*self.operands, min(SAMPLES, self.total), **self._keywords)
         return pins.bracket_of(keys, self.position, self.total)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
         if self.looked(bracket[4]):
             return bracket
-        pins.count_(self.scratch, *self._operands, bracket, **self._keywords)
-        return pins.narrow(bracket, self.summed(self.scratch), self.position)
+        pins.count_(self.scratch, *self.operands, bracket, **self._keywords)
+        return pins.narrow(bracket, self.scratch, self.position)
 
     def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and global indices of the weights inside the bracket, int64 [2, m], in any order, and how many they are.
@@ -96,12 +89,12 @@ class Scored:
         """
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
-        pins.collect_(found, candidates, *self._operands, bracket, **self._keywords)
+        pins.collect_(found, candidates, *self.operands, bracket, **self._keywords)
         return candidates, found
 
     def tie_index(self, bracket: Tensor) -> Tensor:
         """Of the weight at the bracket's rank among those of its one key."""
-        return pins.tie_index(*self._operands, bracket, **self._keywords)
+        return pins.tie_index(*self.operands, bracket, **self._keywords)
 
 
 def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -112,11 +105,11 @@ def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Te
     """
     if bracket is None:
         return scored.counted(scored.begun())
-    found = scored.counted(bracket) if counts is None else pins.narrow(bracket, scored.summed(counts), scored.position)
+    found = scored.counted(bracket) if counts is None else pins.narrow(bracket, counts, scored.position)
     hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
     if scored.looked(hit):
         return found
-    begun = scored.begun(found)
+    begun = scored.begun()
     # Marked as one key, a bracket costs no pass.
     begun[4] = hit
     return torch.where(hit, found, scored.counted(begun))
@@ -186,7 +179,7 @@ def _bin_on_host(scored: Scored, bracket: Tensor | None, counts: Tensor | None) 
     """What `_bin_of` finds, and at most how many weights are inside; on the CPU."""
     if bracket is None or counts is None:
         bracket, counts = scored.begun(), scored.scratch
-        pins.count_(counts, *scored._operands, bracket, **scored._keywords)
+        pins.count_(counts, *scored.operands, bracket, **scored._keywords)
         more = False
     else:
         more = True

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.select import select
 from pins_ext.distributed.shards import local, shard_of
 
+SELECT = import_module("pins_ext.distributed.select")
+
 SHAPES = [(64, 48), (7, 33), (1, 5), (130, 70)]
 
 
@@ -27,6 +33,15 @@ def scores(kind: str, seed: int) -> list[Tensor]:
     if kind == "ties":  # most are zero, some are one of three values
         made = [((x.abs() * 2).floor() / 2 * (x > 0.3)).float() for x in made]
     return made
+
+
+@contextmanager
+def limited(limits: dict[str, int]) -> Iterator[None]:
+    """With other limits of the module than its own."""
+    with ExitStack() as stack:
+        for name, limit in limits.items():
+            stack.enter_context(patch.object(SELECT, name, limit))
+        yield
 
 
 def spread(full: list[Tensor], how: str) -> tuple[Ranks, list[Tensor], ops.Layout]:
@@ -59,7 +74,12 @@ def chosen(ranks: Ranks, parts: list[Tensor], layout: ops.Layout, n: int, total:
     return cutoff.tolist()
 
 
-def selects(how: str, expected: dict[tuple[str, int, bool], list[int]]) -> int:
+def selects(how: str, expected: dict[tuple[str, int, bool], list[int]], limits: dict[str, int]) -> int:
+    with limited(limits):
+        return selects_with(how, expected)
+
+
+def selects_with(how: str, expected: dict[tuple[str, int, bool], list[int]]) -> int:
     for (kind, n, exact), cutoff in expected.items():
         full = scores(kind, seed=1)
         ranks, parts, layout = spread(full, how)
@@ -70,24 +90,28 @@ def selects(how: str, expected: dict[tuple[str, int, bool], list[int]]) -> int:
 
 
 def collectives() -> list[dict[str, int]]:
-    """A bracket that holds, one that the threshold has left, none, and ties by the thousand."""
+    """A bracket that holds, one that the threshold has left, none; a bin and a key of too many weights."""
     told = []
+
+    def tell(full: list[Tensor], n: int, cutoff: list[int], bracket: Tensor | None = None, **limits: int) -> None:
+        ranks, parts, layout = spread(full, "rows")
+        with limited(limits), counted_collectives() as counts:
+            assert chosen(ranks, parts, layout, n, sum(x.numel() for x in full), bracket=bracket) == cutoff
+        told.append(dict(counts))
+
     full = scores("normal", seed=1)
     total = sum(x.numel() for x in full)
     ranks, parts, layout = spread(full, "rows")
-    cutoff = torch.tensor(chosen(ranks, parts, layout, total // 2, total))
-    near, far = ops.bracket_around(cutoff), ops.bracket_around(cutoff, octaves=0.125) + 0
+    cutoff, wide = (chosen(ranks, parts, layout, n, total) for n in (total // 2, 9 * total // 10))
+    near = ops.bracket_around(torch.tensor(cutoff))
+    far = near.clone()
     far[:2] += 1 << 24
     for bracket in (near, far, None):
-        with counted_collectives() as counts:
-            assert chosen(ranks, parts, layout, total // 2, total, bracket=bracket) == cutoff.tolist()
-        told.append(dict(counts))
-    full = [torch.zeros(300, 200) for _ in SHAPES]
-    ranks, parts, layout = spread(full, "rows")
-    with counted_collectives() as counts:
-        key = (1 << 31) + 0
-        assert chosen(ranks, parts, layout, 70_123, 240_000) == [key, 70_123]
-    told.append(dict(counts))
+        tell(full, total // 2, cutoff, bracket)
+    tell(full, 9 * total // 10, wide, ROOM=1, GATHERED=2)
+    zeros = [torch.zeros(100, 200) for _ in SHAPES]
+    for limits in ({}, {"GATHERED": 1 << 15}, {"GATHERED": 1 << 15, "LISTED": 1 << 14}):
+        tell(zeros, 23_123, [1 << 31, 23_123], **limits)
     return told
 
 
@@ -120,15 +144,24 @@ def expectations() -> dict[tuple[str, int, bool], list[int]]:
 def test_the_cutoff_is_that_of_one_process(size: int, how: str) -> None:
     expected = expectations()
     assert len({tuple(cutoff) for cutoff in expected.values()}) > 12
-    assert run(size, selects, how, expected) == [len(expected)] * size
+    assert run(size, selects, how, expected, {}) == [len(expected)] * size
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "listed"),
+    [(2, "columns", 1 << 20), (2, "rows", 0), (4, "mesh", 500), pytest.param(6, "mesh", 50, marks=pytest.mark.slow)],
+)
+def test_the_cutoff_where_too_many_weights_are_in_a_bin(size: int, how: str, listed: int) -> None:
+    expected = expectations()
+    assert run(size, selects, how, expected, {"ROOM": 1, "GATHERED": 2, "LISTED": listed}) == [len(expected)] * size
 
 
 def test_one_all_reduce_and_one_all_gather() -> None:
-    for near, far, first, tied in run(2, collectives):
-        assert near == {"all_reduce": 1, "all_gather_into_tensor": 1}
+    once = {"all_reduce": 1, "all_gather_into_tensor": 1}
+    for near, far, first, narrow, zeros, many, unlisted in run(2, collectives):
+        assert near == first == zeros == once
         assert far == {"all_reduce": 2, "all_gather_into_tensor": 1}
-        # Of all keys a bin is too wide: its candidates may be too many, and are then counted once more.
-        assert first["all_reduce"] <= 3
-        assert first["all_gather_into_tensor"] == 1
-        # The one key is found by two passes more, the tie among 240,000 by two.
-        assert tied["all_reduce"] <= 5
+        # One more finds the key, and none of its weights is pruned.
+        assert narrow == {"all_reduce": 2}
+        # The key takes one more, and the tie among 80,000 two in place of the gathering.
+        assert many == unlisted == {"all_reduce": 4}
