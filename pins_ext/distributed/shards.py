@@ -46,20 +46,27 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
         return local(grad if grad.placements == placements else grad.redistribute(placements=placements))
 
 
-def like(parameter: Tensor, part: Tensor) -> Tensor:
-    """This rank's part as the tensor of which all parts are one: a DTensor where the parameter is one."""
+def like(parameter: Tensor, part: Tensor, coded: bool = False) -> Tensor:
+    """This rank's part as the tensor of which all parts are one: a DTensor where the parameter is one.
+
+    Args:
+        parameter: cut like it.
+        part: of the shape of the parameter's part, or of that in 8 bits.
+        coded: whether it is in 8 bits.
+    """
     if not is_dtensor(parameter):
         return part
     from torch.distributed.tensor import DTensor
 
+    whole = torch.empty(ops.coded_shape(parameter.shape), device="meta") if coded else parameter
     return DTensor.from_local(
         part,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
         # Without them an uneven cut gets another shape.
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=whole.shape,
+        stride=whole.stride(),
     )
 
 
@@ -160,3 +167,18 @@ def _cuts(name: str, mesh: Sequence[int], placements: Sequence[Any]) -> Iterator
                 f"{name} is placed as {placements} over {tuple(mesh)} ranks: an order of cuts that isn't known"
             )
         yield dim, place
+
+
+def check_codes(option: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor's states can't be kept in 8 bits.
+
+    Args:
+        option: what asks for it.
+        name: what to call the tensor.
+        tensor: a parameter.
+    """
+    if local(tensor).device.type != "cpu":
+        raise ValueError(f"{option} is there on the CPU alone, and {name} is on {tensor.device}: use bfloat16")
+    shard = shard_of(name, tensor)
+    if shard is not None:
+        ops.check_cut(name, local(tensor).shape, shard)

@@ -41,9 +41,11 @@ def _whole(kind: str, state: Tensor, i: int, name: str, parameter: Tensor, ranks
     shape = tuple(local(parameter).shape)
     part = ops.unpack_bits(state, shape).to(torch.uint8) if kind in _MASKS else state
     # Bits are summed with zeros as integers: a float's -0 would come back as +0.
-    full = torch.zeros(parameter.shape, dtype=torch.int32, device=part.device)
+    coded = _is_coded(kind, state)
+    sizes = ops.coded_shape(parameter.shape) if coded else parameter.shape
+    full = torch.zeros(sizes, dtype=torch.int32, device=part.device)
     if ranks.counts(i):
-        full[_box(name, parameter)] = part.contiguous().view(_BITS[part.element_size()]).to(torch.int32)
+        full[_box(name, parameter, coded)] = part.contiguous().view(_BITS[part.element_size()]).to(torch.int32)
     bits = ranks.sum(full).to(_BITS[part.element_size()])
     return ops.pack_bits(bits.bool()) if kind in _MASKS else bits.view(part.dtype)
 
@@ -61,6 +63,8 @@ def parts(states: Mapping[str, Tensor], names: Sequence[str], parameters: Sequen
             found[key] = ops.pack_bits(ops.unpack_bits(state, p.shape)[_box(name, p)])
         elif state.shape == p.shape:
             found[key] = state[_box(name, p)]
+        elif ops.is_coded(state, p.shape):
+            found[key] = state[_box(name, p, coded=True)]
     return found
 
 
@@ -94,7 +98,7 @@ def spread(
         if name in by_name:
             p = by_name[name]
             part = ops.unpack_bits(state, local(p).shape).to(torch.uint8) if kind in _MASKS else state
-            found[key] = like(p, part)
+            found[key] = like(p, part, _is_coded(kind, state))
     return found
 
 
@@ -125,8 +129,15 @@ def _agrees(name: str, parameter: Tensor) -> bool:
     return (tuple(shape), tuple(start)) == (tuple(local(parameter).shape), shard.start)
 
 
-def _box(name: str, parameter: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part lies."""
+def _is_coded(kind: str, state: Tensor) -> bool:
+    """Whether a state is in 8 bits; masks are bytes, too."""
+    return kind not in _MASKS and state.dtype in ops.CODED
+
+
+def _box(name: str, parameter: Tensor, coded: bool = False) -> tuple[slice, ...]:
+    """Where this rank's part lies, of the weights or of their groups in 8 bits."""
     shard = shard_of(name, parameter)
     assert shard is not None
+    if coded:
+        return ops.coded_box(local(parameter).shape, shard)
     return tuple(slice(s, s + n) for s, n in zip(shard.start, local(parameter).shape, strict=True))

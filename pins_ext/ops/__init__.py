@@ -15,7 +15,18 @@ from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket, grouped
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
-from pins_ext.ops.coded import CODED, by_group, check_cut, coded_bytes, coded_shape, decode, encode, is_coded, new_state
+from pins_ext.ops.coded import (
+    CODED,
+    by_group,
+    check_cut,
+    coded_box,
+    coded_bytes,
+    coded_shape,
+    decode,
+    encode,
+    is_coded,
+    new_state,
+)
 from pins_ext.ops.cpu import cpu_capability, stream_
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
@@ -67,6 +78,7 @@ __all__ = [
     "by_group",
     "check_cut",
     "clip_factor",
+    "coded_box",
     "coded_bytes",
     "coded_shape",
     "collect_",

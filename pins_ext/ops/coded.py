@@ -33,6 +33,20 @@ def coded_bytes(shape: Sequence[int]) -> int:
     return math.prod(coded_shape(shape))
 
 
+def coded_box(shape: Sequence[int], shard: Shard) -> tuple[slice, ...]:
+    """Where a shard of a tensor in 8 bits lies in the full one.
+
+    Args:
+        shape: of the weights that are here.
+        shard: where they lie in their full tensor.
+    """
+    rows = row_dims(shard.full)
+    *sizes, groups, _ = coded_shape(shape, shard)
+    first = shard.start[rows] * math.prod(shard.full[rows + 1 :]) // GROUP if shard.full else 0
+    boxes = [slice(begin, begin + n) for begin, n in zip(shard.start[:rows], sizes, strict=True)]
+    return (*boxes, slice(first, first + groups))
+
+
 def check_cut(name: str, shape: Sequence[int], shard: Shard) -> None:
     """Raise ValueError where a shard cuts a group of 8-bit storage.
 

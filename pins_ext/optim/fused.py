@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import is_dtensor, local, local_gradient, shard_of
+from pins_ext.distributed.shards import check_codes, is_dtensor, like, local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
@@ -325,7 +325,7 @@ class FusedOptimizer(Optimizer):
             state.pop("skipped", None)
             dtypes = {name: self._storage(p, name) for name in names}
             _check_storage(p, dtypes.values())
-            state.update({"step": 0.0, **{name: ops.new_state(p, dtype) for name, dtype in dtypes.items()}})
+            state.update({"step": 0.0, **{name: _new_moment(p, dtype) for name, dtype in dtypes.items()}})
         if not names:
             state.setdefault("step", 0.0)
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
@@ -389,11 +389,14 @@ class FusedOptimizer(Optimizer):
 
 
 def _check_storage(p: Tensor, dtypes: Iterable[torch.dtype]) -> None:
-    if any(dtype in ops.CODED for dtype in dtypes) and (is_dtensor(p) or not p.is_cpu):
-        where = "sharded" if is_dtensor(p) else f"on {p.device}"
-        raise ValueError(
-            f"moment_dtype='8bit' is there for whole tensors on the CPU alone, and a parameter is {where}: use bfloat16"
-        )
+    if any(dtype in ops.CODED for dtype in dtypes):
+        check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
+
+
+def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in ops.CODED:
+        return ops.new_state(p, dtype)
+    return like(p, ops.new_state(local(p), dtype, shard_of("p", p)), coded=True)
 
 
 def _take_given(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[str, Any]) -> None:
@@ -415,9 +418,14 @@ def _converted(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     _check_storage(p, [dtype])
     if moment.dtype == dtype:
         return moment.to(p.device)
-    if moment.dtype in ops.CODED:
-        moment = ops.decode(moment, p.shape)
-    return ops.encode(moment, dtype) if dtype in ops.CODED else moment.to(p.device, dtype)
+    # A whole moment of a sharded parameter stays whole, as torch.optim's does.
+    shard = shard_of("p", p) if is_dtensor(moment) else None
+    part = local(moment)
+    if part.dtype in ops.CODED:
+        part = ops.decode(part, local(p).shape if is_dtensor(moment) else p.shape)
+    coded = dtype in ops.CODED
+    part = ops.encode(part, dtype, shard).to(p.device) if coded else part.to(p.device, dtype)
+    return like(p, part, coded) if is_dtensor(moment) else part
 
 
 def _exported(state: dict[str, Any]) -> dict[str, Any]:

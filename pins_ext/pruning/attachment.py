@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import local, local_gradient
+from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import PruningArguments
 from pins_ext.optim.step import Rate, Scaling
@@ -241,7 +241,8 @@ class Slot(ABC):
             for name, state in self.optimizer.state[p].items():
                 if isinstance(state, Tensor) and ops.is_coded(state, p.shape):
                     # Code 0 is zero, and the scale stays: no other weight's moment changes.
-                    state[..., : ops.GROUP] *= ops.by_group(ops.unpack_bits((bits or self.masks.bits)[i], p.shape))
+                    keep = ops.unpack_bits((bits or self.masks.bits)[i], local(p).shape)
+                    local(state)[..., : ops.GROUP] *= ops.by_group(keep, shard_of(self.names[i], p))
                 elif isinstance(state, Tensor) and state.shape == p.shape:
                     states.setdefault(name, []).append((i, local(state)))
         for name, entries in states.items():

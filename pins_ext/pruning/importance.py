@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
-from pins_ext.distributed.shards import is_dtensor, local
+from pins_ext.distributed.shards import check_codes, local, shard_of
 from pins_ext.optim.step import Rate, Scaling, rates_on
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.moments import Moments
@@ -137,7 +137,13 @@ class Importance:
         parts = [local(p) for p in self.parameters]
         kept = state_names(self.config)
         self._check_storage()
-        states = {name: [ops.new_state(p, self.config.dtype) for p in parts] for name in kept}
+        # Where a part lies matters to 8 bits alone.
+        coded = self.config.dtype in ops.CODED
+        shards = [shard_of(str(i), p) if coded else None for i, p in enumerate(self.parameters)]
+        states = {
+            name: [ops.new_state(p, self.config.dtype, shard) for p, shard in zip(parts, shards, strict=True)]
+            for name in kept
+        }
         states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
         self._write_bars(states)
         return states
@@ -146,14 +152,7 @@ class Importance:
         if self.config.dtype not in ops.CODED:
             return
         for p in self.parameters:
-            if is_dtensor(p) or not p.is_cpu:
-                where = (
-                    f"sharded: {tuple(local(p).shape)} of {tuple(p.shape)} here" if is_dtensor(p) else f"on {p.device}"
-                )
-                raise ValueError(
-                    f"state_dtype='8bit' is there for whole tensors on the CPU alone, and a pruned one is {where}: "
-                    "use bfloat16"
-                )
+            check_codes("state_dtype='8bit'", "a pruned parameter", p)
 
     def bar(self, masks: Sequence[Tensor]) -> None:
         """Let the weights that these masks prune score below all others for good.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import is_dtensor, local
+from pins_ext.distributed.shards import is_dtensor, local, shard_of
 from pins_ext.optim.step import rates_on
 from pins_ext.pruning.config import PruneConfig
 
@@ -70,9 +70,10 @@ def read_moments(
         check_moments(criterion, name, p, optimizer)
         state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
         for moment, kind in zip(found, _KINDS, strict=True):
-            moment.append(
-                local(state[kind]) if state else ops.new_state(local(p), known[kind].dtype if known else p.dtype)
-            )
+            if state:
+                moment.append(local(state[kind]))
+            else:
+                moment.append(ops.new_state(local(p), known[kind].dtype if known else p.dtype, shard_of(name, p)))
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
@@ -89,10 +90,9 @@ def check_moments(criterion: str, name: str, p: Tensor, optimizer: Optimizer) ->
         return
     for kind in _KINDS:
         moment = state.get(kind)
-        alike = isinstance(moment, Tensor) and moment.shape == p.shape and is_dtensor(moment) == is_dtensor(p)
-        plain = alike and type(local(moment)) is Tensor and moment.is_floating_point()
-        plain = plain or (type(moment) is Tensor and ops.is_coded(moment, p.shape))
-        if not plain:
+        alike = isinstance(moment, Tensor) and is_dtensor(moment) == is_dtensor(p) and type(local(moment)) is Tensor
+        plain = alike and moment.shape == p.shape and moment.is_floating_point()
+        if not plain and not (alike and ops.is_coded(moment, p.shape)):
             got = "none" if moment is None else f"a {type(moment).__name__} of shape {tuple(moment.shape)}"
             raise ValueError(
                 f"criterion={criterion!r} reads AdamW's moments, a plain {kind} of the parameter's shape "

@@ -156,7 +156,7 @@ def _notes(request: Request, teacher: str, sharded: bool) -> Iterable[str]:
     if sharded and wide and request.run.dtype != "float32":
         yield "note      with --bf16 or --fp16 accelerate keeps FSDP's weights in float32: plan with --dtype float32"
     if "8bit" in (request.run.moment_dtype, request.pruning.state_dtype if request.pruning else None):
-        yield "note      8 bits run on the CPU in one process so far: on a GPU, and for shards, they are refused"
+        yield "note      8 bits run on the CPU so far: on a GPU they are refused"
 
 
 def _range(column: tuple[int, ...]) -> str:

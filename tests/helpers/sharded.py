@@ -25,8 +25,20 @@ from pins_ext.optim import PinsAdamW, PinsSGD
 STEPS = 24
 CONFIG: dict[str, Any] = {"sparsity": 0.7, "delta_t": 3, "warmup": 3, "cooldown": 6}
 
+
+def in_8_bits(parameters: Iterable[Any]) -> PinsAdamW:
+    """8-bit moments of all but biases, whose few weights are one row that ranks would cut.
+
+    Args:
+        parameters: with their names, or without.
+    """
+    matrices = [given for given in parameters if (given[1] if isinstance(given, tuple) else given).dim() > 1]
+    return PinsAdamW(matrices, lr=1e-2, moment_dtype="8bit")
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "PinsAdamW": partial(PinsAdamW, lr=1e-2),
+    "PinsAdamW8": in_8_bits,
     "PinsSGD": partial(PinsSGD, lr=1e-2, momentum=0.9),
     # Of torch's own, the two whose arithmetic does not depend on where a vector ends.
     "AdamW": partial(torch.optim.AdamW, lr=1e-2, foreach=False),
