@@ -37,8 +37,9 @@ demo-short: install ## the same in about a minute, for a quick look and for CI: 
 # Anything but GPU code, which is chosen for each process: interpreted, emulated, or compiled for a GPU.
 HOST_TESTS := not slow and not interpret and not ptx and not gpu
 
-# A process for each core; tests of one file stay together and share what they set up.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile
+# A process for each core; tests of one file stay together and share what they set up, longest files first (conftest).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 
 quick: install ## the core and the operators, for every edit; without the tests that watch memory grow
 	$(PYTEST) -m "$(HOST_TESTS)" $(foreach t,missing_gradients memory,--ignore tests/pruning/test_$t.py) tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py

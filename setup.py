@@ -12,6 +12,7 @@ Environment:
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -113,6 +114,10 @@ class BuildExtension(build_ext if cpp_extension is None else cpp_extension.Build
             raise SystemExit(
                 "pins_ext compiles against the installed torch: install torch >= 2.10, then use --no-build-isolation"
             )
+        # This environment's ninja, also where the environment is not active: two versions of it do not read each
+        # other's logs, and each would compile everything anew.
+        if (own := Path(sys.executable).parent / "ninja").exists():
+            os.environ["PATH"] = f"{own.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         super().run()
 
 

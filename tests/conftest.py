@@ -1,4 +1,4 @@
-"""Which tests can run here: interpreter tests in a process of their own, GPU tests with a GPU; and where they run."""
+"""Which tests can run here, in which order and where: interpreted in a process of their own, on a GPU with a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ from gpus import Gpu
 
 pytest_plugins = ["ptx_emulator.plugin"]
 
+ROOT = Path(__file__).parent
+LONGEST = (
+    "house/test_packaging.py",
+    "cli/test_cli_kills.py",
+    "house/test_examples.py",
+    "studies/test_ablate.py",
+    "integrations/test_integration_trainer.py",
+    "pruning/test_released.py",
+    "integrations/test_integration_callback.py",
+    "cli/test_cli.py",
+    "house/test_lean.py",
+    "pruning/test_missing_gradients.py",
+    "cuda/test_cuda_compile.py",
+    "cli/test_cli_resuming.py",
+    "integrations/test_integration_loss.py",
+    "pruning/test_optim.py",
+    "integrations/test_integration_modes.py",
+    "bench/test_bench_inference.py",
+    "distributed/test_distributed.py",
+)
+"""Files to begin with, so that no process is left alone with one of them at the end."""
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -28,7 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, visibly, what this process or machine cannot run."""
+    """Begin with the longest files, and skip, visibly, what this process or machine cannot run."""
+    order = {str(ROOT / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
     for item in items:
         if item.get_closest_marker("interpret") and not INTERPRET and not config.option.ptx:
             reason = "Triton's interpreter is chosen per process: TRITON_INTERPRET=1; or --ptx 90 (tests/ptx_emulator)"

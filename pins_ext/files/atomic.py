@@ -34,30 +34,46 @@ class IncompleteError(ValueError):
 
 
 @contextmanager
-def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Yield an empty folder to write into; on success it takes the place of `folder`, otherwise it is removed.
+def folder_aside(folder: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to write into; on success it is flushed to disk and takes the place of `folder`.
 
     Args:
         folder: the name to appear under. An earlier folder of that name is removed after the new one is in place.
+        aside: where to write; by default beside the folder, under a name that no other process takes.
+    """
+    aside = aside or folder.with_name(f".{folder.name}.{os.getpid()}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        flush(aside)
+        replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """As folder_aside, in the one place that `clear_leftovers` tidies after a kill.
+
+    Args:
+        folder: the name to appear under.
         manifest: what to say about the content beside each file's size and SHA-256; no manifest is written for None.
 
     Raises:
         SaveError: the content could not be written, for example because the disk is full.
     """
-    aside = folder.parent / _ASIDE / folder.name
+    place = folder.parent / _ASIDE
+    shutil.rmtree(place, ignore_errors=True)
     try:
-        shutil.rmtree(aside.parent, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if manifest is not None:
-            _seal(aside, manifest)
-        flush(aside)
+        with folder_aside(folder, place / folder.name) as aside:
+            yield aside
+            if manifest is not None:
+                _seal(aside, manifest)
     except Exception as error:
         raise SaveError(_why(folder, error)) from error
-    else:
-        replace(aside, folder)
     finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def replace(source: Path, folder: Path) -> None:

@@ -7,7 +7,6 @@ docs/sparse_format.md describes the files, with a reader in NumPy. Dense safeten
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pins_ext.files.atomic import flush, replace, sha256
+from pins_ext.files.atomic import folder_aside, sha256
 from pins_ext.patterns import recognised
 from pins_ext.pruning.patterns import input_axes
 from pins_ext.sparse import compression as zstd
@@ -71,20 +70,13 @@ def save_sparse(
     if taken and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or replace it with overwrite=True")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with folder_aside(folder) as aside:
         tensors, aliases = _tensors_of(model, dtype)
         entries, shards = _write_shards(aside, tensors, int8, compression, shard_bytes)
         _write_configuration(model, aside, tokenizer, dtype)
         files = {file.name: (file.stat().st_size, sha256(file)) for file in sorted(aside.iterdir()) if file.is_file()}
         index = Index(entries, shards, aliases, files, compression, _patterns(model, entries))
         index.write(aside, PRODUCER)
-        flush(aside)
-        replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return sizes(index)
 
 
