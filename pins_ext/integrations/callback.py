@@ -6,7 +6,6 @@ Trainer(..., callbacks=[...], optimizer_cls_and_kwargs=optimizer(args))    # the
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 import uuid
@@ -14,18 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.training_args import OptimizerNames
 
 from pins_ext.files.atomic import write_file
 from pins_ext.integrations import logs as names
 from pins_ext.integrations.evaluation import EvaluationView, score_of
+from pins_ext.integrations.front import move_to_front
+from pins_ext.integrations.loss_means import LossMeans
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
 from pins_ext.integrations.unsupported import refuse_release, refuse_unsupported
-from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
+from pins_ext.optim import FusedOptimizer
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.pruner import Pruner
 from pins_ext.wrappers import unwrapped_optimizer
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from pins_ext.regularization.self_regularizer import Losses, SelfRegularizer
+    from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 PRUNER_FILE = "pins_pruner.safetensors"
 TEACHER_FILE = "pins_teacher.safetensors"
@@ -115,7 +113,7 @@ class PinsCallback(TrainerCallback):
         self._stats: tuple[Any, dict[str, Any]] = (None, {})
         self._view: EvaluationView | None = None
         self._released: FusedOptimizer | None = None
-        self._losses: dict[str, tuple[Any, int]] = {}
+        self._losses = LossMeans()
         self._best_before: tuple[Any, ...] | None = None
         self._at_last_log = (0, 0.0, 0.0, 0.0)
         self._plain_seconds: float | None = None
@@ -133,7 +131,7 @@ class PinsCallback(TrainerCallback):
     ) -> None:
         """Attach to the model and its optimizer; on resuming, go on from the checkpoint's own state."""
         refuse_unsupported(args, optimizer)
-        self._come_before_reporters()
+        move_to_front(self)
         if model is None or optimizer is None:
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
         if self.release is not None:
@@ -220,7 +218,7 @@ class PinsCallback(TrainerCallback):
             self.self_regularizer.step(state.global_step)
             # Of one batch: with gradient accumulation, losses may be parts of the step's.
             if self.self_regularizer.last is not None and args.gradient_accumulation_steps == 1:
-                self._note_losses(self.self_regularizer.last)
+                self._losses.add(self.self_regularizer.last)
         self.timer.on_step_end(args, state, control)
 
     def on_log(
@@ -234,7 +232,7 @@ class PinsCallback(TrainerCallback):
     ) -> None:
         """Add the pruner's statistics to what the Trainer logs and keeps in its history."""
         if logs is not None and "loss" in logs and self._losses:
-            parts = self._mean_losses()
+            parts = names.named(self._losses.take())
             logs.update(parts)
             state.log_history[-1].update(parts)
         if self.pruner is None or logs is None or not {"loss", "eval_loss"} & logs.keys():
@@ -313,19 +311,6 @@ class PinsCallback(TrainerCallback):
             self.pruning_seconds += self._stats[1]["ms"] / 1e3 + time.perf_counter() - begin
         return self._stats[1]
 
-    def _note_losses(self, losses: Losses) -> None:
-        parts = {"task_loss": losses.task, "divergence": losses.divergence, "teacher_weight": losses.weight}
-        for name, value in parts.items():
-            if value is not None:
-                total, steps = self._losses.get(name, (0.0, 0))
-                self._losses[name] = total + value, steps + 1
-
-    def _mean_losses(self) -> dict[str, float]:
-        """The parts of the loss apart, their means since the last log; one synchronisation."""
-        means = {name: total / steps for name, (total, steps) in self._losses.items()}
-        self._losses = {}
-        return names.named(dict(zip(means, torch.stack([*means.values()]).tolist(), strict=True)))
-
     def _overhead(self, optimizer: Optimizer | None) -> dict[str, float]:
         """What pruning cost per step since the last log: pruning_ms and pruning_share of the step's wall time."""
         now = (self.timer.steps, self.timer.seconds, self.timer.optimizer_seconds, self.pruning_seconds)
@@ -337,22 +322,6 @@ class PinsCallback(TrainerCallback):
             self._plain_seconds = plain_step_seconds(optimizer, self.pruner.model)
         seconds = pruning_seconds(outside / steps, optimizer_step / steps, self._plain_seconds)
         return names.named({"pruning_ms": 1e3 * seconds, "pruning_share": seconds * steps / step})
-
-    def _come_before_reporters(self) -> None:
-        """Move to the front of the Trainer's callbacks.
-
-        A Trainer places the reporters of `report_to` before its user's callbacks and hands one dict of logs along: what
-        is added behind them reaches no reporter. A callback isn't told the list that it is in, so this asks the handler
-        that is calling.
-        """
-        frame = inspect.currentframe()
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
-                return
-            frame = frame.f_back
 
     def _forget_early_best(self, state: TrainerState) -> None:
         if self._best_before is not None:
@@ -416,37 +385,3 @@ class PinsCallback(TrainerCallback):
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if self.self_regularizer is not None:
             self.self_regularizer.load(folder / TEACHER_FILE, origin)
-
-
-def optimizer(args: TrainingArguments, moment_dtype: str = "float32") -> tuple[type[FusedOptimizer], dict[str, Any]]:
-    """What a Trainer takes as `optimizer_cls_and_kwargs`: the optimizer of `args.optim` with pruning in its own pass.
-
-    The Trainer builds it over its usual two groups, so biases and norms get no weight decay. This is also the way that
-    a Trainer accepts under FSDP, which forbids `optimizers=`.
-
-    Args:
-        args: of the Trainer.
-        moment_dtype: storage of AdamW's two moments, see PinsAdamW.
-
-    Returns:
-        PinsAdamW with the learning rate, betas and eps of `args` for adamw_torch and adamw_torch_fused (the default);
-        PinsSGD with the learning rate and `optim_args` (momentum, dampening, nesterov) for sgd.
-
-    Raises:
-        ValueError: any other `args.optim`: leave `optimizer_cls_and_kwargs` out, and PinsCallback follows its hooks; a
-            moment_dtype for another one than AdamW.
-    """
-    fused: dict[Any, type[FusedOptimizer]] = {torch.optim.AdamW: PinsAdamW, torch.optim.SGD: PinsSGD}
-    stock, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    if stock not in fused:
-        raise ValueError(
-            f"--optim {OptimizerNames(args.optim).value} has no pruning pass of its own (adamw_torch, "
-            f"adamw_torch_fused and sgd have): leave optimizer_cls_and_kwargs out, "
-            "and PinsCallback follows that optimizer by its hooks"
-        )
-    own = {name: value for name, value in options.items() if name != "fused"}
-    if moment_dtype == "float32":
-        return fused[stock], own
-    if fused[stock] is not PinsAdamW:
-        raise ValueError(f"moment_dtype={moment_dtype!r} is of PinsAdamW: use --optim adamw_torch, or leave it out")
-    return PinsAdamW, own | {"moment_dtype": moment_dtype}

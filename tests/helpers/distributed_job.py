@@ -16,7 +16,8 @@ from bert import CONFIG, STEPS, WITHOUT_DROPOUT, arguments, collate, data, model
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 

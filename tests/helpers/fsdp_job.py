@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}

@@ -31,10 +31,10 @@ from pins_ext.integrations.callback import (
     PRUNER_FILE,
     TEACHER_FILE,
     PinsCallback,
-    optimizer,
-    refuse_unsupported,
 )
 from pins_ext.integrations.logs import NEW_MASK, as_named_now
+from pins_ext.integrations.optimizer import optimizer
+from pins_ext.integrations.unsupported import refuse_unsupported
 from pins_ext.pruning.checkpoint import FORMAT
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.plan import ConflictWarning

@@ -9,8 +9,9 @@ import torch
 from bert import CONFIG, arguments, model, stock, weights
 from transformers import Trainer, TrainerCallback
 
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.clipping import ClipInPass
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.integrations.trainer import PinsTrainer
 
 CLIP = {"max_grad_norm": 0.05, "save_strategy": "no", "logging_steps": 1}

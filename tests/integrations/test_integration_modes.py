@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from pins_ext import PruneConfig, Pruner
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.optim import PinsAdamW
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.regularization.self_regularizer import SelfRegularizer

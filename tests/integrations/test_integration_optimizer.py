@@ -9,7 +9,8 @@ import pytest
 import torch
 from bert import CONFIG, arguments, assert_at_target, model, pins, stock, weights
 
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.optim import PinsAdamW, PinsSGD
 from pins_ext.pruning.attachment import FusedSlot
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 import pins_ext
-from pins_ext.integrations.callback import PinsCallback, optimizer
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.optimizer import optimizer
 from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.optim import PinsAdamW, PinsSGD
 from pins_ext.pruning.config import PruneConfig

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from pins_ext import PruneConfig, Pruner
-from pins_ext.integrations.callback import refuse_unsupported
+from pins_ext.integrations.unsupported import refuse_unsupported
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
 
 OPTIMIZERS = [(PinsAdamW, {"lr": 3e-3, "weight_decay": 0.01}), (PinsSGD, {"lr": 0.05, "momentum": 0.9})]
