@@ -6,7 +6,7 @@
 // last bit. (torch's unfused AdamW takes its square root from MKL, which does not round it correctly.)
 
 // One row of the `hyper` table per tensor: every factor computed in double on the host and rounded once.
-// The columns are those that pins_ext/optim.py writes.
+// The columns are those that pins_ext/optim/adamw.py and sgd.py write.
 struct AdamWRow {
   float lr;           // of the coming step; the criterion's lr
   float decay;        // 1 - lr weight_decay

@@ -209,7 +209,7 @@ class PinsCallback(TrainerCallback):
         self.timer.on_optimizer_step(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The optimizer has stepped and the weights are masked: note a new mask, take a new teacher if one is due."""
+        """The optimizer has stepped and the weights are masked: note a new mask, renew the teacher by its policy."""
         if self.pruner is not None and self.pruner.schedule.is_new_mask(self.pruner.step - 1):
             t = self.pruner.step - 1
             entry = names.of_a_mask(self.stats(), 1 - self.pruner.schedule.remaining_ratio(t), t)

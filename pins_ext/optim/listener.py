@@ -1,4 +1,4 @@
-"""What a fused optimizer tells about its steps, and what it is told to take along: all it knows of pruning."""
+"""What a fused optimizer reports about its steps, and what its pass takes along: all it knows of pruning."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Slots(Sequence["Slot"]):
         self.seconds += time.perf_counter() - begin
 
     def finish(self) -> None:
-        """End the step under way, whoever has not stepped."""
+        """End the step under way, also where some optimizers have not stepped."""
         self.driver.end_step()
         self.begun = []
 

@@ -66,7 +66,7 @@ class PruneConfig:
     importance_every: int = _option(
         1, "take importance in every so many steps only; it divides delta_t, and other steps cost what dense ones do"
     )
-    delta_t: int = _option(10, "window in steps: importance is averaged over it and a new mask is due at its end")
+    delta_t: int = _option(10, "window in steps: importance is averaged over it, and a new mask is chosen at its end")
     schedule: str | RatioFunction = _option("cubic", "how sparsity grows between warm-up and cool-down", SCHEDULES)
     warmup: int | float = _option(
         0.1, "steps before the schedule starts (an integer), or their share of training (< 1)"
@@ -79,7 +79,8 @@ class PruneConfig:
     )
     mask_policy: str = _option(
         "reference",
-        "reference: zero weights only when a mask is due, as the released code; strict: after every step",
+        "reference: weights grow back between masks until the final sparsity is reached, as in the released code; "
+        "strict: they are zero after every step",
         ("reference", "strict"),
     )
     regrow: str = _option(

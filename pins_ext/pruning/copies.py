@@ -1,4 +1,4 @@
-"""Copies of an optimizer whose steps a pruner follows by hooks: torch leaves hooks out of them, so they are told."""
+"""Copies of an optimizer whose steps a pruner follows by hooks: torch leaves hooks out of them, so they warn."""
 
 from __future__ import annotations
 

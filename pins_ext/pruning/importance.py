@@ -88,7 +88,7 @@ def own_score(criterion: Any, p: Tensor, g: Tensor, lr: Any) -> Tensor:
 class Importance:
     """States of n tensors, one each of the shape of this rank's part, and the operators that advance them.
 
-    The states are made when they are first asked for: until training begins, a model may yet be cut into shards.
+    The states are made when they are first read: until training begins, a model may still be cut into shards.
 
     Args:
         parameters: the pruned tensors, DTensors or plain.

@@ -229,7 +229,7 @@ class Masks:
         """Boolean mask of this rank's part of one tensor, of its shape (True = keep); a copy."""
         return ops.unpack_bits(self.bits[i], shape)
 
-    # ---- what is told and saved -------------------------------------------------------------------------------------
+    # ---- statistics and checkpoints ---------------------------------------------------------------------------------
 
     def counts(self) -> tuple[int, int, int]:
         """Of the last selection: kept weights, flipped bits, NaN scores; one synchronisation."""

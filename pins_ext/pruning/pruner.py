@@ -1,4 +1,4 @@
-"""Iterative global pruning attached to a training loop: who is asked what, and when, within one optimizer step."""
+"""Iterative global pruning attached to a training loop: the order of things within one optimizer step."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from pins_ext.pruning.view import masked
 class Pruner:
     """Prunes a model while any torch optimizer trains it; the training loop stays as it was.
 
-    Order within one step (Ren & Zhu 2023, released code): the window's end and a new mask where they are due,
-    importance from the weights before the step, the optimizer, zeros. A `PinsAdamW` or `PinsSGD` does the last three in
-    one pass; any other optimizer is followed through its step hooks.
+    Order within one step (Ren & Zhu 2023, released code): at the steps that ask for it, end the window and choose a new
+    mask; compute importance from the weights before the step; update the weights; zero those that are pruned. A
+    `PinsAdamW` or `PinsSGD` does the last three in one pass; any other optimizer is followed through its step hooks.
 
     Args:
         model: the model to prune. Nothing in it is renamed or replaced.
@@ -133,7 +133,7 @@ class Pruner:
         """Until the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
 
         Raises:
-            RuntimeError: they are not the same ones any more, or their optimizers have not got them.
+            RuntimeError: they are not the same ones any more, or their optimizers do not hold them.
         """
         if self._settled:
             return
@@ -209,7 +209,7 @@ class Pruner:
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> Step:
-        """See StepDriver: end a window and renew the masks where the step before any optimizer's is the time for it."""
+        """See StepDriver: end the window and renew the masks, at the steps that ask for it."""
         self._settle()
         self._settled = True
         t, importance, masks = self.step, self.importance, self.masks

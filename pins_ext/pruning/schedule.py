@@ -1,4 +1,4 @@
-"""How much is kept at each step, and when a mask is due: pure functions of the step."""
+"""How much is kept at each step, and which steps choose a mask: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Schedule:
         return self.mask_due(t) and (t % self.delta_t == 0 or t == self.final_start)
 
     def selects_once(self, t: int) -> bool:
-        """Whether the mask that is due at t stays for good (one-shot pruning)."""
+        """Whether the mask chosen at t stays for good (one-shot pruning)."""
         return self.kind == "one-shot" and t >= self.final_start
 
 

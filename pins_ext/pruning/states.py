@@ -50,7 +50,7 @@ def refuse_stale(parameters: Mapping[str, Tensor], parts: Parts) -> None:
         parts: who is to step which.
 
     Raises:
-        RuntimeError: an optimizer has not got them.
+        RuntimeError: an optimizer does not hold them.
     """
     names, tensors = list(parameters), list(parameters.values())
     for optimizer, indices in parts:
