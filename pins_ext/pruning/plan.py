@@ -81,7 +81,7 @@ def plan(
         warmup=schedule.initial_warmup,
         final_start=schedule.final_start,
         total_steps=schedule.total,
-        masks=sum(t % schedule.delta_t == 0 for t in ramp),
+        masks=sum(schedule.is_new_mask(t) for t in ramp),
         points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
         conflicts=conflicts(config, schedule),
         config=config.to_dict(),
