@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pins_ext.runs.charts import COLORS
+from pins_ext.runs.svg import COLORS
 
 from .records import Record, Run
 from .targets import AVERAGE, MASK, TIMES, main_records

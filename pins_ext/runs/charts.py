@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pins_ext.runs.findings import interval, score
 from pins_ext.runs.record import Entry, RunRecord
+from pins_ext.runs.svg import COLORS, FAINT, INK, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue, orange, teal, plum, olive, grey: told apart by colour-blind readers, and in grey print by their lightness.
-COLORS = ("#1d5fd1", "#d9730d", "#0f8b8d", "#8e3b8a", "#7a8b1f", "#6b7280")
-_INK = "#1f2937"
-_FAINT = "#9aa3af"
-_GRID = "#e8ebef"
-
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    # Labels are text of the user's own: a dollar sign begins no formula.
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": "#4b5563",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": "#4b5563",
-    "ytick.color": "#4b5563",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 _WIDTH, _HEIGHT = 4.8, 2.6  # readable where a phone shows it at two thirds of an inch per inch
 _MOST_ANNOTATED = 24
 _LONGEST_LABEL = 28
-
-
-# A page's style says what these are in the light and in the dark.
-_THEMED = {
-    _INK: "--ink",
-    "#4b5563": "--soft",
-    _FAINT: "--faint",
-    _GRID: "--grid",
-    "#ffffff": "--card",
-    **{color: f"--run-{i}" for i, color in enumerate(COLORS)},
-}
 _ON_DARK_CELL, _ON_LIGHT_CELL = "#fefefe", "#10233f"  # a map keeps its colours, and so does what is written on it
 
 
@@ -113,7 +71,7 @@ def _short(label: str) -> str:
 def scores_alone(records: Sequence[RunRecord]) -> str | None:
     """The scores as an SVG file of its own, on white; None where fewer than two runs have one."""
     paint = _painter_of_scores(records)
-    return _svg(paint, (6.4, 0.7 + 0.42 * _bars(records)), "scores", themed=False) if paint else None
+    return svg_of(paint, (6.4, 0.7 + 0.42 * _bars(records)), "scores", themed=False) if paint else None
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -124,7 +82,7 @@ def _scores(records: Sequence[RunRecord]) -> Picture | None:
     paint = _painter_of_scores(records)
     if paint is None:
         return None
-    svg = _svg(paint, (_WIDTH, 0.7 + 0.36 * _bars(records)), "scores")
+    svg = svg_of(paint, (_WIDTH, 0.7 + 0.36 * _bars(records)), "scores")
     name = records[0].final.metric.removeprefix("eval_").replace("_", " ")
     caption = f"{name.capitalize()} at the end."
     if any(map(interval, records)):
@@ -152,11 +110,11 @@ def _painter_of_scores(records: Sequence[RunRecord]) -> Callable[[Figure], bool]
             axes.barh(row, value, color=COLORS[i % len(COLORS)], height=0.62)
             low, high = interval(record) or (value, value)
             if high > low:
-                axes.plot([low, high], [row, row], color=_INK, linewidth=1.4, marker="|", markersize=7)
+                axes.plot([low, high], [row, row], color=INK, linewidth=1.4, marker="|", markersize=7)
             axes.annotate(f"{value:.3f}", (high, row), (5, 0), textcoords="offset points", va="center")
         names = [record.label for _, record, _ in scored]
         if baseline is not None:
-            axes.barh(len(scored), baseline, color=_FAINT, height=0.62)
+            axes.barh(len(scored), baseline, color=FAINT, height=0.62)
             axes.annotate(f"{baseline:.3f}", (baseline, len(scored)), (5, 0), textcoords="offset points", va="center")
             names.append(data.baseline_name)
         axes.set_yticks(range(len(names)), names)
@@ -190,7 +148,7 @@ def _lines(
             axes.legend(loc="best")
         return bool(drew)
 
-    svg = _svg(paint, (_WIDTH, _HEIGHT), title)
+    svg = svg_of(paint, (_WIDTH, _HEIGHT), title)
     return Picture(title, caption, svg, f"{title} over steps of {', '.join(drew)}") if svg else None
 
 
@@ -213,7 +171,7 @@ def _thresholds(records: Sequence[RunRecord]) -> Picture | None:
     if not drawn:
         return None
     height = _HEIGHT if len(drawn) == 1 else 0.5 + 1.2 * len(drawn)
-    svg = _svg(paint, (_WIDTH, height), "Threshold")
+    svg = svg_of(paint, (_WIDTH, height), "Threshold")
     told = f"Threshold over steps of {', '.join(record.label for _, record in drawn)}"
     caption = "The score under which a weight was pruned, each run on its own logarithmic axis."
     return Picture("Threshold", caption, svg, told) if svg else None
@@ -251,7 +209,7 @@ def _draw_sparsity(axes: Axes, record: RunRecord, color: str) -> bool:
     if not steps:
         return False
     axes.plot(steps, achieved, color=color, label=record.label, marker="o", markersize=4, linewidth=1.6, alpha=0.75)
-    axes.plot(*_series(record.schedule, "target_sparsity"), color=_INK, linestyle=(0, (1, 2)), linewidth=1)
+    axes.plot(*_series(record.schedule, "target_sparsity"), color=INK, linestyle=(0, (1, 2)), linewidth=1)
     axes.yaxis.set_major_formatter(_percent)
     axes.set_ylim(0, 1)
     return True
@@ -324,9 +282,9 @@ def sparsity_map(shares: Mapping[str, float], salt: str) -> str | None:
         layers = sorted({int(match[1]) for match in numbered.values() if match})
         cells = {(_kind(name), int(match[1])): shares[name] for name, match in numbered.items() if match}
         size = (_WIDTH, 0.9 + 0.3 * len(kinds))
-        return _svg(lambda figure: _draw_map(figure, cells, kinds, layers), size, salt)
+        return svg_of(lambda figure: _draw_map(figure, cells, kinds, layers), size, salt)
     size = (_WIDTH, 0.8 + 0.2 * len(shares))
-    return _svg(lambda figure: _draw_bars(figure, shares), size, salt)
+    return svg_of(lambda figure: _draw_bars(figure, shares), size, salt)
 
 
 def _kind(name: str) -> str:
@@ -364,48 +322,3 @@ def _draw_bars(figure: Figure, shares: Mapping[str, float]) -> bool:
 
 def _percent(value: float, _: object = None) -> str:
     return f"{100 * value:.0f} %"
-
-
-def _svg(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str, themed: bool = True) -> str | None:
-    """Draw on a figure of this size in inches; None if paint drew nothing.
-
-    Args:
-        themed: take font, width and colours of the page; otherwise a file of its own, on white.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):  # type: ignore[arg-type]
-        figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0 if themed else 1)
-        if not paint(figure):
-            return None
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(
-            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = buffer.getvalue()
-    return _page_fit(svg[svg.index("<svg") :]) if themed else svg
-
-
-def _page_fit(svg: str) -> str:
-    """Metadata goes, the size becomes the page's, and text takes its font.
-
-    Only tags are changed: a `<` in a label is escaped, so that what looks like one is one.
-    """
-    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
-    svg = re.sub(r"<svg\b[^<>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
-    svg = re.sub(r"<text\b[^<>]*>", lambda tag: _inherited_font(tag[0]), svg)
-    return re.sub(r"<[a-z]+\b[^<>]*>", lambda tag: _themed(tag[0]), svg)
-
-
-def _themed(tag: str) -> str:
-    """A tag whose colours are the page's."""
-    return re.sub(r"#[0-9a-f]{6}\b", lambda c: f"var({_THEMED[c[0]]})" if c[0] in _THEMED else c[0], tag)
-
-
-def _inherited_font(tag: str) -> str:
-    """A text's tag with the font of the page around it; its size stays. Before 3.11 matplotlib writes `font: 9px X`."""
-    tag = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px; font-family: inherit", tag)
-    return re.sub(r"font-family: [^;\"]+", "font-family: inherit", tag)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pins_ext.runs.charts import COLORS, STYLE
+from pins_ext.runs.svg import COLORS, STYLE
 from pins_ext.studies.ablation.cells import text
 from pins_ext.studies.ablation.table import Line
 

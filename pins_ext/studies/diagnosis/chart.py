@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pins_ext.runs.charts import COLORS, STYLE
+from pins_ext.runs.svg import COLORS, STYLE
 from pins_ext.studies.diagnosis.changes import Change
 from pins_ext.studies.diagnosis.summary import EXTENTS, KINDS
 
