@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from pins_ext.bench import inference_peers
+from pins_ext.bench import bench_inference, inference_peers
 from pins_ext.bench.inference_contest import Contest, measure, random_inputs
 from pins_ext.bench.inference_curves import Point, crossing, lines, summary
 from pins_ext.cli.main import main
@@ -20,12 +20,12 @@ from pins_ext.cli.main import main
 
 def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"
-    argv = ["--layers", "1", "--sparsity", "0.9", "--tokens", "1", "2x5", "--rounds", "2", "--output", str(file)]
+    argv = ["--layers", "1", "--sparsity", "0.9", "--tokens", "2x5", "--rounds", "2", "--output", str(file)]
     assert main(["bench-inference", *argv]) == 0
     said = capsys.readouterr().out
-    assert "1 x 1 tokens, 1 thread(s)" in said
+    assert "2 x 5 tokens, 1 thread(s)" in said
     cases = json.loads(file.read_text())["cases"]
-    assert [case["shape"] for case in cases] == [[1, 1], [2, 5]]
+    assert [case["shape"] for case in cases] == [[2, 5]]
     for case in cases:
         names = {"torch float32", "torch bfloat16", "torch CSR 90%"}
         names |= {f"pins_ext {values} 90%" for values in ("float32", "bfloat16", "int8")}
@@ -36,6 +36,10 @@ def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.Ca
             assert name in said
             assert "pip install" in reason
     assert file.with_suffix(".svg").is_file()
+
+
+def test_tokens_are_a_length_or_sequences_of_one() -> None:
+    assert [bench_inference._shape(text) for text in ("16", "2x5")] == [(1, 16), (2, 5)]
 
 
 def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
