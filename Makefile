@@ -37,6 +37,9 @@ demo-short: install ## the same in about a minute, for a quick look and for CI: 
 # Anything but GPU code, which is chosen for each process: interpreted, emulated, or compiled for a GPU.
 HOST_TESTS := not slow and not interpret and not ptx and not gpu
 
+# Where GPU code is tested without a GPU (tests/conftest.py refuses such tests elsewhere): collecting all takes longer.
+GPU_CODE := tests/triton tests/cuda tests/ptx_emulator tests/sparse tests/pruning/test_nothing_waits.py
+
 # A process for each core; tests of one file stay together and share what they set up, longest files first (conftest).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile \
 	--no-loadscope-reorder
@@ -45,8 +48,8 @@ quick: install ## the core and the operators, for every edit; without the tests 
 	$(PYTEST) -m "$(HOST_TESTS)" $(foreach t,missing_gradients memory,--ignore tests/pruning/test_$t.py) tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
 
 test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
-	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests
-	$(PYTEST) --ptx 90 -m "not slow" tests
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" $(GPU_CODE)
+	$(PYTEST) --ptx 90 -m "not slow" $(GPU_CODE)
 	$(PYTEST) -m "$(HOST_TESTS)"
 
 CPP_FILES = $(shell git ls-files '*.h' '*.inl' '*.cpp' '*.cu' '*.cuh')

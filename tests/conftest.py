@@ -19,6 +19,9 @@ from gpus import Gpu
 pytest_plugins = ["ptx_emulator.plugin"]
 
 ROOT = Path(__file__).parent
+GPU_CODE = ("triton", "cuda", "ptx_emulator", "sparse", "pruning/test_nothing_waits.py")
+"""Where tests of GPU code are that need no GPU: `make test` looks for them nowhere else."""
+
 LONGEST = (
     "house/test_packaging.py",
     "cli/test_cli_kills.py",
@@ -54,6 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = {str(ROOT / name): place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(str(item.path), len(order)))
     for item in items:
+        of_gpu_code = item.get_closest_marker("interpret") or item.get_closest_marker("ptx")
+        if of_gpu_code and not any(item.path.is_relative_to(ROOT / place) for place in GPU_CODE):
+            raise pytest.UsageError(f"{item.nodeid} tests GPU code outside {', '.join(GPU_CODE)}: make test misses it")
         if item.get_closest_marker("interpret") and not INTERPRET and not config.option.ptx:
             reason = "Triton's interpreter is chosen per process: TRITON_INTERPRET=1; or --ptx 90 (tests/ptx_emulator)"
             item.add_marker(pytest.mark.skip(reason=reason))
