@@ -39,7 +39,7 @@ def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_tokens_are_a_length_or_sequences_of_one() -> None:
-    assert [bench_inference._shape(text) for text in ("16", "2x5")] == [(1, 16), (2, 5)]
+    assert [bench_inference._shape("--tokens", text) for text in ("16", "2x5")] == [(1, 16), (2, 5)]
 
 
 def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
