@@ -93,7 +93,7 @@ class Scored:
         return candidates, found
 
     def tie_index(self, bracket: Tensor) -> Tensor:
-        """Of the weight at the bracket's rank among those of its one key."""
+        """The tie index of the weight at the bracket's rank among those of its one key."""
         return pins.tie_index(*self.operands, bracket, **self._keywords)
 
 

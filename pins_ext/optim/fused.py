@@ -369,7 +369,7 @@ class FusedOptimizer(Optimizer):
 
     @abstractmethod
     def _storage(self, p: Tensor, moment: str) -> torch.dtype:
-        """In what a moment of a parameter is stored; one of ops.CODED for 8 bits."""
+        """The dtype that stores a moment of a parameter; one of ops.CODED for 8 bits."""
 
     @abstractmethod
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:

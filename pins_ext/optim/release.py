@@ -118,7 +118,7 @@ class GradientRelease:
             )
 
     def _no_pruning(self, p: Tensor) -> PruningArguments:
-        """Of a parameter that is not pruned; its place is that in an ordinary step's pass, which random bits follow."""
+        """Arguments of a parameter that is not pruned; random bits follow its place in an ordinary step's pass."""
         if id(p) not in self._plain:
             alike = [q for q in self._groups_in_order() if self._kind(q) == self._kind(p)]
             place = next(i for i, q in enumerate(alike) if q is p)

@@ -81,5 +81,5 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    """A DTensor's value, with what the ranks have still to sum."""
+    """A DTensor's value, summed over the ranks where that is pending; anything else as it is."""
     return value.full_tensor() if is_dtensor(value) else value

@@ -290,7 +290,7 @@ class Slot(ABC):
 
 
 class FusedSlot(Slot):
-    """Of a PinsAdamW or PinsSGD, whose pass takes importance and masks along: a StepListener."""
+    """The slot of a PinsAdamW or PinsSGD, whose pass takes importance and masks along: a StepListener."""
 
     optimizer: FusedOptimizer
 

@@ -21,7 +21,7 @@ FORMAT = "pins_ext.pruner"
 VERSION = 2
 
 _LATER_OPTIONS = ("importance_every", "pattern")
-"""Of PruneConfig: a state from before they existed was made with what is their default now."""
+"""Options of PruneConfig that earlier states lack: those were made with what is the default now."""
 
 _CUTOFF = "threshold"  # its name in the file
 

@@ -14,13 +14,13 @@ from pins_ext.optim.fused import COPY_WARNING
 
 
 def warn_copies(optimizer: Optimizer) -> None:
-    """From now on a copy of the optimizer warns at its first step, unless a pruner follows it."""
+    """Make copies of the optimizer warn at their first step, unless a pruner follows them."""
     _drop_warning(optimizer)
     vars(optimizer)["__getstate__"] = partial(_state_of_copy, optimizer)
 
 
 def let_copies_be(optimizer: Optimizer) -> None:
-    """From now on its copies are like any other's."""
+    """Stop warning: a copy is like that of any other optimizer."""
     vars(optimizer).pop("__getstate__", None)
 
 

@@ -76,7 +76,7 @@ def divide_base(n: int, optimizers: Sequence[Any]) -> list[tuple[Optimizer, tupl
 
 
 class BaseSlot(HookedSlot):
-    """Of the adapters' optimizer: its steps are counted, and the gradients of the base are taken inside backward.
+    """The slot of the adapters' optimizer: its steps are counted, and gradients of the base are taken inside backward.
 
     Every backward is a gradient of its own in the window's mean, several in a step too. The first one of a step begins
     it, as its gradients belong behind the window's end.

@@ -15,7 +15,7 @@ from pins_ext.pruning.attachment import Slot, Slots
 
 
 class HookedSlot(Slot):
-    """Of any torch optimizer: importance before its step, masks after it."""
+    """The slot of any torch optimizer: importance before its step, masks after it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -134,7 +134,7 @@ class Masks:
         return self.pruned()
 
     def fix(self) -> None:
-        """From now on, what is pruned stays so."""
+        """Keep what is pruned now pruned in every later mask."""
         if self.fixed is None:
             self.fixed = [bits.clone() for bits in self.bits]
         else:
@@ -232,7 +232,7 @@ class Masks:
     # ---- statistics and checkpoints ---------------------------------------------------------------------------------
 
     def counts(self) -> tuple[int, int, int]:
-        """Of the last selection: kept weights, flipped bits, NaN scores; one synchronisation."""
+        """Kept weights, flipped bits and NaN scores of the last selection; one synchronisation."""
         kept, flipped, nan = self.ranks.sum(self._stats[list(self.ranks.owned)].sum(0)).tolist()
         return kept, flipped, nan
 

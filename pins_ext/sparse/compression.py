@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 9
-"""Of BERT-base at 90 %, level 3 leaves 55 MB, 9 54 MB, 19 53 MB at a tenth of the speed."""
+"""BERT-base at 90 % takes 55 MB at level 3, 54 MB at 9, and 53 MB at 19, which is ten times slower."""
 
 
 def compress(array: Tensor) -> Tensor:
