@@ -39,6 +39,12 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "count_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, *, "
       "Tensor? factors=None, Tensor? pointers=None) -> ()");
+  // count_ in regions of tensors: regions int64 [n], the row of each tensor in brackets int64 [r, 5], (lowest, highest,
+  // width of a bin as a shift, key, stage), and in counts int64 [r, 1 + bins]. Stage 0 counts order keys; stage 1,
+  // among the weights of that key, global indices; of stage 2 and above nothing.
+  m.def(
+      "count_regions_(Tensor(a!) counts, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
+      "Tensor regions, Tensor brackets, *, Tensor? factors=None, Tensor? pointers=None) -> ()");
   m.def(
       "collect_(Tensor(a!) found, Tensor(b!) candidates, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, "
       "str score, Tensor bracket, *, Tensor? factors=None, Tensor? pointers=None) -> ()");

@@ -26,6 +26,7 @@ LAUNCHERS = {
     "sample": "select",
     "count_": "select",
     "collect_": "select",
+    "count_regions_": "regions",
     "tie_index": "select",
     "bracket_of": "bracket",
     "narrow": "bracket",

@@ -33,6 +33,7 @@ from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
+from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_
 from pins_ext.ops.rounding import rounding_key
 from pins_ext.ops.select import CANDIDATES, SAMPLES, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
@@ -65,10 +66,14 @@ __all__ = [
     "MAX_KEY",
     "SAMPLES",
     "SCORES",
+    "Bounds",
+    "Count",
     "GroupedWeight",
     "Layout",
     "PackedWeight",
     "PointerTables",
+    "Regions",
+    "Search",
     "Shard",
     "Subsets",
     "accumulate_",
@@ -83,6 +88,7 @@ __all__ = [
     "coded_shape",
     "collect_",
     "count_",
+    "count_regions_",
     "cpu_capability",
     "cutoff",
     "decode",

@@ -115,6 +115,7 @@ for _name in (
     "fold_",
     "fold_moments_",
     "count_",
+    "count_regions_",
     "collect_",
     "pack_",
     "pack_around_",

@@ -86,6 +86,11 @@ class Layout:
         """Weights of the local part of one tensor."""
         return int(self._host_places[i, 5:9].prod())
 
+    def span(self, i: int) -> tuple[int, int]:
+        """Lowest and highest global index of one full tensor; of an empty one, the highest is lower."""
+        base, *sizes = self._host_places[i, :5].tolist()
+        return base, base + math.prod(sizes) - 1
+
     def global_index(self, i: int, offset: Tensor) -> Tensor:
         """Where weights lie among all weights.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +10,9 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.select import select
-from pins_ext.ops.bracket import MAX_INDEX, MAX_KEY
 from pins_ext.pruning.importance import Counted, Operands
 from pins_ext.pruning.patterns import Units
-from pins_ext.pruning.scopes import Part, Scopes
+from pins_ext.pruning.scopes import Scopes
 
 
 class Selection:
@@ -29,24 +27,19 @@ class Selection:
 
     def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks, units: ops.Layout | None = None) -> None:
         self.scopes, self.layout, self.ranks = scopes, layout, ranks
-        self.units = layout if units is None else units
-        self._parts = [self._layout_of(part).subset(self._owned(part.members)) for part in scopes.parts]
-        parts = {i: r for r, part in enumerate(scopes.parts) for i in part.members}
-        at = torch.tensor([parts[i] for i in range(len(parts))], dtype=torch.int64)
-        self._part_of = ops.to_device(at, layout.places.device)
-        self._all = ops.to_device(torch.tensor([MAX_KEY, MAX_INDEX]), layout.places.device)
         self._pointers = ops.PointerTables()
-        # Bounds on densities also need each tensor alone.
-        self._alone: dict[int, ops.Layout] = {}
-        if scopes.bounded:
-            self._alone = {i: self._layout_of(part).subset([i]) for part in scopes.parts for i in part.members}
-
-    def _layout_of(self, part: Part) -> ops.Layout:
-        return self.units if part.unit > 1 else self.layout
-
-    def _owned(self, members: Sequence[int]) -> list[int]:
-        """Those of the tensors that this rank counts."""
-        return list(members) if self.ranks.alone else [i for i in members if self.ranks.counts(i)]
+        self._whole, self._owned = layout, list(ranks.owned)
+        if scopes.is_global:
+            self._whole = layout.subset(self._owned)
+            return
+        # Weights, groups N:M and blocks are read in different ways: those that are read alike compete in one search.
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for place, part in enumerate(scopes.parts):
+            kinds.setdefault((part.patterned, part.unit > 1), []).append(place)
+        self._fields = [
+            Field(scopes, parts, (units or layout) if blocked else layout, ranks)
+            for (_, blocked), parts in kinds.items()
+        ]
 
     def cutoffs(
         self,
@@ -67,27 +60,16 @@ class Selection:
             before: the last cutoffs, which the new ones are near.
             units: the scores of what competes in tensors that have a pattern; None where none has one.
         """
-        scopes, wanted = self.scopes, self.scopes.units_to_prune(remaining_ratio)
-        if scopes.is_global:
-            return self._select(scopes.parts[0], self._parts[0], score, wanted[0], counted, before).reshape(1, 2)
-        table = torch.zeros(len(scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
-        found = []
-        for part, layout, count in zip(scopes.parts, self._parts, wanted, strict=True):
-            settled = part.grouped and count == part.free
-            operands = score if settled else self._operands(part, score, units)
-            if scopes.bounded and not settled:
-                self._fill_bounded(part, operands, count, table)
-                continue
-            if settled:
-                # No competition: of every group all but the best go.
-                cutoff = self._all
-            else:
-                near = before[part.members[0], None] if before is not None and not part.grouped else None
-                cutoff = self._select(part, layout, operands, count, None, near)
-            found.append(cutoff)
-            if scopes.bounded:
-                table[list(part.members)] = cutoff
-        return table if scopes.bounded else torch.stack(found)[self._part_of]
+        wanted = self.scopes.units_to_prune(remaining_ratio)
+        if self.scopes.is_global:
+            return self._select(score, wanted[0], counted, before).reshape(1, 2)
+        found = [field.cutoffs(score, wanted, before, units) for field in self._fields]
+        if len(found) == 1:
+            return found[0]
+        table = torch.zeros(len(self.scopes.sizes), 2, dtype=torch.int64, device=self.layout.places.device)
+        for field, cutoffs in zip(self._fields, found, strict=True):
+            table.index_copy_(0, field.members, cutoffs)
+        return table
 
     @property
     def packs(self) -> bool:
@@ -121,79 +103,16 @@ class Selection:
             counts=counts,
         )
 
-    def _operands(self, part: Part, score: Operands, units: Units | None) -> Operands:
-        """What the units of a part compete by; tensors of other parts are left out."""
-        if not part.patterned:
-            return score
-        assert units is not None
-        nothing = torch.empty(0, device=self.layout.places.device)
-        own = {i: units.of(i, hold=True) for i in part.members}
-        return Operands("identity", [own.get(i, nothing) for i in range(len(self.scopes.sizes))], [])
-
-    def _fill_bounded(self, part: Part, score: Operands, count: int, table: Tensor) -> None:
-        """Each tensor keeps its own top `least`, then the best of the rest up to `most`, as one exact water level.
-
-        Variable fixing on a monotone budget: where clamping every tensor's share at a common cutoff keeps too many
-        weights, the level must rise, so tensors below their floor stay there; and the other way round. Tensors so
-        settled leave the competition with their own cutoff, the others compete again.
-        """
-        free, least, most = list(part.members), part.least, part.most
-        loose = {i: part.units[i] - part.fixed[i] for i in free}
-        keep = part.free - count
-        keep = min(max(keep, sum(least[i] for i in free)), sum(most[i] for i in free))
-        whole = self._layout_of(part)
-        while free:
-            among = replace(part, members=tuple(free))
-            cutoff = self._select(among, whole.subset(self._owned(free)), score, among.free - keep)
-            table[free] = cutoff
-            kept = dict(zip(free, self._kept(free, score, cutoff), strict=True))
-            low = [i for i in free if kept[i] < least[i]]
-            high = [i for i in free if kept[i] > most[i]]
-            missing = sum(least[i] - kept[i] for i in low)
-            surplus = sum(kept[i] - most[i] for i in high)
-            settled = (low if missing >= surplus else []) + (high if surplus >= missing else [])
-            for i in settled:
-                share = least[i] if kept[i] < least[i] else most[i]
-                alone = replace(part, members=(i,))
-                table[i] = self._select(alone, whole.subset(self._owned([i])), score, loose[i] - share)
-                keep -= share
-                free.remove(i)
-            if missing == surplus:
-                return
-
-    def _select(
-        self,
-        part: Part,
-        layout: ops.Layout,
-        score: Operands,
-        count: int,
-        counted: Counted | None = None,
-        before: Tensor | None = None,
-    ) -> Tensor:
-        """The cutoff of a part below which `count` units go.
-
-        Args:
-            part: what competes.
-            layout: of the tensors in it that this rank counts.
-            score: operands, of all tensors.
-            count: how many.
-            counted: see `cutoffs`.
-            before: see `cutoffs`.
-        """
-        device, own = layout.places.device, self._owned(part.members)
-        # What is never pruned lies below everything else.
-        count += sum(part.fixed[i] for i in part.members)
+    def _select(self, score: Operands, count: int, counted: Counted | None, before: Tensor | None) -> Tensor:
+        """The cutoff below which `count` of all weights go; see `cutoffs`."""
+        layout, device = self._whole, self.layout.places.device
         target = ops.to_device(torch.tensor(count), device)
-        a, b = ([x[i] for i in own] if x else [] for x in (score.a, score.b))
+        a, b, factors = _of(score, self._owned)
         bracket, counts = counted or (None, None)
-        factors = score.factors
-        if factors is not None and len(own) < len(factors):
-            factors = factors[ops.to_device(torch.tensor(list(own)), device)]
         if not self.ranks.alone:
             if bracket is None and before is not None:
                 bracket = ops.bracket_around(before)
-            total = sum(part.units[i] for i in part.members)
-            exact = self.scopes.exact
+            total, exact = sum(self.scopes.sizes), self.scopes.exact
             return select(self.ranks, a, b, layout, score.kind, target, total, exact, bracket, counts, factors)
         return torch.ops.pins_ext.select(
             a,
@@ -206,21 +125,122 @@ class Selection:
             factors=factors,
             bracket=bracket,
             counts=counts,
-            # Bounds on densities ask for ever other tensors together.
-            pointers=None if self.scopes.bounded else self._pointers.of(part.members[0], layout.places, a, b),
+            pointers=self._pointers.of("select", layout.places, a, b),
         )
 
-    def _kept(self, members: Sequence[int], score: Operands, cutoff: Tensor) -> list[int]:
-        """Units of each tensor that the cutoff keeps; tensor by tensor, for one mask's worth of memory."""
-        # A tensor that another rank counts has zeros here.
-        kind, a, b, factors = score[:4]
-        stats = torch.zeros(len(members), 3, dtype=torch.int64, device=cutoff.device)
-        for row, i in zip(stats.split(1), members, strict=True):
-            if not self.ranks.counts(i):
-                continue
-            layout = self._alone[i]
-            bits = torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=cutoff.device)
-            own = None if factors is None else factors[i : i + 1]
-            operands = ([a[i]], [b[i]] if b else [], layout.places, layout.chunks, kind)
-            torch.ops.pins_ext.pack_([bits], row, *operands, cutoff.reshape(1, 2), factors=own)
-        return self.ranks.sum(stats[:, 0]).tolist()
+
+class Field:
+    """The parts whose units are read alike, and what finds their cutoffs together.
+
+    Args:
+        scopes: all parts.
+        parts: places of these in the list of the parts.
+        layout: of the units of all tensors.
+        ranks: the processes that hold the tensors.
+
+    Attributes:
+        members: int64 [m], places of the tensors.
+    """
+
+    def __init__(self, scopes: Scopes, parts: Sequence[int], layout: ops.Layout, ranks: Ranks) -> None:
+        self._scopes, self._ranks, self._places = scopes, ranks, list(parts)
+        self._parts = [scopes.parts[place] for place in parts]
+        device = layout.places.device
+        owner = {i: r for r, part in enumerate(self._parts) for i in part.members}
+        self._tensors = sorted(owner)
+        self.members = ops.to_device(torch.tensor(self._tensors), device)
+        self._owner = ops.to_device(torch.tensor([owner[i] for i in self._tensors]), device)
+        self._first = ops.to_device(torch.tensor([part.members[0] for part in self._parts]), device)
+        # Of several ranks each reads what it counts.
+        self._owned = [i for i in self._tensors if ranks.counts(i)]
+        self._layout = layout.subset(self._owned)
+        self._pointers = ops.PointerTables()
+        spans = {i: layout.span(i) for i in self._tensors}
+        ends = [[spans[i] for i in part.members] for part in self._parts]
+        of_parts = [(min(first for first, _ in each), max(last for _, last in each)) for each in ends]
+        self._regions = ops.Regions.of(of_parts, [sum(part.units.values()) for part in self._parts], device)
+        self._bounds = self._bounds_of(spans, device) if scopes.bounded else None
+        row = {i: place for place, i in enumerate(self._tensors)} if scopes.bounded else owner
+        self._rows = ops.to_device(torch.tensor([row[i] for i in self._owned], dtype=torch.int64), device)
+        self._levels: Tensor | None = None
+
+    def _bounds_of(self, spans: Mapping[int, tuple[int, int]], device: torch.device) -> ops.Bounds:
+        """How many units of each tensor are pruned at least and at most; what is fixed lies below everything."""
+        limits = {
+            i: (part.units[i] - part.most[i], part.units[i] - part.least[i])
+            for part in self._parts
+            for i in part.members
+            for part in self._parts
+            for i in part.members
+        }
+        sums = [
+            (sum(limits[i][0] for i in part.members), sum(limits[i][1] for i in part.members)) for part in self._parts
+        ]
+        units = {i: n for part in self._parts for i, n in part.units.items()}
+        each = ops.Regions.of([spans[i] for i in self._tensors], [units[i] for i in self._tensors], device)
+        low, high = ops.to_device(torch.tensor([limits[i] for i in self._tensors]).t().contiguous(), device)
+        return ops.Bounds(self._owner, low, high, tuple(sums), self._regions, each)
+
+    def cutoffs(self, score: Operands, wanted: Sequence[int], before: Tensor | None, units: Units | None) -> Tensor:
+        """Cutoff of each of these tensors, int64 [m, 2].
+
+        Args:
+            score: see Selection.cutoffs.
+            wanted: units to prune of each part of all.
+            before: see Selection.cutoffs.
+            units: see Selection.cutoffs.
+        """
+        counts = [wanted[place] for place in self._places]
+        # No competition where of every group all but the best go: no score is needed.
+        settled = all(part.grouped and count == part.free for part, count in zip(self._parts, counts, strict=True))
+        operands = score if settled else self._operands(score, units)
+        # What is never pruned lies below everything else.
+        counts = [n + sum(part.fixed.values()) for n, part in zip(counts, self._parts, strict=True)]
+        search = ops.Search(self._counting(operands), self._scopes.exact, together=not self._ranks.alone)
+        if self._bounds is None:
+            near = None if before is None else before.expand(len(self._scopes.sizes), 2)[self._first]
+            return search.cutoffs(self._regions, counts, near)[self._owner]
+        near = None if before is None else before.expand(len(self._scopes.sizes), 2)[self.members]
+        pair = None if near is None or self._levels is None else (near, self._levels)
+        table, self._levels = search.bounded(self._bounds, counts, pair)
+        return table
+
+    def _operands(self, score: Operands, units: Units | None) -> Operands:
+        """What the units of these tensors compete by; other tensors are left out."""
+        if not self._parts[0].patterned:
+            return score
+        assert units is not None
+        nothing = torch.empty(0, device=self._rows.device)
+        own = {i: units.of(i, hold=True) for i in self._owned}
+        return Operands("identity", [own.get(i, nothing) for i in range(len(self._scopes.sizes))], [])
+
+    def _counting(self, score: Operands) -> ops.Count:
+        """The counting pass over these operands, of all ranks."""
+        layout, (a, b, factors) = self._layout, _of(score, self._owned)
+        pointers = self._pointers.of("count", layout.places, a, b)
+
+        def count(counts: Tensor, brackets: Tensor) -> Tensor:
+            torch.ops.pins_ext.count_regions_(
+                counts,
+                a,
+                b,
+                layout.places,
+                layout.chunks,
+                score.kind,
+                self._rows,
+                brackets,
+                factors=factors,
+                pointers=pointers,
+            )
+            return self._ranks.sum(counts)
+
+        return count
+
+
+def _of(score: Operands, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Operands and factors of some of the tensors."""
+    a, b = ([x[i] for i in places] if x else [] for x in (score.a, score.b))
+    factors = score.factors
+    if factors is not None and len(places) < len(factors):
+        factors = factors[ops.to_device(torch.tensor(list(places), dtype=torch.int64), factors.device)]
+    return a, b, factors

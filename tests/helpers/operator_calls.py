@@ -53,6 +53,12 @@ def count() -> Arguments:
     return [counting()["counts"], *lists(2), *tables(), "product", counting()["bracket"]], {}
 
 
+def count_regions() -> Arguments:
+    brackets = torch.tensor([[0, 2**32 - 1, 26, 0, 0], [0, 704, 4, 3_200_000_000, 1], [0, 0, 0, 0, 2]])
+    counts = torch.zeros(3, 65, dtype=torch.int64)
+    return [counts, *lists(2), *tables(), "product", torch.tensor([1, 2, 0]), brackets], {}
+
+
 def collect() -> Arguments:
     found, candidates = torch.zeros(1, dtype=torch.int64), torch.zeros(2, 50, dtype=torch.int64)
     return [found, candidates, *lists(2), *tables(), "product", counting()["bracket"]], {}
@@ -163,6 +169,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "fold_moments_": fold_moments,
     "sample": sample,
     "count_": count,
+    "count_regions_": count_regions,
     "collect_": collect,
     "tie_index": tie_index,
     "bracket_of": bracket_of,
@@ -375,6 +382,38 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     ),
     "places out of order": ("tie_index", 2, PLACES.flip(0), r"places\[1\] starts at global index 5, inside or before"),
     "place of another size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
+    "region without a bracket": ("count_regions_", 6, torch.tensor([1, 3, 0]), r"regions\[1\] must be below 3, got 3"),
+    "regions of other tensors": (
+        "count_regions_",
+        6,
+        torch.tensor([1, 0]),
+        r"regions must have shape \(3,\), got \(2,\)",
+    ),
+    "counts of other regions": (
+        "count_regions_",
+        0,
+        torch.zeros(2, 65, dtype=torch.int64),
+        r"counts must have shape \(3, 65\), got \(2, 65\)",
+    ),
+    "counts of no bins": ("count_regions_", 0, torch.zeros(3, 1, dtype=torch.int64), "one for each bin, got 1"),
+    "bracket wider than its bins": (
+        "count_regions_",
+        7,
+        torch.tensor([[0, 0, 0, 0, 2], [0, 2**32 - 1, 25, 0, 0], [0, 0, 0, 0, 2]]),
+        r"brackets\[1\] \(0, 4294967295\) does not fit 64 bins of 2\^25",
+    ),
+    "bracket of no stage": (
+        "count_regions_",
+        7,
+        torch.tensor([[0, 0, 0, 0, -1], [0, 0, 0, 0, 2], [0, 0, 0, 0, 2]]),
+        r"brackets\[0\] has stage -1",
+    ),
+    "ties of no key": (
+        "count_regions_",
+        7,
+        torch.tensor([[0, 9, 0, 2**32, 1], [0, 0, 0, 0, 2], [0, 0, 0, 0, 2]]),
+        r"brackets\[0\] has key 4294967296, which is no 32-bit key",
+    ),
     "chunk of no tensor": (
         "apply_mask_",
         3,

@@ -129,6 +129,22 @@ def _count(p: Problem) -> Call:
     return _scored(p) | {"counts": _counts(), "bracket": p.bracket()}
 
 
+def _count_regions(p: Problem) -> Call:
+    size, columns = p.dice.randrange(1, 5), p.dice.choice((2, 17, 4097))
+    brackets = []
+    for _ in range(size):
+        stage = p.dice.randrange(3)
+        lo = p.dice.choice((0, p.dice.getrandbits(32)))
+        hi = (
+            min(lo + p.dice.choice((0, 1, 700, 2**26, 2**32)), 2**32 - 1) if stage == 0 else lo + p.dice.getrandbits(42)
+        )
+        shift = next(s for s in range(64) if (hi - lo) >> s < columns - 1)
+        brackets.append([lo, hi, shift, p.dice.choice((0x80000000, p.dice.getrandbits(32))), stage])
+    regions = torch.tensor([p.dice.randrange(size) for _ in p.numel], dtype=torch.int64)
+    counts = torch.full((size, columns), -1)
+    return _scored(p) | {"counts": counts, "regions": regions, "brackets": torch.tensor(brackets)}
+
+
 def _collect(p: Problem) -> Call:
     candidates = torch.full((2, p.dice.choice((0, 1, 10, 2000))), -1)
     return _scored(p) | {"found": torch.zeros(1, dtype=torch.int64), "candidates": candidates, "bracket": p.bracket()}
@@ -244,6 +260,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "fold_moments_": _fold_moments,
     "sample": _sample,
     "count_": _count,
+    "count_regions_": _count_regions,
     "collect_": _collect,
     "tie_index": _tie_index,
     "select": _select,

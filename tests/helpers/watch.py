@@ -19,6 +19,7 @@ from pins_ext import ops
 from pins_ext.pruning.selection import Selection
 
 SELECT = import_module("pins_ext.ops.select")
+REGIONS = import_module("pins_ext.ops.regions")
 PACKAGE = Path(ops.__file__).parents[1]
 
 # What copies from the device and waits for it, or lets the size of a result depend on values. `tolist` and `numpy`
@@ -29,7 +30,7 @@ ADDRESSED = tuple(
     f"pins_ext.{name}"
     for name in (
         *("accumulate_", "fold_", "fold_moments_", "pack_", "apply_mask_"),
-        *("select", "sample", "count_", "collect_", "tie_index"),
+        *("select", "sample", "count_", "count_regions_", "collect_", "tie_index"),
     )
 )
 
@@ -138,6 +139,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "step")]
     host_rate = readers[0].host_rate
     SELECT.Scored.looked = lambda self, flag: False
+    settled, REGIONS.settled = REGIONS.settled, lambda brackets: False
     packs = Selection.packs
     Selection.packs = property(lambda self: False)  # type: ignore[assignment, method-assign]
     read_on = ops.PointerTables.read_on
@@ -148,6 +150,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
         yield
     finally:
         SELECT.Scored.looked = looked
+        REGIONS.settled = settled
         Selection.packs = packs  # type: ignore[method-assign]
         ops.PointerTables.read_on = staticmethod(read_on)
         for module in readers:

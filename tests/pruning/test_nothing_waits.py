@@ -28,6 +28,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 MOST_CALLS = {"in a window": 25, "a window's end": 150, "cool-down": 150}
 """Operator calls of a step, the optimizer's included; with --ptx those of the launchers, too."""
 
+MOST_CALLS_OF_REGIONS = {"in a window": 25, "a window's end": 1000, "cool-down": 1000}
+"""The same where several cutoffs are looked for."""
+
 
 @pytest.fixture(
     params=[pytest.param("operators of the CPU", id="cpu"), pytest.param("kernels", id="ptx", marks=pytest.mark.ptx)]
@@ -79,15 +82,21 @@ class Steps:
         return "in a window" if t % 4 else "a window's end"
 
 
-SCOPES: dict[str, Any] = {"global": "global", "layer": "layer", "groups": {"first": ["0.*", "1.*"]}}
+SCOPES: dict[str, Any] = {
+    "global": {},
+    "layer": {"scope": "layer"},
+    "groups": {"scope": {"first": ["0.*", "1.*"]}},
+    "densities": {"min_density": 0.1, "max_density": 0.9},
+    "densities of layers": {"scope": "layer", "min_density": {"1.*": 0.2}},
+}
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("policy", ["reference", "strict"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_step_reads_a_device_value(watch: Watch, optimizer: str, policy: str, scope: str) -> None:
-    Steps(watch, optimizer, 3, scope=SCOPES[scope], mask_policy=policy).run()
-    assert watch.calls["pins_ext.select"]
+    Steps(watch, optimizer, 3, mask_policy=policy, **SCOPES[scope]).run()
+    assert watch.calls["pins_ext.select" if scope == "global" else "pins_ext.count_regions_"]
     assert not watch.reads
 
 
@@ -157,6 +166,18 @@ def test_operator_calls_do_not_grow_with_the_model(watch: Watch, optimizer: str,
     for t, calls in enumerate(large.calls):
         if t:
             assert calls <= MOST_CALLS[large.kind(t)], (t, large.kind(t), calls)
+
+
+@pytest.mark.parametrize("policy", ["reference", "strict"])
+@pytest.mark.parametrize("scope", [name for name in SCOPES if name != "global"])
+def test_operator_calls_do_not_grow_with_the_regions(watch: Watch, scope: str, policy: str) -> None:
+    small = Steps(watch, "PinsAdamW", 4, mask_policy=policy, **SCOPES[scope]).run(set_to_none=False)
+    large = Steps(watch, "PinsAdamW", 40, mask_policy=policy, **SCOPES[scope]).run(set_to_none=False)
+    assert small.calls[1:] == large.calls[1:]
+    for t, calls in enumerate(large.calls):
+        if t:
+            assert calls <= MOST_CALLS_OF_REGIONS[large.kind(t)], (t, large.kind(t), calls)
+    assert not watch.reads
 
 
 def test_the_watch_sees_a_read(watch: Watch) -> None:

@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pins_ext import triton_kernels
-from pins_ext.triton_kernels import bracket, grouped, importance, pack, select, table
+from pins_ext.triton_kernels import bracket, grouped, importance, pack, regions, select, table
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -108,6 +108,8 @@ VARIANTS = {
     "count-magnitude-float16": scored(select._count_kernel, "float16", None, "magnitude"),
     "collect-float32": scored(select._collect_kernel, "float32", "float32"),
     "collect-bfloat16": scored(select._collect_kernel, "bfloat16", "bfloat16"),
+    "count-regions-float32": scored(regions._count_regions_kernel, "float32", "float32"),
+    "count-regions-bfloat16": scored(regions._count_regions_kernel, "bfloat16", "bfloat16"),
     "tie-count-float32": scored(select._tie_count_kernel, "float32", "float32"),
     "tie-count-bfloat16": scored(select._tie_count_kernel, "bfloat16", "bfloat16"),
     "tie-locate": cold(scored(select._tie_locate_kernel, "float32", "float32")),
