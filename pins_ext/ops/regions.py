@@ -178,7 +178,7 @@ class Search:
         brackets, position = table[:, :5], table[:, 5]
         found, _ = self._searched(regions, brackets, position, torch.zeros_like(position), near)
         if self.exact:
-            return found[:, [3, 0]]
+            return _cutoffs(found)
         key = found[:, 3]
         return torch.stack([torch.where(key == MAX_KEY, 0, key), torch.zeros_like(key)], 1)
 
@@ -210,7 +210,7 @@ class Search:
         wanted = bounds.held(base)
         rows_of_tensors = _own_brackets(found[bounds.owner], wanted, base, weights)
         alone, _ = self._searched(bounds.tensors, rows_of_tensors, wanted, torch.zeros_like(base), before)
-        return alone[:, [3, 0]], found[:, [3, 0]]
+        return _cutoffs(alone), _cutoffs(found)
 
     def _row(self, n: int, total: int) -> list[int]:
         """A bracket of all keys, and the position that it is to hold; settled where no weight need be looked at."""
@@ -256,6 +256,11 @@ class Search:
 
 
 _EVERYTHING = [MAX_INDEX, 0, 0, MAX_KEY, SETTLED, 0]
+
+
+def _cutoffs(brackets: Tensor) -> Tensor:
+    """(order key, tie index), int64 [r, 2], of settled brackets; a list as an index would be an upload."""
+    return torch.stack([brackets[:, 3], brackets[:, 0]], 1)
 
 
 def _around(near: Tensor, brackets: Tensor) -> Tensor:
