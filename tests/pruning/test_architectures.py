@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from pins_ext import PruneConfig, Pruner
+from pins_ext import PruneConfig, Pruner, merge_lora
 from pins_ext.optim import PinsAdamW
 
 STEPS = 10
@@ -108,3 +108,41 @@ def test_ten_steps_then_an_ordinary_checkpoint(family: str, optimizer_class: Any
     batch = inputs(kind)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in ("bert", "gpt2", "mixtral") else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
+def test_a_frozen_base_under_adapters(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    kind, config, n_tensors = FAMILIES[family]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(kind(config), peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-2)
+    rule = PruneConfig(sparsity=0.6, delta_t=2, warmup=2, cooldown=3, criterion="platon")
+    pruner = Pruner(model, optimizer, rule, STEPS, frozen_base=True)
+    assert len(pruner.names) == n_tensors
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**inputs(kind)).loss.backward()
+        optimizer.step()
+    final = pruner.finalize()
+    assert final["zeros"] == pruner.n_weights - round(0.4 * pruner.n_weights)
+    pruned = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in pruner.names]
+    pruner.detach()
+    merged = merge_lora(model)
+    assert merged.refilled > 0
+    merged.model.eval().save_pretrained(tmp_path)
+    loaded, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    weights = dict(loaded.named_parameters())
+    assert sum(int((weights[name] == 0).sum()) for name in pruned) == final["zeros"]
+    batch = inputs(kind)
+    with torch.no_grad():
+        assert torch.equal(merged.model(**batch).logits, loaded.eval()(**batch).logits)
