@@ -18,12 +18,16 @@ from pins_ext.files.atomic import checkpoints
 
 pytestmark = pytest.mark.slow
 
-LAUNCH = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "pins_ext"]
+LAUNCH = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "pins_ext"]
+
+# With --cpu it starts one process, whatever --num_processes says; --multi_gpu is torchrun, on CPUs too.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "pins_ext"]
 
 
-def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
+def start(folder: Path, *argv: str, launch: list[str] = LAUNCH) -> subprocess.Popen[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *LAUNCH, *argv]
+    command = [sys.executable, "-m", *launch, *argv]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -56,6 +60,17 @@ def test_one_result_and_a_stopped_run_goes_on_to_the_same_bits(tiny: Path, tmp_p
     assert sum(line.startswith("resuming from checkpoint-") for line in out.splitlines()) == 1, out
     assert not work.exists()
     assert_same(tmp_path / "unbroken", tmp_path / "stopped")
+
+
+def test_accelerate_launch_writes_one_result(tiny: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "train", *flags(tiny, tmp_path / "result"), launch=ACCELERATE)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert out.count("training  ") == 1
+    assert "in 2 processes" in out
+    assert json.loads((tmp_path / "result" / "metrics.json").read_text())["final"]["zeros"] > 0
+    assert main(["verify", str(tmp_path / "result")]) == 0
 
 
 def test_what_is_refused_is_refused_on_every_rank(tiny: Path, tmp_path: Path) -> None:
