@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from pins_ext import Pruner, reference
 from pins_ext.sparse.encoding import Entry, decode, encode, plan, row_scales
 from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
-from pins_ext.sparse.index import FILE, SparseFormatError, digest_of, sizes
+from pins_ext.sparse.index import FILE, Index, SparseFormatError, digest_of, sizes
 
 ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -203,6 +203,8 @@ def test_other_loaders_refuse_the_folder(tmp_path: Path) -> None:
     save_sparse(pruned(bert()), tmp_path / "sparse")
     with pytest.raises(OSError, match="safetensors"):
         BertForSequenceClassification.from_pretrained(tmp_path / "sparse")
+    # transformers would look for a quantizer of that name.
+    assert "quantization_config" not in json.loads((tmp_path / "sparse" / "config.json").read_text())
 
 
 def test_a_tokenizer_travels_along_and_a_pipeline_runs(tmp_path: Path) -> None:
@@ -232,6 +234,27 @@ def test_what_is_in_the_way_is_refused_or_replaced_in_one_piece(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
     save_sparse(model, place, overwrite=True)
     assert_same(model.state_dict(), load_sparse(place).state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
+
+
+def test_the_index_comes_last_and_a_failure_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pruned(bert())
+    save_sparse(first, tmp_path / "sparse")
+    expected = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+
+    def disk_full(index: Index, folder: Path, _: str) -> None:
+        assert {name: size for name, (size, _) in index.files.items()} == {
+            file.name: file.stat().st_size for file in folder.iterdir()
+        }
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Index, "write", disk_full)
+    first.classifier.bias.data += 1
+    with pytest.raises(OSError, match="no space left"):
+        save_sparse(first, tmp_path / "sparse", overwrite=True)
+    assert_same(expected, load_sparse(tmp_path / "sparse").state_dict())
     assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
 
 
