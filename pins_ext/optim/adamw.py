@@ -94,6 +94,9 @@ class PinsAdamW(FusedOptimizer):
         columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -step_size, bias_sqrt, eps]
         return torch.stack(columns, 1).float()
 
+    def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
+        return (moments["exp_avg"], moments["exp_avg_sq"])
+
     def _kernel(
         self,
         parameters: list[Tensor],
@@ -102,6 +105,7 @@ class PinsAdamW(FusedOptimizer):
         hyper: Tensor,
         pruning: PruningArguments,
         scaling: Scaling,
+        pointers: Tensor | None,
     ) -> None:
         torch.ops.pins_ext.masked_adamw_(
             parameters,
@@ -121,6 +125,7 @@ class PinsAdamW(FusedOptimizer):
             grad_scale=scaling.grad_scale,
             clip=scaling.clip,
             found_inf=scaling.found_inf,
+            pointers=pointers,
         )
 
 

@@ -49,6 +49,7 @@ class FusedOptimizer(Optimizer):
         self.grad_clip: Tensor | None = None
         self.release: GradientRelease | None = None
         self._norm = GradientNorm()
+        self._pointers = ops.PointerTables()
         self._left_listener = False  # a copy, of one that had a listener
         self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
@@ -84,6 +85,7 @@ class FusedOptimizer(Optimizer):
             self.__dict__.setdefault(name, None)
         self.__dict__.setdefault("_plain", {})
         self.__dict__.setdefault("_norm", GradientNorm())
+        self.__dict__.setdefault("_pointers", ops.PointerTables())
         for name in ("_left_listener", "_left_release"):
             self.__dict__.setdefault(name, False)
         self._eager_step = torch.compiler.disable(self._step)
@@ -314,7 +316,13 @@ class FusedOptimizer(Optimizer):
                 self._initialise(p, names)
             self._count(parameters, scaling.found_inf if released is None else None)
         moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
-        self._kernel(parts, moments, grads, self._hyper(parameters, owners), pruning, scaling)
+        lists = (parts, *self._operands(moments), pruning.ipt, pruning.shadow, grads, pruning.masks)
+        # By the first parameter: batches of one step differ in it, and one that changes replaces its own table; and by
+        # what is wanted: masks come and go. A compiled step has no addresses to look at.
+        use = (id(parameters[0]), *map(bool, lists))
+        compiling = torch.compiler.is_compiling()
+        pointers = None if compiling else self._pointers.of(use, pruning.layout.places, *lists)
+        self._kernel(parts, moments, grads, self._hyper(parameters, owners), pruning, scaling, pointers)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
@@ -376,6 +384,10 @@ class FusedOptimizer(Optimizer):
         """The `hyper` argument, float32 [n, 8], every column computed in float64 and rounded once."""
 
     @abstractmethod
+    def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
+        """The lists of moments that the operator takes, in order; empty where there is none."""
+
+    @abstractmethod
     def _kernel(
         self,
         parameters: list[Tensor],
@@ -384,6 +396,7 @@ class FusedOptimizer(Optimizer):
         hyper: Tensor,
         pruning: PruningArguments,
         scaling: Scaling,
+        pointers: Tensor | None,
     ) -> None:
         """Run the operator."""
 

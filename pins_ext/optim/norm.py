@@ -18,6 +18,7 @@ class GradientNorm:
 
     def __init__(self) -> None:
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._pointers = ops.PointerTables()
         self._ranks: tuple[tuple[int, ...], Ranks] | None = None
 
     def squared(self, parameters: Sequence[Tensor], owner: str) -> Tensor:
@@ -44,10 +45,11 @@ class GradientNorm:
             part = grad.contiguous() if ranks.counts(i) else grad.new_empty(0)
             batches.setdefault((grad.device, grad.dtype), []).append(part)
         sums, layouts = [torch.zeros(1, dtype=torch.float64)], {}
-        for grads in batches.values():
+        for kind, grads in batches.items():
             key = tuple(g.numel() for g in grads)
             layout = layouts[key] = self._layouts.get(key) or ops.Layout.of(grads)
-            sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks))
+            pointers = self._pointers.of(kind, layout.places, grads)
+            sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks, pointers=pointers))
         self._layouts = layouts
         device = sums[-1].device
         return ranks.sum(torch.stack([s.to(device) for s in sums]).sum(0))

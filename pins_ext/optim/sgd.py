@@ -64,6 +64,9 @@ class PinsSGD(FusedOptimizer):
             hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64), device) - skipped <= 1
         return hyper
 
+    def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
+        return (moments.get("momentum_buffer", []),)
+
     def _kernel(
         self,
         parameters: list[Tensor],
@@ -72,6 +75,7 @@ class PinsSGD(FusedOptimizer):
         hyper: Tensor,
         pruning: PruningArguments,
         scaling: Scaling,
+        pointers: Tensor | None,
     ) -> None:
         torch.ops.pins_ext.masked_sgd_(
             parameters,
@@ -90,4 +94,5 @@ class PinsSGD(FusedOptimizer):
             grad_scale=scaling.grad_scale,
             clip=scaling.clip,
             found_inf=scaling.found_inf,
+            pointers=pointers,
         )

@@ -130,7 +130,7 @@ def _count(p: Problem) -> Call:
 
 
 def _count_regions(p: Problem) -> Call:
-    size, columns = p.dice.randrange(1, 5), p.dice.choice((2, 17, 4097))
+    size, columns = p.dice.randrange(1, 5), p.dice.choice((3, 17, 4097))
     brackets = []
     for _ in range(size):
         stage = p.dice.randrange(3)
