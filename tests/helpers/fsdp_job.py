@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.clipping import ClipInPass
 from pins_ext.integrations.optimizer import optimizer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
+MAX_NORM = 0.2
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 
 
@@ -46,6 +48,10 @@ class Doubled(Trainer):
         return DataLoader(data(4 * STEPS), batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
 
 
+class Clipped(ClipInPass, Doubled):
+    """Clips within the optimizer's pass."""
+
+
 def launched(folder: Path, **changes: Any) -> TrainingArguments:
     """The arguments of one of several ranks, as torchrun starts them, under FSDP 2."""
     settings = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "average_tokens_across_devices": False}
@@ -63,13 +69,21 @@ def launched(folder: Path, **changes: Any) -> TrainingArguments:
     return args
 
 
-def train(folder: Path, fused: bool, until: int | None = None, resume: bool = False) -> dict[str, Any]:
+def train(
+    folder: Path,
+    fused: bool,
+    until: int | None = None,
+    resume: bool = False,
+    kind: type[Doubled] = Doubled,
+    max_norm: float = 0.0,
+) -> dict[str, Any]:
     """One run, to its end or until it dies."""
-    args = launched(folder, eval_strategy="steps", eval_steps=5, **({} if fused else {"optim": "sgd"}))
+    changes: dict[str, Any] = {"max_grad_norm": max_norm, "logging_steps": 1} | ({} if fused else {"optim": "sgd"})
+    args = launched(folder, eval_strategy="steps", eval_steps=5, **changes)
     callback = PinsCallback(CONFIG)
     digests = Digests(callback, until)
     options: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer(args)} if fused else {}
-    trainer = Doubled(
+    trainer = kind(
         model(**WITHOUT_DROPOUT), args, callbacks=[callback, digests], eval_dataset=data(8), data_collator=collate,
         **options,
     )  # fmt: skip
@@ -83,6 +97,7 @@ def train(folder: Path, fused: bool, until: int | None = None, resume: bool = Fa
         "weights": digests.weights,
         "final": callback.final,
         "evaluated": evaluated,
+        "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
         "at end": digest(whole(p) for p in trainer.model.parameters()),
     }
 
@@ -93,6 +108,8 @@ def everything(folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {
         "fused": train(folder / "fused", True),
         "hooked": train(folder / "hooked", False),
+        "clipped": train(folder / "clipped", True, max_norm=MAX_NORM),
+        "clipped in pass": train(folder / "clipped-in-pass", True, kind=Clipped, max_norm=MAX_NORM),
         "killed": train(folder / "killed", True, until=10),
     }
     return told | {"resumed": train(folder / "killed", True, resume=True), "refused": refused(folder / "refused")}
