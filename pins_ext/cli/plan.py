@@ -41,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
         metavar="N",
         help="copies of the model that the ranks hold together: 1 is FSDP, as many as ranks DDP, between them HSDP [1]",
     )
+    group.add_argument(
+        "--frozen-base", action="store_true", help="the model does not learn, adapters on it do; their memory is extra"
+    )
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
         print(requests.help_text(parser, everything="help_all" in asked))
@@ -53,10 +56,12 @@ def main(argv: Sequence[str]) -> int:
         from pins_ext.runs.model_plan import model_plan
 
         split = vars(parser.parse_known_args(request.tokens)[0])
-        print(model_plan(request, request.pruning, split.get("ranks", 1), split.get("replicas", 1)))
+        sizes = (split.get("ranks", 1), split.get("replicas", 1), "frozen_base" in split)
+        print(model_plan(request, request.pruning, *sizes))
         return EXIT_OK
-    if several := {"ranks", "replicas"} & request.given:
-        raise UsageError(f"--{min(several)} is about a model without data: give --model alone")
+    if several := {"ranks", "replicas", "frozen_base"} & request.given:
+        flag = min(several).replace("_", "-")
+        raise UsageError(f"--{flag} is about a model without data: give --model alone")
     if request.run.recipe and not {"model", "data_dir", "train_file"} & request.given:
         print(recipe_page(request, request.pruning))
     else:

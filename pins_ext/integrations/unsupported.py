@@ -44,7 +44,7 @@ def refuse_release(args: TrainingArguments, kind: type, frozen_base: bool = Fals
     if not issubclass(kind, FusedOptimizer):
         raise ValueError(
             f"{kind.__name__} can't release gradients: PinsAdamW and PinsSGD do, which a Trainer makes with "
-            "optimizer_cls_and_kwargs=pins_ext.integrations.optimizer(args)"
+            "optimizer_cls_and_kwargs=pins_ext.integrations.transformers.optimizer(args)"
         )
     if args.max_grad_norm:
         raise ValueError(

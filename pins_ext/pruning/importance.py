@@ -19,6 +19,8 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.moments import Moments
 
 _ACCUMULATE, _FOLD = 0, 1
+_NAN_CODE = 255
+"""Of an average in 8 bits, see reference.encode."""
 
 
 class Operands(NamedTuple):
@@ -155,17 +157,15 @@ class Importance:
             check_codes("state_dtype='8bit'", "a pruned parameter", p)
 
     def bar(self, masks: Sequence[Tensor]) -> None:
-        """Let the weights that these masks prune score below all others for good.
+        """Mark the weights that these masks prune, for good: they score below all others, or in 8 bits NaN.
 
-        An average of minus infinity stays what it is, whatever is averaged into it, and so does a sum.
+        An average of minus infinity stays what it is, whatever is averaged into it, and so does a sum. 8 bits have no
+        infinity, but NaN, which stays as well and lies above all others: there the selection leaves them out, see
+        Selection.held.
 
         Args:
             masks: packed bits of each tensor.
         """
-        if self.config.dtype in ops.CODED:
-            raise ValueError(
-                "state_dtype='8bit' cannot mark the zeros of a sparse start, which never return: use bfloat16"
-            )
         self._barred = masks
         if "_states" in vars(self):
             self._write_bars(self._states)
@@ -177,8 +177,10 @@ class Importance:
         if not self.config.smoothed:
             values["ipt"] = -math.inf
         for name in values.keys() & states.keys():
-            for state, bits in zip(states[name], self._barred, strict=True):
-                state.masked_fill_(~ops.unpack_bits(bits, state.shape), values[name])
+            for state, p, bits in zip(states[name], self.parameters, self._barred, strict=True):
+                coded = ops.is_coded(state, local(p).numel())
+                part = state[: local(p).numel()] if coded else state
+                part.masked_fill_(~ops.unpack_bits(bits, part.shape), _NAN_CODE if coded else values[name])
 
     @property
     def ipt(self) -> list[Tensor]:

@@ -65,6 +65,8 @@ class Masks:
         self._chosen_for: tuple[int, ...] | None = None
         self._stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
         self._counts: Tensor | None = None
+        self._marked_by_nan = config.dtype in ops.CODED and config.smoothed
+        self._held: Tensor | None = None
 
     @property
     def chosen(self) -> bool:
@@ -139,6 +141,15 @@ class Masks:
             self.fixed = [bits.clone() for bits in self.bits]
         else:
             torch._foreach_copy_(self.fixed, self.bits)
+        self._count_held()
+
+    def _count_held(self) -> None:
+        """8-bit averages mark what stays pruned by NaN, which the selection leaves out. One synchronisation."""
+        if self.fixed is None or not self._marked_by_nan:
+            return
+        pruned = self.pruned(self.fixed)
+        self.selection.held = [sum(pruned[i] for i in part.members) for part in self.scopes.parts]
+        self._held = ops.to_device(torch.tensor(pruned), self._stats.device)[:, None]
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
@@ -161,6 +172,9 @@ class Masks:
     def _hold_fixed(self) -> None:
         for bits, fixed in zip(self.bits, self.fixed or (), strict=False):
             bits &= fixed
+        if self._held is not None:
+            # By the scores they were kept, flipped and NaN.
+            self._stats -= self._held
 
     def _pack_one(self, i: int, score: Operands, cutoff: Tensor, units: Units) -> None:
         """The bits of one tensor; where it has a pattern, from those of its units."""
@@ -260,3 +274,4 @@ class Masks:
         self.cutoff = cutoff.to(self.cutoff.device).clone()
         self.frozen, self.applied = state["frozen"], state["masked"]
         self._chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None
+        self._count_held()

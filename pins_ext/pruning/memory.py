@@ -58,7 +58,7 @@ class Memory:
 
     Attributes:
         weights: parameters and buffers.
-        gradients: of the parameters that learn.
+        gradients: of the parameters that learn; where they are freed inside backward, the largest.
         buckets: copies of the gradients that DistributedDataParallel reduces.
         moments: the optimizer's state.
         statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
@@ -90,6 +90,8 @@ def memory(
     optimizer: str = "adamw",
     moment_dtype: str = "float32",
     teacher: str = "none",
+    release: bool = False,
+    frozen_base: bool = False,
     ranks: int = 1,
     replicas: int = 1,
 ) -> Memory:
@@ -102,12 +104,16 @@ def memory(
         optimizer: one of OPTIMIZERS; but for "adamw", PinsAdamW, its state has the parameters' dtype.
         moment_dtype: PinsAdamW's, one of MOMENTS.
         teacher: a policy of SelfRegularizer, or anything else for a fixed model of the same size.
+        release: gradients are freed inside backward, see FusedOptimizer.release_gradients.
+        frozen_base: no parameter of this model learns, and the pruned ones' gradients are freed inside backward, see
+            Pruner; adapters come on top.
         ranks: processes, each with a GPU of its own.
         replicas: how many whole copies of the model the ranks hold together. 1 shards every tensor by rows over all
             ranks (FSDP2), `ranks` gives each rank a copy (DDP), anything between is HSDP.
 
     Raises:
-        ValueError: an unknown optimizer or moment_dtype, or ranks that can't be divided among the replicas.
+        ValueError: an unknown optimizer or moment_dtype, ranks that can't be divided among the replicas, or several of
+            them where gradients are freed inside backward.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"the size of {optimizer}'s state is not known; known are {', '.join(OPTIMIZERS)}")
@@ -118,12 +124,17 @@ def memory(
         state_of = MOMENTS[moment_dtype]
     if not 1 <= replicas <= ranks or ranks % replicas:
         raise ValueError(f"{ranks} ranks cannot hold {replicas} copies of the model: ranks must be a multiple of them")
+    if ranks > 1 and (release or frozen_base):
+        raise ValueError(f"gradients that are freed inside backward are of one process, not of {ranks} ranks")
     shards = ranks // replicas
     parameters = dict(model.named_parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     weights = sum(_local_bytes(p, shards) for p in parameters.values())
-    learning = [p for p in parameters.values() if p.requires_grad]
-    gradients = sum(_local_bytes(p, shards) for p in learning)
+    learning = [p for p in parameters.values() if p.requires_grad and not frozen_base]
+    each = [_local_bytes(p, shards) for p in learning]
+    if frozen_base:
+        each = [p.nbytes for name, p in parameters.items() if name in pruned]
+    gradients = max(each, default=0) if release or frozen_base else sum(each)
     shapes = [(_local(p, shards), p.element_size()) for name, p in parameters.items() if name in pruned]
     sizes = [math.prod(shape) for shape, _ in shapes]
     # The "ema" teacher of 16-bit weights averages in float32.

@@ -23,11 +23,16 @@ class Selection:
         layout: of this rank's parts of the pruned tensors.
         ranks: the processes that hold them.
         units: places of the units of tensors with a pattern, see `patterns.unit_layout`; None where none has one.
+
+    Attributes:
+        held: of each part, how many weights are pruned already whose score is NaN, above all others; they count among
+            those to prune, and the caller takes them out of its masks.
     """
 
     def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks, units: ops.Layout | None = None) -> None:
         self.scopes, self.layout, self.ranks = scopes, layout, ranks
         self._pointers = ops.PointerTables()
+        self.held = [0] * len(scopes.parts)
         self._whole, self._owned = layout, list(ranks.owned)
         if scopes.is_global:
             self._whole = layout.subset(self._owned)
@@ -60,7 +65,7 @@ class Selection:
             before: the last cutoffs, which the new ones are near.
             units: the scores of what competes in tensors that have a pattern; None where none has one.
         """
-        wanted = self.scopes.units_to_prune(remaining_ratio)
+        wanted = [n - held for n, held in zip(self.scopes.units_to_prune(remaining_ratio), self.held, strict=True)]
         if self.scopes.is_global:
             return self._select(score, wanted[0], counted, before).reshape(1, 2)
         found = [field.cutoffs(score, wanted, before, units) for field in self._fields]
@@ -88,7 +93,7 @@ class Selection:
         Returns:
             The cutoff, int64 [1, 2].
         """
-        wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
+        wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0] - self.held[0], counted or (None, None)
         return ops.pack_lowest_(
             masks,
             stats,

@@ -120,10 +120,14 @@ def check_marks(config: PruneConfig) -> None:
             "pattern: weights that stay pruned need not fit it; leave out total_steps to keep a pattern that is there, "
             "or prune into one with a plain Pruner"
         )
-    if config.beta1 == 0 or config.state_dtype not in ("float32", "bfloat16"):
+    if config.beta1 == 0:
         raise ValueError(
-            "weights that stay pruned are marked in the running averages, which must last: use a beta1 above 0 and a "
-            "state_dtype of float32 or bfloat16"
+            "weights that stay pruned are marked in the running averages, which must last: use a beta1 above 0"
+        )
+    if config.state_dtype == "8bit" and (config.min_density or config.max_density):
+        raise ValueError(
+            "state_dtype='8bit' marks weights that stay pruned by NaN, which densities would take for the best of a "
+            "tensor: use bfloat16, or leave min_density and max_density out"
         )
 
 

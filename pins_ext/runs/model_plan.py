@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 
 from pins_ext.integrations.meta import meta_model
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.frozen import base_config
 from pins_ext.pruning.memory import Memory, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.patterns import fitted
@@ -25,7 +28,7 @@ GPUS = (24, 48, 80, 141)
 
 _KINDS = {
     "weights": "parameters and buffers",
-    "gradients": "one per parameter that learns",
+    "gradients": "of the parameters that learn; freed inside backward: the largest",
     "buckets": "copies of the gradients, of DistributedDataParallel",
     "moments": "the optimizer's state",
     "statistics": "importance of the pruned weights",
@@ -35,7 +38,7 @@ _KINDS = {
 }
 
 
-def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int) -> str:
+def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int, frozen_base: bool = False) -> str:
     """A page to read; takes seconds for any size of model.
 
     Args:
@@ -43,6 +46,7 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         pruning: what is pruned and how.
         ranks: see pins_ext.pruning.memory.memory.
         replicas: see there too.
+        frozen_base: the model is frozen below adapters, and pruned.
 
     Raises:
         UsageError: there is no such model, or something about it that training would refuse.
@@ -51,14 +55,18 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
     assert source is not None
     try:
         model = meta_model(source, getattr(torch, request.run.dtype))
+        pruning = base_config(pruning) if frozen_base else pruning
         pruned = prunable_parameters(model, pruning)
         fits, misfits = fitted(model, pruned, pruning)
         scopes = Scopes(list(pruned), [p.numel() for p in pruned.values()], pruning, fits)
-        fixed = {
+        fixed: dict[str, Any] = {
             "optimizer": _optimizer(request),
             "moment_dtype": request.run.moment_dtype,
             "teacher": _teacher(request),
+            "release": request.run.release_gradients,
+            "frozen_base": frozen_base,
         }
+        alone = fixed["release"] or frozen_base
 
         def split(ranks: int, replicas: int) -> Memory:
             return memory(model, set(pruned), pruning, ranks=ranks, replicas=replicas, **fixed)
@@ -66,7 +74,8 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         asked = split(ranks, replicas)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(f"--model {source}: {' '.join(str(error).split())}") from error
-    needed = {gb: ranks_needed(lambda n, gb=gb: split(n, 1).total <= gb * 1e9) for gb in GPUS}  # type: ignore[misc]
+    limit = 1 if alone else 4096
+    needed = {gb: ranks_needed(lambda n, gb=gb: split(n, 1).total <= gb * 1e9, limit) for gb in GPUS}  # type: ignore[misc]
     weights, n_pruned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in pruned.values())
     lines = [
         f"model     {type(model).__name__}, {weights:,} weights, {request.run.dtype}; from its config.json alone",
@@ -80,11 +89,56 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         "",
         "fits      before activations, gathered blocks and what the libraries keep for themselves:",
         *(f"          {line}" for line in _fits(asked.total, needed, ranks // replicas)),
+        "",
+        *set_ups(model.to(torch.bfloat16), set(pruned), pruning),
+        *_mixed_precision(request, model, ranks > replicas),
         *_notes(request, fixed["teacher"], ranks > replicas),
     ]
     if ranks > replicas or any(n and n > 1 for n in needed.values()):
         lines.append(f"note      FSDP gathers a block at a time: the largest is {_gb(largest_block(model))}")
     return "\n".join(lines)
+
+
+def set_ups(model: nn.Module, pruned: Collection[str], pruning: PruneConfig) -> list[str]:
+    """What less memory can be had for: bytes of the whole model on one rank, without a teacher, and where they fit.
+
+    Args:
+        model: in bfloat16.
+        pruned: names of what is pruned.
+        pruning: replaced in what each set-up says.
+    """
+    small: dict[str, Any] = {"moment_dtype": "8bit"}
+    ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("bfloat16 moments and statistics", {"state_dtype": "bfloat16"}, {"moment_dtype": "bfloat16"}),
+        ("8-bit moments and statistics", {"state_dtype": "8bit"}, small),
+        ("  and --release-gradients", {"state_dtype": "8bit"}, small | {"release": True}),
+        ("--criterion fisher, 8-bit moments", {"criterion": "fisher"}, small),
+        ("  and --release-gradients", {"criterion": "fisher"}, small | {"release": True}),
+        ("frozen base below LoRA, 8 bits", {"criterion": "platon", "state_dtype": "8bit"}, {"frozen_base": True}),
+    ]
+    weights = sum(p.numel() for p in model.parameters())
+    lines = ["set-ups   of bfloat16 weights on one rank, without self-regularization:"]
+    for name, options, rest in ways:
+        own = dataclasses.replace(pruning, **({"criterion": "pins", "regrow": "never"} | options))
+        total = memory(model, pruned, own, **rest).total
+        fits = next((f"fits {gb} GB" for gb in GPUS if total <= gb * 1e9), "fits none")
+        lines.append(f"          {name:<38}{_gb(total):>11}  {total / weights:5.2f} B a weight  {fits}")
+    return lines
+
+
+def _mixed_precision(request: Request, model: nn.Module, sharded: bool) -> Iterable[str]:
+    """What accelerate's mixed precision adds to the numbers above."""
+    wide = next((name for name in ("bf16", "fp16") if request.training.get(name)), None)
+    if wide is None:
+        return
+    if sharded and request.run.dtype != "float32":
+        yield "note      with --bf16 or --fp16 accelerate keeps FSDP's weights in float32: plan with --dtype float32"
+    if not sharded and request.run.dtype == "float32":
+        copies = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        yield (
+            f"note      with --{wide} autocast adds a 16-bit copy of each linear weight from its use in the forward to "
+            f"that in backward: up to {_gb(copies)}"
+        )
 
 
 def gathered(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -152,9 +206,6 @@ def _notes(request: Request, teacher: str, sharded: bool) -> Iterable[str]:
     """What training on several ranks does with these flags that a reader of the numbers may not expect."""
     if sharded and teacher in POLICIES and teacher != "none":
         yield f"note      --teacher {teacher} copies whole weights, which sharded ranks don't have: --teacher none"
-    wide = request.training.get("bf16") or request.training.get("fp16")
-    if sharded and wide and request.run.dtype != "float32":
-        yield "note      with --bf16 or --fp16 accelerate keeps FSDP's weights in float32: plan with --dtype float32"
     if "8bit" in (request.run.moment_dtype, request.pruning.state_dtype if request.pruning else None):
         yield "note      8 bits run on the CPU so far: on a GPU they are refused"
 

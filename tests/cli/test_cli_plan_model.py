@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from small_models import decoder_config
 
 from pins_ext.cli.main import main
@@ -62,6 +64,60 @@ def test_flags_change_what_they_say(large: str, capsys: pytest.CaptureFixture[st
     assert "plan with --dtype float32" in page("--ranks", "2", "--dtype", "bfloat16", "--bf16")
 
 
+def test_small_set_ups_of_eight_billion_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arithmetic beside the page: bytes of every weight, and of the pruned ones."""
+    small = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B | small))
+    n, pruned, head = 8_030_261_248, 6_979_321_856, 128_256 * 4096
+
+    def page(*more: str) -> str:
+        assert main(["plan", "--model", str(tmp_path), "--teacher", "none", "--dtype", "bfloat16", *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    codes, mask = 34 / 32, 1 / 8
+    every, released = (2 + 2 * codes) * n + 2 * n, (2 + 2 * codes) * n + 2 * head
+    eight = ("--state-dtype", "8bit", "--moment-dtype", "8bit")
+    said = page(*eight)
+    both = (3 * codes + mask) * pruned
+    frozen = 2 * n + 2 * 4096 * 14336 + both
+    fisher = mask * pruned
+    for name, size, fits in (
+        ("8-bit moments and statistics", every + both, 80),
+        ("8-bit moments and statistics .*? and --release-gradients", released + both, 80),
+        ("fisher, 8-bit moments", every + fisher, 80),
+        ("fisher, 8-bit moments .*? and --release-gradients", released + fisher, 48),
+        ("below LoRA, 8 bits", frozen, 48),
+    ):
+        found = re.search(rf"{name} ([\d.]+) GB ([\d.]+) B a weight fits (\d+) GB", said)
+        assert found is not None, name
+        # The room of the selection comes on top.
+        assert float(found[1]) == pytest.approx(size / 1e9, abs=0.02)
+        assert float(found[2]) == pytest.approx(size / n, abs=0.01)
+        assert int(found[3]) == fits
+    flags = ("--release-gradients", "--max-grad-norm", "0")
+    assert f"gradients {2 * head / 1e9:.2f} GB" in page(*eight, *flags)
+    said = page("--state-dtype", "8bit", "--frozen-base")
+    assert "moments" not in said.split("fits")[0]
+    wide = 2 * (pruned + head) / 1e9
+    copies = f"in the forward to that in backward: up to {wide:.2f} GB"
+    assert copies in page("--bf16", "--dtype", "float32")
+    assert "autocast" not in page("--bf16")
+
+
+def test_autocast_keeps_a_copy_of_every_linear_weight() -> None:
+    """What the page says of mixed precision, seen: copies that backward holds on to."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    held: list[int] = []
+
+    def look(t: torch.Tensor) -> torch.Tensor:
+        held.append(t.nbytes if t.dtype == torch.bfloat16 and t.numel() == 64 * 64 else 0)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(2, 64, requires_grad=True))
+    assert sum(held) == 3 * 2 * 64 * 64
+
+
 def test_a_tied_head_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = decoder_config()
     config.architectures = ["GPT2LMHeadModel"]
@@ -80,6 +136,10 @@ def test_a_tied_head_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--ranks", "0"], "0 ranks cannot hold 1 copies"),
         (["--ranks", "two"], "argument --ranks"),
         (["--exclude", "*nothing*"], "the pattern '*nothing*' matches no parameter"),
+        (["--frozen-base", "--ranks", "2"], "are of one process, not of 2 ranks"),
+        (["--frozen-base", "--criterion", "fisher"], "a frozen base has none"),
+        (["--frozen-base", "--state-dtype", "8bit", "--min-density", "0.1"], "leave min_density and max_density out"),
+        (["--task", "rte", "--frozen-base"], "--frozen-base is about a model without data"),
         (["--optimizer", "muon"], "the size of muon's state is not known"),
         (["--task", "rte", "--ranks", "2"], "--ranks is about a model without data"),
         (["--model", "no/such/model"], "--model no/such/model"),

@@ -71,6 +71,8 @@ def train(
         {"criterion": product},
         {"beta2": 0.0},
         {"state_dtype": "bfloat16", "importance_every": 5},
+        {"state_dtype": "8bit"},
+        {"state_dtype": "8bit", "scope": "layer", "beta2": 1.0},
         {"scope": "layer"},
     ],
     ids=lambda change: ",".join(f"{k}={getattr(v, '__name__', v)}" for k, v in change.items()),
@@ -163,13 +165,16 @@ def test_one_gradient_of_the_base_exists_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("sparse", [0.0, 0.4])
+@pytest.mark.parametrize("stored", ["float32", "8bit"])
 @pytest.mark.parametrize("steps", [8, 33])
-def test_resuming_ends_at_the_same_bits(steps: int, sparse: float, tmp_path: Path) -> None:
+def test_resuming_ends_at_the_same_bits(steps: int, stored: str, sparse: float, tmp_path: Path) -> None:
+    config = PruneConfig(**OPTIONS, state_dtype=stored)
+
     def begin() -> tuple[Network, Any, Pruner]:
         model, _ = frozen(sparse)
         optimizer = torch.optim.AdamW(adapters(model), lr=1e-2, fused=True)
         make = Pruner.from_sparse if sparse else Pruner
-        return model, optimizer, make(model, optimizer, CONFIG, STEPS, frozen_base=True)
+        return model, optimizer, make(model, optimizer, config, STEPS, frozen_base=True)
 
     whole, optimizer, pruner = begin()
     train(whole, optimizer)
@@ -202,6 +207,31 @@ def test_a_sparse_base_is_pruned_further() -> None:
     assert all(not p[before[name] == 0].any() for name, p in zip(pruner.names, pruner.parameters, strict=True))
     with pytest.raises(ValueError, match="keeps its zeros by itself"):
         Pruner.from_sparse(model, optimizer, CONFIG, frozen_base=True)
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["some", "none"])
+def test_in_8_bits_what_stays_pruned_is_told_from_weights_that_never_score(every: bool) -> None:
+    """Weights without a gradient score 0, as pruned ones would: counts and statistics are exact all the same."""
+    model, before = frozen(0.5)
+    optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
+    config = PruneConfig(**(OPTIONS | {"sparsity": 0.7}), state_dtype="8bit")
+    pruner = Pruner.from_sparse(model, optimizer, config, STEPS, frozen_base=True)
+    for i, p in enumerate(pruner.parameters):
+        p.register_hook(lambda g, i=i: g * 0 if every or i % 2 else g)  # type: ignore[misc]
+    flipped = [pruner.masks.pruned()]
+
+    def look() -> None:
+        masks, stats = pruner.masks, pruner.stats()
+        flipped.append(masks.pruned())
+        if masks.chosen:
+            assert masks.counts() == (pruner.n_weights - sum(flipped[-1]), masks.counts()[1], 0)
+            assert stats["nan"] == 0
+
+    train(model, optimizer, after=look)
+    report = pruner.finalize()
+    assert report["zeros"] == pruner.n_weights - round(0.3 * pruner.n_weights)
+    for name, p in zip(pruner.names, pruner.parameters, strict=True):
+        assert not p[before[name] == 0].any()
 
 
 def test_pins_is_platon_and_says_so() -> None:

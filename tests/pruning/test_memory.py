@@ -152,6 +152,31 @@ def test_ranks_divide_what_is_sharded() -> None:
         memory(model, names, config, optimizer="muon")
 
 
+def test_gradients_that_are_freed_inside_backward_are_one_at_a_time() -> None:
+    """Counted beside the most that were there at a time."""
+    model, config = Network(), PruneConfig(warmup=1, cooldown=2)
+    optimizer = PinsAdamW(model.parameters())
+    optimizer.release_gradients()
+    pruner = Pruner(model, optimizer, config, 10)
+    most = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(q.grad.nbytes for q in model.parameters() if q.grad is not None))
+        )
+    for hook in [*optimizer.release._handles]:  # type: ignore[union-attr]
+        hook.remove()
+    optimizer.release_gradients()  # behind the hooks that look
+    train(model, optimizer, 2)
+    counted = memory(model, pruner.names, config, release=True)
+    assert counted.gradients == max(most) == max(p.nbytes for p in model.parameters())
+    assert counted.moments == memory(model, pruner.names, config).moments
+    frozen = memory(model, pruner.names, config, frozen_base=True)
+    assert (frozen.moments, frozen.statistics) == (0, counted.statistics)
+    assert frozen.gradients == max(p.nbytes for p in pruner.parameters)
+    with pytest.raises(ValueError, match="of one process, not of 2 ranks"):
+        memory(model, pruner.names, config, release=True, ranks=2)
+
+
 def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
     model = Network().requires_grad_(False)
     model.layers[0].requires_grad_(True)

@@ -293,6 +293,23 @@ def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backward(model)
 
 
+def test_fsdp_is_refused_by_name(tmp_path: Path) -> None:
+    """Shards of one rank, which are DTensors as those of many."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = PinsAdamW(model.parameters())
+        optimizer.release_gradients()
+        with pytest.raises(RuntimeError, match="before DistributedDataParallel or FSDP has reduced them"):
+            backward(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_gradient_that_is_not_finite_skips_its_tensor_and_stops_the_run() -> None:
     model, optimizer, _ = start()
     optimizer.release_gradients(max_norm=1.0)
