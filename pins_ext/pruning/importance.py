@@ -178,9 +178,11 @@ class Importance:
             values["ipt"] = -math.inf
         for name in values.keys() & states.keys():
             for state, p, bits in zip(states[name], self.parameters, self._barred, strict=True):
-                coded = ops.is_coded(state, local(p).numel())
-                part = state[: local(p).numel()] if coded else state
-                part.masked_fill_(~ops.unpack_bits(bits, part.shape), _NAN_CODE if coded else values[name])
+                pruned = ~ops.unpack_bits(bits, local(p).shape)
+                if ops.is_coded(state, pruned.shape):
+                    state[..., : ops.GROUP].masked_fill_(ops.by_group(pruned), _NAN_CODE)
+                else:
+                    state.masked_fill_(pruned, values[name])
 
     @property
     def ipt(self) -> list[Tensor]:
