@@ -106,6 +106,7 @@ class Sentence(nn.Module):
 
 def _held() -> int:
     """Bytes of all tensors."""
+    gc.collect()
     found = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and thing.device.type == "cpu" and thing.layout == torch.strided:
