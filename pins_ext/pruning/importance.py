@@ -177,10 +177,10 @@ class Importance:
         if not self.config.smoothed:
             values["ipt"] = -math.inf
         for name in values.keys() & states.keys():
-            for state, p, bits in zip(states[name], self.parameters, self._barred, strict=True):
+            for i, (state, p, bits) in enumerate(zip(states[name], self.parameters, self._barred, strict=True)):
                 pruned = ~ops.unpack_bits(bits, local(p).shape)
-                if ops.is_coded(state, pruned.shape):
-                    state[..., : ops.GROUP].masked_fill_(ops.by_group(pruned), _NAN_CODE)
+                if state.dtype in ops.CODED:
+                    state[..., : ops.GROUP].masked_fill_(ops.by_group(pruned, shard_of(str(i), p)), _NAN_CODE)
                 else:
                     state.masked_fill_(pruned, values[name])
 

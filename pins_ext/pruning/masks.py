@@ -149,7 +149,8 @@ class Masks:
             return
         pruned = self.pruned(self.fixed)
         self.selection.held = [sum(pruned[i] for i in part.members) for part in self.scopes.parts]
-        self._held = ops.to_device(torch.tensor(pruned), self._stats.device)[:, None]
+        here = ops.to_device(torch.tensor(self.sizes), self._stats.device)
+        self._held = (here - torch.stack([ops.set_bits(bits) for bits in self.fixed]))[:, None]
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
