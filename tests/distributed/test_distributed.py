@@ -78,6 +78,18 @@ def test_rank_0_writes_and_all_ranks_resume(ranks: list[dict[str, Any]]) -> None
         assert told["resumed"]["at end"] == told["unbroken"]["at end"] == ranks[0]["unbroken"]["at end"]
 
 
+@pytest.mark.parametrize("kind", ["Trainer", "PinsTrainer"])
+def test_every_rank_evaluates_the_masked_model(ranks: list[dict[str, Any]], kind: str) -> None:
+    for told in ranks:
+        found = told["evaluated"][kind]
+        seen = [share for share in found["during"] if share >= 0]
+        assert len(seen) >= 8
+        assert min(seen) > 0.05
+        assert seen[-2:] == pytest.approx([0.75] * 2, abs=1e-3)
+        assert not any(found["after"])
+        assert found["weights"] == told["not evaluated"]["weights"] == ranks[0]["not evaluated"]["weights"]
+
+
 def test_what_needs_one_process_says_so(ranks: list[dict[str, Any]]) -> None:
     for told in ranks:
         assert "a comparison trains in one process" in told["refused"]["pins-ext train"]

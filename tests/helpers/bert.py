@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from pins_ext.integrations.callback import PinsCallback
@@ -102,3 +102,21 @@ def assert_at_target(callback: PinsCallback) -> None:
     assert final is not None
     assert pruner is not None
     assert final["zeros"] == pruner.n_weights - round((1 - pruner.config.sparsity) * pruner.n_weights)
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "logging_steps": 1}
+
+
+class Looks(TrainerCallback):
+    """Share of pruned weights that were zero in each evaluation's last forward pass, and right after it."""
+
+    def __init__(self) -> None:
+        self.during: list[float] = []
+        self.after: list[bool] = []
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = kwargs["model"].pins
+        self.during.append(found.pruner.stats()["zeros"] if found.pruner.masks.chosen else -1.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after.append(kwargs["model"].pins.pruner.masks.in_view)

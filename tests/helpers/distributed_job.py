@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bert import CONFIG, STEPS, WITHOUT_DROPOUT, arguments, collate, data, model, pins, weights
+from bert import CONFIG, EVALUATED, STEPS, WITHOUT_DROPOUT, Looks, arguments, collate, data, model, pins, stock, weights
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.optimizer import optimizer
+from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
 
@@ -94,6 +95,19 @@ def same_batches(folder: Path, fused: bool) -> dict[str, Any]:
     return {"masks": digests.masks, "weights": digests.weights, "final": pins(run).final}
 
 
+def evaluations(folder: Path, kind: type[Trainer], **changes: Any) -> dict[str, Any]:
+    """An evaluation after every step: what this rank's forward passes saw, and the weights afterwards."""
+    net, looks, callback = model(**WITHOUT_DROPOUT), Looks(), PinsCallback(CONFIG)
+    object.__setattr__(net, "pins", callback)
+    args = arguments(folder, gradient_accumulation_steps=1, **(EVALUATED | changes))
+    if kind is PinsTrainer:
+        run = stock(net, args, looks, kind=kind, pins=callback)
+    else:
+        run = stock(net, args, callback, looks)
+    run.train()
+    return {"during": looks.during, "after": looks.after, "weights": digest(weights(run).values())}
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What several processes can't do says so."""
     from pins_ext.cli.train import main
@@ -116,6 +130,8 @@ def main(folder: Path) -> None:
         "unbroken": different_batches(folder / "unbroken"),
         "killed": different_batches(folder / "killed", until=10),
         "resumed": different_batches(folder / "killed", resume=True),
+        "evaluated": {kind.__name__: evaluations(folder / kind.__name__, kind) for kind in (Trainer, PinsTrainer)},
+        "not evaluated": evaluations(folder / "none", Trainer, eval_strategy="no"),
         "refused": refusals(folder),
     }
     state = arguments(folder).distributed_state

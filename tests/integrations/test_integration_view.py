@@ -8,29 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from bert import CONFIG, WITHOUT_DROPOUT, arguments, assert_same, model, pins, stock, weights
-from transformers import Trainer, TrainerCallback
+from bert import CONFIG, EVALUATED, WITHOUT_DROPOUT, Looks, arguments, assert_same, model, pins, stock, weights
+from transformers import Trainer
 
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.evaluation import score_of
 from pins_ext.integrations.trainer import PinsTrainer
-
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "logging_steps": 1}
-
-
-class Looks(TrainerCallback):
-    """Share of pruned weights that were zero in each evaluation's last forward pass, and right after it."""
-
-    def __init__(self) -> None:
-        self.during: list[float] = []
-        self.after: list[bool] = []
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = kwargs["model"].pins
-        self.during.append(found.pruner.stats()["zeros"] if found.pruner.masks.chosen else -1.0)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.after.append(kwargs["model"].pins.pruner.masks.in_view)
 
 
 def run(folder: Path, kind: type[Trainer], **changes: Any) -> tuple[Any, Looks]:
