@@ -102,6 +102,13 @@ PINS_HD uint32_t order_key(float score) {
   return (bits & 0x7fffffffu) > 0x7f800000u ? 0xffffffffu : key;
 }
 
+// The score by which a weight of a group N:M competes. The N best are NaN, which no cutoff reaches; so that no other
+// is, NaN counts as infinity and infinity as the largest number.
+PINS_HD float eligible_score(float score, bool best) {
+  const float finite = score > 0x1.fffffep127f ? 0x1.fffffep127f : score;
+  return float_of(best ? 0x7fc00000u : score != score ? 0x7f800000u : bits_of(finite));
+}
+
 // ---- 16-bit storage ---------------------------------------------------------------------------------------------
 
 PINS_HD float float_of_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }

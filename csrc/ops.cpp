@@ -59,6 +59,11 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
       "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
       "Tensor? factors=None, Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
+  // N:M: the scores of what can be pruned, float32; the N best of a group are NaN, beyond every cutoff. groups int64
+  // [n, 3]: N, M, and how far apart the weights of a group lie. nans int64 [n]: scores that were NaN.
+  m.def(
+      "eligible_(Tensor(a!)[] scores, Tensor(b!) nans, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, "
+      "str score, Tensor groups, *, Tensor? factors=None, Tensor? pointers=None) -> ()");
   m.def(
       "pack_(Tensor(a!)[] masks, Tensor(b!) stats, Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, "
       "Tensor threshold, *, Tensor? factors=None, Tensor? pointers=None) -> ()");

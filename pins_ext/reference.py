@@ -176,6 +176,21 @@ def group_mask(scores: Tensor, keep: int, of: int, axis: int) -> Tensor:
     return mask.view(keys.shape).movedim(-1, axis).contiguous()
 
 
+def eligible(scores: Tensor, keep: int, of: int, axis: int) -> Tensor:
+    """N:M: the scores by which weights compete for being pruned, NaN for the `keep` best of every group.
+
+    So that no other is NaN, it counts as infinity, and infinity as the largest number.
+
+    Args:
+        scores: see `group_mask`.
+        keep: N.
+        of: M.
+        axis: dimension of the inputs.
+    """
+    others = scores.clamp(max=torch.finfo(torch.float32).max).masked_fill(scores.isnan(), math.inf)
+    return others.masked_fill(group_mask(scores, keep, of, axis), math.nan)
+
+
 def block_scores(scores: Tensor, rows: int, columns: int) -> Tensor:
     """Sum of the scores of each block, float32 [.., n / rows, m / columns], in float64 by halves onto halves.
 

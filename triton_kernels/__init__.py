@@ -32,6 +32,7 @@ LAUNCHERS = {
     "narrow": "bracket",
     "settle": "bracket",
     "cutoff": "bracket",
+    "eligible_": "eligible",
     "pack_": "pack",
     "grouped_linear": "grouped",
 }

@@ -137,6 +137,18 @@ def order_key(score):
     return tl.where(score != score, 0xFFFFFFFF, key)
 
 
+@triton.jit
+def eligible_score(score, best):
+    """The score by which a weight of a group N:M competes: NaN for the N best, which no cutoff reaches.
+
+    So that no other is, NaN counts as infinity, and infinity as the largest number.
+    """
+    bits = bits_of(score)
+    bits = tl.where(bits == 0x7F800000, 0x7F7FFFFF, bits)
+    bits = tl.where(score != score, 0x7F800000, bits)
+    return float_of(tl.where(best, 0x7FC00000, bits).to(tl.uint32))
+
+
 # ---- 16-bit storage ------------------------------------------------------------------------------
 
 

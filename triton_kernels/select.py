@@ -56,7 +56,7 @@ def check_scores(
 
 
 @triton.jit
-def _gather(addresses, local, active, DTYPE: tl.constexpr):
+def gather(addresses, local, active, DTYPE: tl.constexpr):
     """float32 of one weight of each address."""
     ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
     return float_from(tl.load(addresses.to(tl.pointer_type(ELEMENT)) + local, mask=active, other=0), DTYPE)
@@ -87,10 +87,10 @@ def _sample_kernel(
         low = tl.where(open & before, middle + 1, low)
         high = tl.where(open & before, high, middle)
     local = position - tl.load(ends_ptr + low - 1, mask=active & (low > 0), other=0)
-    x = _gather(tl.load(pointers_ptr + low, mask=active, other=0), local, active, A)
+    x = gather(tl.load(pointers_ptr + low, mask=active, other=0), local, active, A)
     y = x
     if B is not None:
-        y = _gather(tl.load(pointers_ptr + n_tensors + low, mask=active, other=0), local, active, B)
+        y = gather(tl.load(pointers_ptr + n_tensors + low, mask=active, other=0), local, active, B)
     factor = None if factors_ptr is None else tl.load(factors_ptr + low, mask=active, other=0)
     tl.store(keys_ptr + stratum, order_key(score_of(x, y, factor, SCORE)).to(tl.int64), mask=active)
 

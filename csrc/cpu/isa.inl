@@ -7,6 +7,7 @@
 #include "block.inl"
 #include "importance.inl"
 #include "select.inl"
+#include "eligible.inl"
 #include "update.inl"
 #include "sparse.inl"
 #include "sparse_bytes.inl"
@@ -18,6 +19,7 @@
 #define PINS_COUNT(id, name, formula) count<Score::id>,
 #define PINS_INSIDE(id, name, formula) inside<Score::id>,
 #define PINS_PACK(id, name, formula) pack<Score::id>,
+#define PINS_ELIGIBLE(id, name, formula) eligible<Score::id>,
 #define PINS_PACK_AROUND(id, name, formula) pack_around<Score::id>,
 #define PINS_ADAMW(id, name, formula) masked_update<AdamW, static_cast<int>(Criterion::id)>,
 #define PINS_SGD(id, name, formula) masked_update<Sgd, static_cast<int>(Criterion::id)>,
@@ -31,6 +33,7 @@ constexpr Kernels table(const char* name) {
       {PINS_SCORES(PINS_COUNT)},
       {PINS_SCORES(PINS_INSIDE)},
       {PINS_SCORES(PINS_PACK)},
+      {PINS_SCORES(PINS_ELIGIBLE)},
       {PINS_SCORES(PINS_PACK_AROUND)},
       {PINS_CRITERIA(PINS_ADAMW) masked_update<AdamW, kNoCriterion>},
       {PINS_CRITERIA(PINS_SGD) masked_update<Sgd, kNoCriterion>},

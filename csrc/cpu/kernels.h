@@ -75,6 +75,15 @@ struct Tally {
   uint32_t* bins;  // of less than 2^32 weights
 };
 
+// Groups N:M. Operands and scores are at the tensor's first weight; those of a group are `stride` apart.
+struct Eligible {
+  Run run;
+  Span a, b;
+  float factor;
+  float* scores;
+  int64_t keep, of, stride;
+};
+
 struct Pack {
   uint8_t* mask;  // at the chunk's first weight
   uint32_t key;
@@ -132,6 +141,7 @@ struct Kernels {
   void (*count[kScoreCount])(const Scores&, const Bracket&, Tally&);
   int64_t (*inside[kScoreCount])(const Scores&, const Bracket&, uint32_t* keys, uint16_t* places);
   void (*pack[kScoreCount])(const Scores&, const Pack&, PackStats&);
+  int64_t (*eligible[kScoreCount])(const Eligible&);
   int64_t (*pack_around[kScoreCount])(const Scores&, const Bracket&, uint8_t* mask, PackStats&, Inside&);
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);

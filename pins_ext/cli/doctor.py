@@ -34,7 +34,8 @@ FALLBACK = {"grouped_linear": "Triton", "grouped_expand": "torch's own operators
 
 OPERATORS = {
     **dict.fromkeys(("accumulate_", "fold_", "fold_moments_", "sample", "bracket_of", "count_", "narrow"), TRITON),
-    **dict.fromkeys(("count_regions_", "collect_", "settle", "cutoff", "tie_index", "pack_"), TRITON),
+    **dict.fromkeys(("count_regions_", "collect_", "settle", "cutoff", "tie_index"), TRITON),
+    **dict.fromkeys(("eligible_", "pack_"), TRITON),
     "select": DRIVER,
     **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
     "pack_around_": SPLIT,

@@ -28,6 +28,7 @@ from pins_ext.ops.coded import (
     new_state,
 )
 from pins_ext.ops.cpu import cpu_capability, stream_
+from pins_ext.ops.eligible import eligible_
 from pins_ext.ops.grouped import GroupedWeight, grouped_expand, grouped_linear, grouped_pack
 from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
@@ -92,6 +93,7 @@ __all__ = [
     "cpu_capability",
     "cutoff",
     "decode",
+    "eligible_",
     "encode",
     "fold_",
     "fold_moments_",

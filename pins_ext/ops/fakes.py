@@ -117,6 +117,7 @@ for _name in (
     "count_",
     "count_regions_",
     "collect_",
+    "eligible_",
     "pack_",
     "pack_around_",
     "masked_adamw_",

@@ -14,9 +14,9 @@ from pins_ext.distributed.shards import local
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Counted, Importance, Operands
-from pins_ext.pruning.patterns import Units, unit_layout, values
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import Selection
+from pins_ext.pruning.units import ScoredUnits, Units
 
 _ZERO = 0x80000001
 """Order key of the smallest positive float32: below it lies only zero."""
@@ -51,8 +51,8 @@ class Masks:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
         self.fits = list(scopes.fits)
         patterned = any(scopes.fits)
-        self._units = unit_layout(parameters, scopes.names, scopes.fits) if patterned else None
-        self.selection = Selection(scopes, layout, ranks, self._units)
+        self._units = Units(parameters, scopes.names, scopes.fits, layout) if patterned else None
+        self.selection = Selection(scopes, layout, ranks, None if self._units is None else self._units.layout)
         device = layout.places.device
         self.sizes = [local(p).numel() for p in parameters]
         self.bits = [ops.new_mask(local(p)) for p in parameters]
@@ -101,7 +101,7 @@ class Masks:
             self._hold_fixed()
             self._chosen_for = wanted
             return
-        units = Units(score, self.scopes.fits) if self._units is not None else None
+        units = self._units.scored(score) if self._units is not None else None
         cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None, units)
         if self.scopes.exact:
             # Before any score is known an exact count could only be met by position; the lowest cutoff prunes nothing.
@@ -117,7 +117,7 @@ class Masks:
             score: what the score is made of.
             ratio: share of the weights that is kept.
         """
-        units = Units(score, self.scopes.fits) if self._units is not None else None
+        units = self._units.scored(score) if self._units is not None else None
         self._pack(score, self.selection.cutoffs(score, ratio, units=units), units)
         self._chosen_for = (0, *self.scopes.n_prune(ratio))
 
@@ -156,7 +156,7 @@ class Masks:
         """Let the next `renew` select whatever was selected before."""
         self._chosen_for = None
 
-    def _pack(self, score: Operands, cutoff: Tensor, units: Units | None = None) -> None:
+    def _pack(self, score: Operands, cutoff: Tensor, units: ScoredUnits | None = None) -> None:
         self.cutoff = cutoff
         if units is None:
             kind, a, b, factors = score[:4]
@@ -166,8 +166,7 @@ class Masks:
                 self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
             )
         else:
-            for i in range(len(self.bits)):
-                self._pack_one(i, score, cutoff[i : i + 1], units)
+            units.pack(self.bits, self._stats, cutoff)
         self._hold_fixed()
 
     def _hold_fixed(self) -> None:
@@ -176,27 +175,6 @@ class Masks:
         if self._held is not None:
             # By the scores they were kept, flipped and NaN.
             self._stats -= self._held
-
-    def _pack_one(self, i: int, score: Operands, cutoff: Tensor, units: Units) -> None:
-        """The bits of one tensor; where it has a pattern, from those of its units."""
-        layout, row, bits = self.layout.subset([i]), self._stats[i : i + 1], self.bits[i : i + 1]
-        tables = (layout.places, layout.chunks)
-        if self.scopes.fits[i] is None:
-            kind, a, b, factors = score[:4]
-            own = None if factors is None else factors[i : i + 1]
-            operands = (a[i : i + 1], b[i : i + 1], *tables, kind, cutoff)
-            torch.ops.pins_ext.pack_(bits, row, *operands, factors=own)
-            return
-        assert self._units is not None
-        scores = units.of(i)
-        of_units = (self._units if self.scopes.is_blocked(i) else self.layout).subset([i])
-        above = ops.new_mask(scores)
-        operands = ([scores], [], of_units.places, of_units.chunks, "identity", cutoff)
-        torch.ops.pins_ext.pack_([above], torch.empty_like(row), *operands)
-        kept = units.kept(i, scores, ops.unpack_bits(above, scores.shape))
-        operands = ([kept.float()], [], *tables, "identity", ops.to_device(torch.tensor([[_ZERO, 0]]), cutoff.device))
-        torch.ops.pins_ext.pack_(bits, row, *operands)
-        row[0, 2] = values(score, i).isnan().sum()
 
     def apply(
         self,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pins_ext import ops
+from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import state_bytes
+from pins_ext.pruning.units import units_bytes
 
 Shape = tuple[int, ...]
 
@@ -64,7 +66,7 @@ class Memory:
         statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
         masks: one bit per pruned weight.
         teacher: the model's earlier self, for self-regularization.
-        selection: counts, candidates and work lists.
+        selection: counts, candidates and work lists, and what patterns ask for while a mask is chosen.
     """
 
     weights: int
@@ -94,6 +96,7 @@ def memory(
     frozen_base: bool = False,
     ranks: int = 1,
     replicas: int = 1,
+    fits: Mapping[str, Fit | None] | None = None,
 ) -> Memory:
     """Count the bytes on the rank that holds most.
 
@@ -110,6 +113,7 @@ def memory(
         ranks: processes, each with a GPU of its own.
         replicas: how many whole copies of the model the ranks hold together. 1 shards every tensor by rows over all
             ranks (FSDP2), `ranks` gives each rank a copy (DDP), anything between is HSDP.
+        fits: pruned parameter -> its pattern, where there are any.
 
     Raises:
         ValueError: an unknown optimizer or moment_dtype, ranks that can't be divided among the replicas, or several of
@@ -147,7 +151,7 @@ def memory(
         statistics=sum(state_bytes(config, shape, size) for shape, size in shapes),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
-        selection=_selection(sizes),
+        selection=_selection(sizes) + _patterned(fits or {}, parameters, shards, config),
     )
 
 
@@ -164,6 +168,12 @@ def _local(p: Tensor, shards: int) -> Shape:
 
 def _local_bytes(p: Tensor, shards: int) -> int:
     return math.prod(_local(p, shards)) * p.element_size()
+
+
+def _patterned(
+    fits: Mapping[str, Fit | None], parameters: Mapping[str, Tensor], shards: int, config: PruneConfig
+) -> int:
+    return units_bytes(list(fits.values()), [_local(parameters[name], shards) for name in fits], config)
 
 
 def _selection(sizes: list[int]) -> int:

@@ -13,6 +13,7 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import state_bytes
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.units import units_bytes
 
 
 class ConflictWarning(UserWarning):
@@ -32,6 +33,11 @@ class Plan(dict[str, Any]):
             f"state {self['state_bytes'] / 2**20:,.1f} MiB ({self['state_bytes'] / self['weights']:.2f} B per weight) "
             f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB; while the masked model is evaluated up to "
             f"{self['view_bytes'] / 2**20:,.1f} MiB of hidden weights",
+            *(
+                [f"while a mask is chosen, up to {self['pattern_bytes'] / 2**20:,.1f} MiB for the scores of patterns"]
+                if self["patterns"]
+                else []
+            ),
             f"schedule {self['schedule']}: dense to step {self['warmup']}, at the end from step {self['final_start']} "
             f"of {self['total_steps']}, {self['masks']} masks on the way",
             "  step  sparsity",
@@ -76,6 +82,7 @@ def plan(
         patterns=dict(pattern_sizes(parameters, fits)),
         state_bytes=sum(state_bytes(config, p.shape, p.element_size()) for p in parameters.values()),
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
+        pattern_bytes=units_bytes(fits, [p.shape for p in parameters.values()], config),
         view_bytes=_view_bytes(config, zeros, parameters),
         schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),
         warmup=schedule.initial_warmup,

@@ -11,8 +11,8 @@ from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.select import select
 from pins_ext.pruning.importance import Counted, Operands
-from pins_ext.pruning.patterns import Units
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.units import ScoredUnits
 
 
 class Selection:
@@ -22,7 +22,7 @@ class Selection:
         scopes: which weights compete, and how many are pruned.
         layout: of this rank's parts of the pruned tensors.
         ranks: the processes that hold them.
-        units: places of the units of tensors with a pattern, see `patterns.unit_layout`; None where none has one.
+        units: places of the units of tensors with a pattern, see `Units.layout`; None where none has one.
 
     Attributes:
         held: of each part, how many weights are pruned already whose score is NaN, above all others; they count among
@@ -52,7 +52,7 @@ class Selection:
         remaining_ratio: float,
         counted: Counted | None = None,
         before: Tensor | None = None,
-        units: Units | None = None,
+        units: ScoredUnits | None = None,
     ) -> Tensor:
         """Cutoff of each tensor, int64 [n, 2] or [1, 2] for all: (order key, tie index), see ops.select.
 
@@ -168,11 +168,12 @@ class Field:
         row = {i: place for place, i in enumerate(self._tensors)} if scopes.bounded else owner
         self._rows = ops.to_device(torch.tensor([row[i] for i in self._owned], dtype=torch.int64), device)
         self._levels: Tensor | None = None
+        self._all_but_best = ops.to_device(torch.tensor([[ops.MAX_KEY, 0]] * len(self._tensors)), device)
 
     def _bounds_of(self, spans: Mapping[int, tuple[int, int]], device: torch.device) -> ops.Bounds:
-        """How many units of each tensor are pruned at least and at most; what is fixed lies below everything."""
+        """How many units of each tensor are pruned at least and at most; what is fixed lies above all cutoffs."""
         limits = {
-            i: (part.units[i] - part.most[i], part.units[i] - part.least[i])
+            i: (part.units[i] - part.fixed[i] - part.most[i], part.units[i] - part.fixed[i] - part.least[i])
             for part in self._parts
             for i in part.members
             for part in self._parts
@@ -186,7 +187,9 @@ class Field:
         low, high = ops.to_device(torch.tensor([limits[i] for i in self._tensors]).t().contiguous(), device)
         return ops.Bounds(self._owner, low, high, tuple(sums), self._regions, each)
 
-    def cutoffs(self, score: Operands, wanted: Sequence[int], before: Tensor | None, units: Units | None) -> Tensor:
+    def cutoffs(
+        self, score: Operands, wanted: Sequence[int], before: Tensor | None, units: ScoredUnits | None
+    ) -> Tensor:
         """Cutoff of each of these tensors, int64 [m, 2].
 
         Args:
@@ -196,11 +199,11 @@ class Field:
             units: see Selection.cutoffs.
         """
         counts = [wanted[place] for place in self._places]
-        # No competition where of every group all but the best go: no score is needed.
+        # No competition where of every group all but the best, which are NaN, go.
         settled = all(part.grouped and count == part.free for part, count in zip(self._parts, counts, strict=True))
-        operands = score if settled else self._operands(score, units)
-        # What is never pruned lies below everything else.
-        counts = [n + sum(part.fixed.values()) for n, part in zip(counts, self._parts, strict=True)]
+        if settled:
+            return self._all_but_best
+        operands = self._operands(score, units)
         search = ops.Search(self._counting(operands), self._scopes.exact, together=not self._ranks.alone)
         if self._bounds is None:
             near = None if before is None else before.expand(len(self._scopes.sizes), 2)[self._first]
@@ -210,19 +213,20 @@ class Field:
         table, self._levels = search.bounded(self._bounds, counts, pair)
         return table
 
-    def _operands(self, score: Operands, units: Units | None) -> Operands:
+    def _operands(self, score: Operands, units: ScoredUnits | None) -> Operands:
         """What the units of these tensors compete by; other tensors are left out."""
         if not self._parts[0].patterned:
             return score
         assert units is not None
         nothing = torch.empty(0, device=self._rows.device)
-        own = {i: units.of(i, hold=True) for i in self._owned}
+        own = dict(zip(self._owned, units.hold(self._owned), strict=True))
         return Operands("identity", [own.get(i, nothing) for i in range(len(self._scopes.sizes))], [])
 
     def _counting(self, score: Operands) -> ops.Count:
         """The counting pass over these operands, of all ranks."""
         layout, (a, b, factors) = self._layout, _of(score, self._owned)
-        pointers = self._pointers.of("count", layout.places, a, b)
+        # Scores of units are made anew each time: no table of addresses to keep.
+        pointers = None if self._parts[0].patterned else self._pointers.of("count", layout.places, a, b)
 
         def count(counts: Tensor, brackets: Tensor) -> Tensor:
             torch.ops.pins_ext.count_regions_(

@@ -69,7 +69,8 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         alone = fixed["release"] or frozen_base
 
         def split(ranks: int, replicas: int) -> Memory:
-            return memory(model, set(pruned), pruning, ranks=ranks, replicas=replicas, **fixed)
+            patterns = dict(zip(pruned, fits, strict=True))
+            return memory(model, set(pruned), pruning, ranks=ranks, replicas=replicas, fits=patterns, **fixed)
 
         asked = split(ranks, replicas)
     except (ValueError, OSError, ImportError) as error:

@@ -35,8 +35,9 @@ def to_semi_structured(
 
     Args:
         model: a model with 2:4 zeros (`PruneConfig(pattern="2:4")`) on a CUDA device of compute capability 8.0 or more;
-            bfloat16 or float16 weights, or float32 where torch's CUTLASS kernels are used. It is set to evaluation
-            mode.
+            bfloat16 or float16 weights, or float32 where torch's CUTLASS kernels are used. torch takes matrices whose
+            sizes are multiples of what its library asks for (CUTLASS in 16 bits: outputs of 32, inputs of 64); others
+            stay dense, with torch's words in `pins_calibration.dense`. It is set to evaluation mode.
         only_faster: leave layers dense that are not faster over all numbers of tokens (geometric mean).
         tokens: numbers of tokens (batch × sequence) to measure.
         say: told what was measured; None for silence.
@@ -59,7 +60,12 @@ def to_semi_structured(
         if why is not None:
             dense |= dict.fromkeys(group, why)
             continue
-        trial = _timed(model.get_submodule(group[0]), layers[0], group, tuple(tokens), device)
+        try:
+            trial = _timed(model.get_submodule(group[0]), layers[0], group, tuple(tokens), device)
+        except (RuntimeError, NotImplementedError) as error:
+            # Packed, and yet no kernel multiplies it on this device.
+            dense |= dict.fromkeys(group, _says(error))
+            continue
         trials.append(trial)
         if trial.speedup > 1 or not only_faster:
             converted += len(group)
@@ -68,9 +74,7 @@ def to_semi_structured(
                 model.get_submodule(path)._modules[leaf] = layer
     calibration = Calibration(torch.cuda.get_device_name(device), tuple(trials), dense)
     if not trials:
-        raise NothingSparseError(
-            f"torch takes none of the {len(places)} layers that are 2:4: {next(iter(dense.values()), 'there are none')}"
-        )
+        raise NothingSparseError(f"torch takes none of the {len(places)} layers that are 2:4: {dense[places[0]]}")
     if say is not None:
         say(calibration.table())
         say(verdict(trials, converted))
@@ -143,8 +147,12 @@ def _converted(model: nn.Module, group: Sequence[str]) -> tuple[list[nn.Module],
             warnings.simplefilter("ignore", UserWarning)
             layers.extend(_layer(model.get_submodule(name)) for name in group)
     except (RuntimeError, NotImplementedError) as error:
-        return [], f"torch says: {' '.join(str(error).split())[:200]}"
+        return [], _says(error)
     return layers, None
+
+
+def _says(error: Exception) -> str:
+    return f"torch says: {' '.join(str(error).split())[:200]}"
 
 
 def _layer(module: nn.Module) -> nn.Module:

@@ -98,6 +98,12 @@ def pack() -> Arguments:
     return [masks_of(a)[1], stats, a, b, *tables(), "product", torch.tensor([[3200000000, 0]])], {}
 
 
+def eligible() -> Arguments:
+    a, b = lists(2)
+    groups = torch.tensor([[1, 5, 1], [2, 4, 1], [2, 4, 7]])
+    return [lists(1)[0], torch.zeros(3, dtype=torch.int64), a, b, *tables(), "product", groups], {}
+
+
 def pack_around() -> Arguments:
     args, _ = pack()
     bracket = torch.tensor([3200000000, 3210000000, 10, 3, 0])
@@ -177,6 +183,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "settle": settle,
     "cutoff": cutoff,
     "select": select,
+    "eligible_": eligible,
     "pack_": pack,
     "pack_around_": pack_around,
     "masked_adamw_": adamw,
@@ -280,6 +287,18 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         7,
         torch.zeros(2, 2, dtype=torch.int64),
         r"threshold must have shape \(1, 2\), got \(2, 2\)",
+    ),
+    "eligible scores": ("eligible_", 0, lists(1, torch.bfloat16)[0], r"scores\[0\] must be float32, got bfloat16"),
+    "eligible sizes": ("eligible_", 0, tensors([5, 0, 701], torch.float32), r"scores\[2\] must have 700 elements"),
+    "eligible nans": ("eligible_", 1, torch.zeros(2, dtype=torch.int64), r"nans must have shape \(3,\), got \(2,\)"),
+    "groups": ("eligible_", 7, torch.ones(3, 2, dtype=torch.int64), r"groups must have shape \(3, 3\), got \(3, 2\)"),
+    "groups of all": ("eligible_", 7, torch.tensor([[5, 5, 1], [2, 4, 1], [2, 4, 7]]), r"groups\[0\] keeps 5 of 5"),
+    "groups that are too long": ("eligible_", 7, torch.tensor([[1, 5, 1], [2, 4, 1], [2, 50, 7]]), "of at most 32"),
+    "groups that are cut": (
+        "eligible_",
+        7,
+        torch.tensor([[1, 5, 1], [2, 4, 1], [2, 4, 50]]),
+        r"groups\[2\] has weights 50 apart in groups of 4, which do not fill 700 weights",
     ),
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
     "threshold of a bracket": (

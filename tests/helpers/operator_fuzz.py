@@ -168,6 +168,18 @@ def _pack(p: Problem) -> Call:
     return _scored(p) | {"masks": p.masks(), "stats": torch.ones(len(p.numel), 3, dtype=torch.int64), "threshold": keys}
 
 
+def _eligible(p: Problem) -> Call:
+    from pins_ext import ops
+
+    groups = [[p.dice.randrange(2, 33), p.dice.choice((1, 1, 2, 7, 64))] for _ in p.numel]
+    # Whole groups, whose weights lie `stride` apart.
+    p.numel = [-(-n // (of * stride)) * of * stride for n, (of, stride) in zip(p.numel, groups, strict=True)]
+    p.layout = ops.Layout.of([torch.empty(n) for n in p.numel])
+    rows = [[p.dice.randrange(1, of), of, stride] for of, stride in groups]
+    outputs = {"scores": p.floats(torch.float32), "nans": torch.ones(len(p.numel), dtype=torch.int64)}
+    return _scored(p) | outputs | {"groups": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
+
+
 def _pack_around(p: Problem) -> Call:
     # Every weight is inside: any rank is one of theirs.
     bracket = torch.tensor([0, 2**32 - 1, 16, p.dice.randrange(max(1, sum(p.numel))), 0])
@@ -264,6 +276,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "collect_": _collect,
     "tie_index": _tie_index,
     "select": _select,
+    "eligible_": _eligible,
     "pack_": _pack,
     "pack_around_": _pack_around,
     "masked_adamw_": _adamw,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,54 @@ def test_every_criterion_keeps_what_is_counted(options: dict[str, Any]) -> None:
     kept = [t for tensors in pruner.importance.tensors().values() for t in tensors]
     assert counted.statistics == sum(t.nbytes for t in kept)
     assert counted.masks == sum(t.nbytes for t in pruner.masks.bits)
+
+
+def allocated(f: Callable[[], object]) -> int:
+    """The most bytes that tensors made inside hold at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options"),
+    [
+        ("2:4", {}),
+        ("4:8", {"state_dtype": "8bit"}),
+        ("4x1", {}),
+        ("16x16", {"state_dtype": "bfloat16"}),
+        ({"0.*": "2:4", "1.*": "16x16"}, {"scope": "layer"}),
+    ],
+    ids=str,
+)
+def test_what_patterns_ask_for_is_planned(pattern: Any, options: dict[str, Any]) -> None:
+    """While a mask is chosen, on the way and at the end, beyond what other masks ask for."""
+    model = nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 768), nn.Linear(768, 512))
+    config = PruneConfig(sparsity=0.5, pattern=pattern, warmup=0, cooldown=2, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = Pruner(model, optimizer, config, 20)
+    names = list(prunable_parameters(model, config))
+    plain = PruneConfig(sparsity=0.5, warmup=0, cooldown=2, **options)
+    fits = dict(zip(names, pruner.masks.fits, strict=True))
+    planned = pruner.plan()["pattern_bytes"]
+    fixed = memory(model, names, plain).selection
+    assert memory(model, names, config, fits=fits).selection == fixed + planned
+    for tensors in pruner.importance.tensors().values():
+        for t in tensors:
+            if t.is_floating_point():
+                t.uniform_()
+    score = pruner.importance.score()
+    most = 0
+    for ratio in (0.8, 0.5):
+        most = max(most, allocated(lambda ratio=ratio: pruner.masks.choose(score, ratio)))  # type: ignore[misc]
+    print(f"{most:,} bytes there, {planned:,} planned, {fixed:,} for every selection")
+    assert most <= planned + fixed
+    assert most > 0.7 * planned
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

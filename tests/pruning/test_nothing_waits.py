@@ -121,6 +121,33 @@ def test_no_criterion_reads_a_device_value(watch: Watch, optimizer: str, config:
     assert not watch.reads
 
 
+PATTERNS: list[tuple[float, Any]] = [
+    (0.5, "2:4"),
+    (0.5, "4x4"),
+    (0.55, {"0.*": "4:8", "1.*": "4x1"}),
+]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize(("sparsity", "pattern"), PATTERNS, ids=str)
+@pytest.mark.parametrize("optimizer", ["PinsAdamW", "AdamW"])
+def test_no_pattern_reads_a_device_value(
+    watch: Watch, optimizer: str, sparsity: float, pattern: Any, scope: str
+) -> None:
+    sparsity = 0.5 if scope == "layer" else sparsity
+    Steps(watch, optimizer, 3, scope=scope, sparsity=sparsity, pattern=pattern).run()
+    assert bool(watch.calls["pins_ext.eligible_"]) == (pattern != "4x4")
+    assert not watch.reads
+
+
+def test_operator_calls_do_not_grow_with_groups(watch: Watch) -> None:
+    small = Steps(watch, "PinsAdamW", 2, sparsity=0.5, pattern="2:4").run(set_to_none=False)
+    large = Steps(watch, "PinsAdamW", 30, sparsity=0.5, pattern="2:4").run(set_to_none=False)
+    assert small.calls[1:] == large.calls[1:]
+    for t, calls in enumerate(large.calls[1:], 1):
+        assert calls <= MOST_CALLS[large.kind(t)], (t, calls)
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"scope": "layer"}, {"criterion": "moments"}, {"mask_optimizer_state": True}], ids=str
 )

@@ -10,6 +10,7 @@ from torch import nn
 
 import pins_ext
 from pins_ext import reference
+from pins_ext.sparse import semi_structured
 from pins_ext.sparse.calibration import Trial
 from pins_ext.sparse.inference import NothingSparseError
 from pins_ext.sparse.semi_structured import two_of_four, verdict
@@ -50,6 +51,79 @@ def test_the_verdict_says_so_when_it_gains_nothing() -> None:
     assert "2:4 at 1 token: 0.020 ms dense, 0.040 ms 2:4 (0.50 x), no faster than dense: 2:4 gains nothing here" in said
     assert "2:4 at 128 tokens: 0.200 ms dense, 0.100 ms 2:4 (2.00 x), faster than dense" in said
     assert said.endswith("2 layers are 2:4 now")
+
+
+def test_torchs_format_holds_every_weight_that_is_left() -> None:
+    """What torch's conversion keeps of a 2:4 matrix, there and back, is all of it."""
+    from torch.sparse import _semi_structured_conversions as torchs
+
+    weight = torch.randn(64, 128).bfloat16()
+    weight *= reference.group_mask(weight.float().abs(), 2, 4, -1)
+    packed, meta = torchs.sparse_semi_structured_from_dense_cutlass(weight)
+    assert packed.shape == (64, 64)
+    assert torch.equal(torchs.sparse_semi_structured_to_dense_cutlass(packed, meta), weight)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], tuple[float, float] | RuntimeError]:
+    """A device that has 2:4 kernels, by the shapes that it takes: dense and 2:4 times in microseconds, or an error."""
+    times: dict[tuple[int, int], tuple[float, float] | RuntimeError] = {}
+
+    def convert(weight: torch.Tensor) -> torch.Tensor:
+        if tuple(weight.shape) not in times:
+            raise RuntimeError(f"Error original_tensor.shape {tuple(weight.shape)} is not supported!")
+        return weight.clone()
+
+    def measured(dense: nn.Module, sparse: nn.Module, inputs: list[torch.Tensor]) -> tuple[tuple[float, ...], ...]:
+        torch.testing.assert_close(sparse(inputs[0]), dense(inputs[0]))
+        found = times[tuple(sparse.weight.shape)]
+        if isinstance(found, RuntimeError):
+            raise found
+        before, after = found
+        return (before,) * len(inputs), (after,) * len(inputs)
+
+    monkeypatch.setattr(semi_structured, "_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(semi_structured, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
+    return times
+
+
+def test_what_is_handed_over_what_stays_dense_and_what_is_said(
+    kernels: dict[tuple[int, int], tuple[float, float] | RuntimeError],
+) -> None:
+    kernels[256, 128] = 10.0, 40.0
+    kernels[64, 128] = 30.0, 10.0
+    dense, said = model().eval(), list[str]()
+    x = torch.randn(3, 128)
+    expected = dense(x)
+    found = pins_ext.to_semi_structured(dense, tokens=(7,), say=said.append)
+    assert found is dense
+    torch.testing.assert_close(found(x), expected)
+    assert isinstance(found[3], nn.Linear)
+    assert not found[3].weight.requires_grad
+    assert "2:4 at 7 tokens: 0.040 ms dense, 0.050 ms 2:4 (0.80 x), no faster than dense: 2:4 gains nothing" in said[-1]
+    assert said[-1].endswith("2 layers are 2:4 now")
+    only = model()
+    before = only[0]
+    pins_ext.to_semi_structured(only, tokens=(7,), only_faster=True, say=None)
+    assert only[0] is before
+    assert isinstance(only[3], nn.Linear)
+
+
+def test_what_torch_refuses_stays_dense_in_its_words(
+    kernels: dict[tuple[int, int], tuple[float, float] | RuntimeError],
+) -> None:
+    """At the conversion, or only when the first product is asked for: packing needs no kernel of the device."""
+    kernels[64, 128] = 30.0, 10.0
+    found = pins_ext.to_semi_structured(model(), tokens=(7,), say=None)
+    assert found.pins_calibration.dense["0"] == "torch says: Error original_tensor.shape (256, 128) is not supported!"
+    kernels[256, 128] = RuntimeError("Supported only on GPUs with\n compute capability 8.x")
+    found = pins_ext.to_semi_structured(model(), tokens=(7,), say=None)
+    assert found.pins_calibration.dense["0"] == "torch says: Supported only on GPUs with compute capability 8.x"
+    kernels[64, 128] = kernels[256, 128]
+    with pytest.raises(NothingSparseError, match="takes none of the 2 layers that are 2:4: torch says"):
+        pins_ext.to_semi_structured(model(), tokens=(7,), say=None)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pins_ext import triton_kernels
-from pins_ext.triton_kernels import bracket, grouped, importance, pack, regions, select, table
+from pins_ext.triton_kernels import bracket, eligible, grouped, importance, pack, regions, select, table
 
 THREADS = 32 * table.OPTIONS["num_warps"]
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -117,6 +117,11 @@ VARIANTS = {
     "narrow": Variant(bracket._narrow_kernel, {}),
     "settle": Variant(bracket._settle_kernel, {}),
     "cutoff": Variant(bracket._cutoff_kernel, {"EXACT": True}),
+    "eligible-float32": cold(scored(eligible._eligible_kernel, "float32", "float32", block=eligible.BLOCK_SIZE)),
+    "eligible-bfloat16": cold(scored(eligible._eligible_kernel, "bfloat16", "bfloat16", block=eligible.BLOCK_SIZE)),
+    "eligible-fisher": cold(
+        scored(eligible._eligible_kernel, "float16", "float32", "fisher", block=eligible.BLOCK_SIZE)
+    ),
     "pack-float32": scored(pack._pack_kernel, "float32", "float32", block=pack.BLOCK_SIZE),
     "pack-bfloat16": scored(pack._pack_kernel, "bfloat16", "bfloat16", block=pack.BLOCK_SIZE),
     "grouped-linear": Variant(

@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 REFUSED_FOR_DATA = (
     "bracket",
     "threshold key",
+    "groups of all",
+    "groups that are too long",
+    "groups that are cut",
     "place of too many weights",
     "places that overlap",
     "places out of order",

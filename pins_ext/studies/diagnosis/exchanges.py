@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
-from pins_ext.pruning.patterns import values as scores_of
 from pins_ext.pruning.pruner import Pruner
+from pins_ext.pruning.units import values as scores_of
 from pins_ext.studies.diagnosis.fixed_loss import FixedLoss
 
 STRATA = ("near", "anywhere")
