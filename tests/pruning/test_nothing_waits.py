@@ -144,8 +144,6 @@ def test_operator_calls_do_not_grow_with_groups(watch: Watch) -> None:
     small = Steps(watch, "PinsAdamW", 2, sparsity=0.5, pattern="2:4").run(set_to_none=False)
     large = Steps(watch, "PinsAdamW", 30, sparsity=0.5, pattern="2:4").run(set_to_none=False)
     assert small.calls[1:] == large.calls[1:]
-    for t, calls in enumerate(large.calls[1:], 1):
-        assert calls <= MOST_CALLS[large.kind(t)], (t, calls)
 
 
 @pytest.mark.parametrize(
