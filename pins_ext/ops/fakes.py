@@ -106,23 +106,21 @@ def sparse_linear_int8(x, values, columns, rows, counts, starts, scales, sums, b
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
-def _no_output(*args: object, **kwargs: object) -> None:
+def in_place(*args: object, **kwargs: object) -> None:
+    """Fake of the operators that write to their arguments and return nothing."""
     _check_devices(*args, *kwargs.values())
 
 
-for _name in (
-    "accumulate_",
-    "fold_",
-    "fold_moments_",
-    "count_",
-    "count_regions_",
-    "collect_",
-    "eligible_",
-    "pack_",
-    "pack_around_",
-    "masked_adamw_",
-    "masked_sgd_",
-    "apply_mask_",
-    "stream_",
-):
-    torch.library.register_fake(f"pins_ext::{_name}", _no_output)
+torch.library.register_fake("pins_ext::accumulate_", in_place)
+torch.library.register_fake("pins_ext::fold_", in_place)
+torch.library.register_fake("pins_ext::fold_moments_", in_place)
+torch.library.register_fake("pins_ext::count_", in_place)
+torch.library.register_fake("pins_ext::count_regions_", in_place)
+torch.library.register_fake("pins_ext::collect_", in_place)
+torch.library.register_fake("pins_ext::eligible_", in_place)
+torch.library.register_fake("pins_ext::pack_", in_place)
+torch.library.register_fake("pins_ext::pack_around_", in_place)
+torch.library.register_fake("pins_ext::masked_adamw_", in_place)
+torch.library.register_fake("pins_ext::masked_sgd_", in_place)
+torch.library.register_fake("pins_ext::apply_mask_", in_place)
+torch.library.register_fake("pins_ext::stream_", in_place)
