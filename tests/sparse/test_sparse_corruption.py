@@ -1,12 +1,14 @@
 """Damaged sparse checkpoints: an error that names the file each time, never a crash, never other weights.
 
 Cases: every file with one byte flipped in each of its regions, cut short at each boundary, and 400 indexes with random
-changes whose hash was set right again, so that the contradiction itself must be noticed.
+changes whose hash was set right again, so that the contradiction itself must be noticed. The slow rounds flip every
+byte, cut everywhere, and change headers of the arrays too, with a new seed each time. All print how many there were.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
 from pins_ext.sparse.index import FILE, SparseFormatError, digest_of
 
 RANDOM_CHANGES = 400
+HOSTILE_CHANGES = 2000
 
 
 class Small(nn.Module):
@@ -101,6 +104,7 @@ def test_every_region_flipped_and_every_boundary_cut_is_an_error(
             assert torch.equal(tensor, expected[name]), f"{what} of {file.name} changed {name}"
         file.write_bytes(whole)
         cases += 1
+    print(f"{cases} damaged files refused")
     # 2,362 cases over the three kinds of checkpoint.
     assert cases > 600
     load_sparse(saved, model=Small())
@@ -169,6 +173,7 @@ def test_random_changes_of_the_index_are_errors_or_change_no_weight(saved: Path)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, intact[name]), (name, new)
     assert expected is None or all(torch.equal(expected[k], intact[k]) for k in intact)
+    print(f"{refused} of {RANDOM_CHANGES} changed indexes refused, the others mean the same")
     # What may change unnoticed is the informative name of the producer and the order of things.
     assert refused > 0.9 * RANDOM_CHANGES
 
@@ -180,6 +185,77 @@ def resign(folder: Path) -> None:
     for name in body["files"]:
         body["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     (folder / FILE).write_text(json.dumps(body | {"sha256": digest_of(body)}))
+
+
+class Judge:
+    """Loads a damaged checkpoint: the weights that were saved, or an error, before which some may have been loaded.
+
+    Attributes:
+        refused, same: how often.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.before = Small().state_dict()
+        self.intact = load_sparse(folder, model=Small()).state_dict()
+        self.refused = self.same = 0
+
+    def load(self, what: str) -> None:
+        model = Small()
+        try:
+            load_sparse(self.folder, model=model)
+        except SparseFormatError:
+            self.refused += 1
+            allowed = [self.intact, self.before]
+        else:
+            self.same += 1
+            allowed = [self.intact]
+        for name, tensor in model.state_dict().items():
+            assert any(torch.equal(tensor, state[name]) for state in allowed), f"{what}: {name}"
+
+
+@pytest.mark.slow
+def test_hostile_rounds(saved: Path, request: pytest.FixtureRequest) -> None:
+    """--fuzz-seed repeats a seed, --fuzz-share 0.01 makes a hundredth of the rounds."""
+    given, share = request.config.option.fuzz_seed, request.config.option.fuzz_share
+    seed = int.from_bytes(os.urandom(4), "big") if given is None else given
+    print(f"--fuzz-seed {seed}")
+    chance, judge = random.Random(seed), Judge(saved)
+    whole = {file: file.read_bytes() for file in sorted(saved.iterdir())}
+    for file, data in whole.items():
+        for at in range(len(data)):
+            if chance.random() < share:
+                bit = chance.randrange(8)
+                file.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+                judge.load(f"--fuzz-seed {seed}: bit {bit} of byte {at} of {file.name}")
+                file.write_bytes(data[:at])
+                judge.load(f"--fuzz-seed {seed}: {file.name} cut to {at}")
+        file.write_bytes(data)
+    flipped = judge.refused
+    assert judge.same == 0
+    index = saved / FILE
+    body = json.loads(index.read_text())
+    del body["sha256"]
+    for i in range(int(HOSTILE_CHANGES * share)):
+        new = changed(body, chance)
+        index.write_text(json.dumps(new | {"sha256": digest_of(new)}))
+        judge.load(f"--fuzz-seed {seed}: changed index {i}: {new}")
+    index.write_bytes(whole[index])
+    for i in range(int(HOSTILE_CHANGES * share)):
+        file = chance.choice([f for f in whole if f != index])
+        data = whole[file]
+        (length,) = struct.unpack("<Q", data[:8])
+        new = changed(json.loads(data[8 : 8 + length]), chance)
+        text = json.dumps(new).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        resign(saved)
+        judge.load(f"--fuzz-seed {seed}: changed header {i}: {new}")
+        file.write_bytes(data)
+    rounds = 2 * int(HOSTILE_CHANGES * share)
+    print(
+        f"{flipped} files with a byte flipped or cut: all refused; of {rounds} changed indexes and headers with right"
+    )
+    print(f"hashes: {judge.refused - flipped} refused, {judge.same} mean the same")
 
 
 @pytest.mark.parametrize("kind", ["mask", "offsets", "values", "scales"])
