@@ -84,8 +84,9 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         )
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}
+        optimizer = classes.get(request.run.optimizer)
         if request.release is not None:
-            refuse_release(args, classes.get(request.run.optimizer, torch.optim.Optimizer))
+            refuse_release(args, optimizer or torch.optim.Optimizer)
         own = {"moment_dtype": request.run.moment_dtype} if request.run.optimizer == "adamw" else {}
         early = [EarlyStoppingCallback(request.run.early_stopping)] if request.run.early_stopping else []
         trainer = PinsTrainer(
@@ -99,9 +100,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             data_collator=task.collator,
             compute_metrics=partial(task.compute_metrics, split="validation", model=model),
             preprocess_logits_for_metrics=task.reduce_logits,
-            optimizer_cls_and_kwargs=(classes[name], settings | own)
-            if (name := request.run.optimizer) in classes
-            else None,
+            optimizer_cls_and_kwargs=None if optimizer is None else (optimizer, settings | own),
         )
         # From a forward with **kwargs the Trainer concludes that the loss is divided already, and does not divide the
         # losses it accumulates; only causal language models do divide.

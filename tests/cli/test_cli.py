@@ -18,13 +18,14 @@ from pins_ext.runs import request as requests
 from pins_ext.runs.compare import three
 
 
-def test_the_result_is_an_ordinary_checkpoint_with_its_zeros(unbroken: Path) -> None:
+def test_the_result_is_an_ordinary_checkpoint_with_its_zeros(unbroken: Path, tiny: Path) -> None:
     names = {file.name for file in unbroken.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.json", "report.html"} <= names
     assert not unbroken.with_name("run.unfinished").exists()
     model = AutoModelForSequenceClassification.from_pretrained(unbroken)
     assert model.config.id2label == {0: "no", 1: "yes"}
     record = json.loads((unbroken / "metrics.json").read_text())
+    assert record["model"]["name"] == f"{tiny}/model"
     tensors = record["final"]["tensors"]
     parameters = dict(model.named_parameters())
     assert all((parameters[name] == 0).sum() == t["zeros"] for name, t in tensors.items())
