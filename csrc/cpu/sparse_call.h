@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../checks.h"
@@ -60,6 +61,8 @@ class SparseMatrix {
     check_shape("starts", starts, {n + 1, 2}, ScalarType::Long, kSparseDevice);
     const int64_t* start = static_cast<const int64_t*>(starts.const_data_ptr());
     const int64_t slices = start[2 * n], steps = start[2 * n + 1];
+    const int64_t most = std::numeric_limits<int64_t>::max() / (kSliceRows * group);
+    PINS_CHECK(0 <= steps && steps <= most, "starts end at step ", steps, ", which no matrix has");
     check_shape("rows", rows, {slices, kSliceRows}, ScalarType::Byte, kSparseDevice);
     check_shape("counts", counts, {slices}, ScalarType::Short, kSparseDevice);
     check_shape("values", values, {steps * kSliceRows * group}, dtype, kSparseDevice);

@@ -401,6 +401,12 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     ),
     "places out of order": ("tie_index", 2, PLACES.flip(0), r"places\[1\] starts at global index 5, inside or before"),
     "place of another size": ("apply_mask_", 2, replaced(2, 8, 699), r"params\[2\] must have 699 elements, got 700"),
+    "starts that end nowhere": (
+        "sparse_linear",
+        5,
+        replaced(-1, 1, -(2**63), SPARSE[4]),
+        "starts end at step -9223372036854775808, which no matrix has",
+    ),
     "region without a bracket": ("count_regions_", 6, torch.tensor([1, 3, 0]), r"regions\[1\] must be below 3, got 3"),
     "regions of other tensors": (
         "count_regions_",
