@@ -126,8 +126,11 @@ def follow_pointer_tables() -> None:
         SESSION.remember(made, [x for row in lists for x in row])
         return made
 
-    for name in ("table", "importance", "select", "pack"):
-        import_module(f"pins_ext.triton_kernels.{name}").pointer_table = pointer_table
+    launchers = import_module("pins_ext.triton_kernels").LAUNCHERS
+    for name in {"table", *launchers.values()}:
+        module = import_module(f"pins_ext.triton_kernels.{name}")
+        if hasattr(module, "pointer_table"):
+            module.pointer_table = pointer_table
 
 
 @contextmanager
