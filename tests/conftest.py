@@ -14,35 +14,12 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from file_order import GPU_CODE, LONGEST
 from gpus import Gpu
 
 pytest_plugins = ["ptx_emulator.plugin"]
 
 ROOT = Path(__file__).parent
-GPU_CODE = ("triton", "cuda", "ptx_emulator", "sparse", "pruning/test_nothing_waits.py")
-"""Where tests of GPU code are that need no GPU: `make test` looks for them nowhere else."""
-
-LONGEST = (
-    "house/test_packaging.py",
-    "cli/test_cli_kills.py",
-    "house/test_examples.py",
-    "studies/test_ablate.py",
-    "integrations/test_integration_trainer.py",
-    "pruning/test_released.py",
-    "integrations/test_integration_callback.py",
-    "cli/test_cli.py",
-    "house/test_lean.py",
-    "pruning/test_missing_gradients.py",
-    "cuda/test_cuda_compile.py",
-    "cli/test_cli_resuming.py",
-    "integrations/test_integration_loss.py",
-    "pruning/test_optim.py",
-    "integrations/test_integration_modes.py",
-    "bench/test_bench_inference.py",
-    "distributed/test_distributed.py",
-)
-"""Files to begin with, so that no process is left alone with one of them at the end."""
-
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from conftest import GPU_CODE, LONGEST
+from file_order import GPU_CODE, LONGEST
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_make_finds_all_tests_of_gpu_code() -> None:
-    """conftest.py refuses one elsewhere."""
+    """Collection refuses one elsewhere."""
     line = re.search(r"^GPU_CODE := (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert line is not None
     assert line[1].split() == [f"tests/{place}" for place in GPU_CODE]

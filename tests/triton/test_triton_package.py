@@ -26,6 +26,10 @@ REFUSED_FOR_DATA = (
     "place of too many weights",
     "places that overlap",
     "places out of order",
+    "region without a bracket",
+    "bracket wider than its bins",
+    "bracket of no stage",
+    "ties of no key",
 )
 REFUSED_BY_TRITON = [
     case for case, (op, *_) in REFUSED.items() if op in triton_kernels.LAUNCHERS and case not in REFUSED_FOR_DATA
