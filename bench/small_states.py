@@ -165,14 +165,16 @@ def measure(row: SetUp, size: str, steps: int) -> dict[str, Any]:
         names = [name.removeprefix("net.") for name in pruned] if row.pruning is not None else []
         counted = memory(part, names, config, moment_dtype=row.moments, release=row.release, frozen_base=row.frozen)
         found |= {"counted": counted.total, "counted_kinds": asdict(counted)}
-        found["per_weight"] = _per_weight(counted, weights, n if row.pruning is not None else 0)
+        found["per_weight"] = _per_weight(
+            counted, weights, n if row.pruning is not None else 0, row.release or row.frozen
+        )
     return found
 
 
-def _per_weight(counted: Any, weights: int, pruned: int) -> float:
+def _per_weight(counted: Any, weights: int, pruned: int, one_gradient: bool) -> float:
     """Bytes of a pruned weight: what all weights have, and what pruned ones have; one gradient at a time is none."""
     shared = counted.weights + counted.moments
-    if counted.gradients > counted.weights / 2:
+    if not one_gradient:
         shared += counted.gradients
     return shared / weights + (counted.statistics + counted.masks) / pruned if pruned else shared / weights
 

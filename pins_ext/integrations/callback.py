@@ -22,7 +22,7 @@ from pins_ext.integrations.evaluation import EvaluationView, score_of
 from pins_ext.integrations.front import move_to_front
 from pins_ext.integrations.loss_means import LossMeans
 from pins_ext.integrations.timing import StepTimer, plain_step_seconds, pruning_seconds
-from pins_ext.integrations.unsupported import refuse_release, refuse_unsupported
+from pins_ext.integrations.unsupported import refuse_frozen_base, refuse_release, refuse_unsupported
 from pins_ext.optim import FusedOptimizer
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.pruner import Pruner
@@ -136,6 +136,8 @@ class PinsCallback(TrainerCallback):
             raise ValueError("PinsCallback needs the Trainer's model and optimizer")
         if self.release is not None:
             refuse_release(args, type(unwrapped_optimizer(optimizer)), self.frozen_base)
+        if self.frozen_base and self.config is not None:
+            refuse_frozen_base(args, self.config)
         if self.self_regularizer is not None:
             self.self_regularizer.teacher.refuse_sharded()
         if self._view is not None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from transformers import TrainingArguments
 
 from pins_ext.optim import FusedOptimizer
+from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.importance import folds_at_once
 from pins_ext.wrappers import unwrapped_optimizer
 
 if TYPE_CHECKING:
@@ -70,4 +72,26 @@ def refuse_release(args: TrainingArguments, kind: type, frozen_base: bool = Fals
         raise ValueError(
             "a frozen base frees its own gradients inside backward already, and those of adapters are small: release "
             "none"
+        )
+
+
+def refuse_frozen_base(args: TrainingArguments, config: PruneConfig) -> None:
+    """Refuse what can't go with weights that don't learn and whose gradients are used inside backward.
+
+    Args:
+        args: of the Trainer.
+        config: of the pruner.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if args.fp16:
+        raise ValueError(
+            "fp16 scales the loss by a factor that changes, and the importance of a frozen base is made of the scaled "
+            "gradients inside backward: train in bfloat16 (bf16, or bfloat16 weights)"
+        )
+    if folds_at_once(config) and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: delta_t=1 over a frozen base keeps no "
+            "window, so that a step has one backward: use a delta_t of 2 or more, or larger batches"
         )

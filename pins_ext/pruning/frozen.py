@@ -79,7 +79,8 @@ class BaseSlot(HookedSlot):
     """The slot of the adapters' optimizer: its steps are counted, and gradients of the base are taken inside backward.
 
     Every backward is a gradient of its own in the window's mean, several in a step too. The first one of a step begins
-    it, as its gradients belong behind the window's end.
+    it, as its gradients belong behind the window's end. A window of one step keeps no mean: each score is folded into
+    the averages as it comes, and a step has one backward.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -113,7 +114,8 @@ class BaseSlot(HookedSlot):
 
     @property
     def _scores(self) -> bool:
-        return self.step.scored and bool(self.importance.ipt) and not self.masks.frozen
+        takes = self.importance.at_once or bool(self.importance.ipt)
+        return self.step.scored and takes and not self.masks.frozen
 
     def _first(self) -> None:
         """A backward begins."""
@@ -124,6 +126,11 @@ class BaseSlot(HookedSlot):
             )
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._end_backward)
+        if self._begun and self.importance.at_once and self._scores:
+            raise RuntimeError(
+                "delta_t=1 over a frozen base keeps no window: a step has one backward. To accumulate, or to go on "
+                "after a backward that an exception ended, use a delta_t of 2 or more"
+            )
         if not self._begun:
             if self.slots.driver.score_gradients is not None:
                 raise RuntimeError(
@@ -140,7 +147,17 @@ class BaseSlot(HookedSlot):
         grad, layout = grad.contiguous(), self._subsets.of([i])
         skip = (~torch.isfinite(ops.sum_of_squares([grad], layout.places, layout.chunks))).float()
         self._skips.append(skip)
-        self.importance.accumulate([i], layout, [grad], [0.0], self.part, self.step.t, Scaling(found_inf=skip))
+        self._score(i, grad, Scaling(found_inf=skip))
+
+    def _score(self, i: int, grad: Tensor, scaling: Scaling) -> None:
+        """Take a gradient into the window, or at once into the averages."""
+        layout, t = self._subsets.of([i]), self.step.t
+        if self.importance.at_once:
+            skipped = torch.zeros_like(self.importance.accepted[self.part])
+            skipped = skipped if scaling.found_inf is None else scaling.found_inf
+            self.importance.fold_at_once(i, layout, grad, self.part, t, skipped)
+        else:
+            self.importance.accumulate([i], layout, [grad], [0.0], self.part, t, scaling)
 
     @torch.no_grad()
     def _end_backward(self) -> None:
@@ -149,8 +166,7 @@ class BaseSlot(HookedSlot):
             return
         if self._scores:
             for i in set(self.indices) - self._stream.came:
-                zero = torch.zeros_like(self.parameters[i])
-                self.importance.accumulate([i], self._subsets.of([i]), [zero], [0.0], self.part, self.step.t, Scaling())
+                self._score(i, torch.zeros_like(self.parameters[i]), Scaling())
             self.importance.count_accepted(self.part, Scaling(), bool(self._stream.came))
         self._stream.begin()
 

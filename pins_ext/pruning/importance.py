@@ -45,10 +45,20 @@ Counted = tuple[Tensor, Tensor]
 """A bracket of order keys and the counts of the weights inside it, see ops.select."""
 
 
-def state_names(config: PruneConfig) -> list[str]:
-    """The states that a configuration keeps for every pruned tensor; all but the shadow are of `config.dtype`."""
+def folds_at_once(config: PruneConfig) -> bool:
+    """Whether, over a frozen base, the averages take each score in as it comes, so that no window mean is kept."""
+    return config.delta_t == 1 and config.rule.instant and config.smoothed and config.beta2 != 0
+
+
+def state_names(config: PruneConfig, frozen_base: bool = False) -> list[str]:
+    """The states that a configuration keeps for every pruned tensor; all but the shadow are of `config.dtype`.
+
+    Args:
+        config: of the run.
+        frozen_base: see Pruner.
+    """
     kept = {
-        "ipt": config.rule.instant,
+        "ipt": config.rule.instant and not (frozen_base and folds_at_once(config)),
         "exp_avg_ipt": config.smoothed,
         "exp_avg_unc": config.smoothed and 0 < config.beta2 < 1,
         "shadow": config.needs_shadow,
@@ -56,17 +66,22 @@ def state_names(config: PruneConfig) -> list[str]:
     return [name for name, wanted in kept.items() if wanted]
 
 
-def state_bytes(config: PruneConfig, shape: Sequence[int], element: int) -> int:
+def state_bytes(config: PruneConfig, shape: Sequence[int], element: int, frozen_base: bool = False) -> int:
     """Bytes of all states of a pruned tensor.
 
     Args:
         config: says which states there are.
         shape: of the tensor.
         element: bytes of one weight.
+        frozen_base: see Pruner.
     """
-    numel = math.prod(shape)
-    one = ops.coded_bytes(shape) if config.dtype in ops.CODED else numel * config.dtype.itemsize
-    return sum(numel * element if name == "shadow" else one for name in state_names(config))
+    one, shadow = state_size(config, shape), math.prod(shape) * element
+    return sum(shadow if name == "shadow" else one for name in state_names(config, frozen_base))
+
+
+def state_size(config: PruneConfig, shape: Sequence[int]) -> int:
+    """Bytes of one state of a pruned tensor of this shape."""
+    return ops.coded_bytes(shape) if config.dtype in ops.CODED else math.prod(shape) * config.dtype.itemsize
 
 
 def _float32(rate: Rate) -> Rate:
@@ -98,9 +113,12 @@ class Importance:
         layout: of this rank's parts.
         parts: see the attribute.
         ranks: the processes that hold the tensors.
+        frozen_base: see Pruner.
 
     Attributes:
-        ipt: mean of the instant scores of the window under way (movement: their sum); empty for magnitude.
+        at_once: whether `fold_at_once` takes the gradients, see folds_at_once.
+        ipt: mean of the instant scores of the window under way (movement: their sum); empty for magnitude, and where
+            scores are folded at once.
         exp_avg_ipt: running averages of importance; empty where unused.
         exp_avg_unc: running averages of its uncertainty; empty where unused.
         shadow: last unmasked value of every weight, for criteria that vanish at zero under strict masks; else empty.
@@ -120,8 +138,11 @@ class Importance:
         layout: ops.Layout,
         parts: Sequence[Sequence[int]],
         ranks: Ranks,
+        frozen_base: bool = False,
     ) -> None:
         self.config, self.layout, self.ranks = config, layout, ranks
+        self.at_once = frozen_base and folds_at_once(config)
+        self._names = state_names(config, frozen_base)
         self.parameters = list(parameters)
         self._check_storage()
         device = layout.places.device
@@ -137,7 +158,7 @@ class Importance:
     @cached_property
     def _states(self) -> dict[str, list[Tensor]]:
         parts = [local(p) for p in self.parameters]
-        kept = state_names(self.config)
+        kept = self._names
         self._check_storage()
         # Where a part lies matters to 8 bits alone.
         coded = self.config.dtype in ops.CODED
@@ -278,13 +299,25 @@ class Importance:
             step: pruner step.
             scaling: gradient scaling under way.
         """
+        self._accumulate([self.ipt[i] for i in indices], indices, layout, grads, lr, part, step, scaling)
+
+    def _accumulate(
+        self,
+        ipt: list[Tensor],
+        indices: Sequence[int],
+        layout: ops.Layout,
+        grads: list[Tensor],
+        lr: Sequence[Rate],
+        part: int,
+        step: int,
+        scaling: Scaling,
+    ) -> None:
         shadow = self.shadow
         weights = [shadow[i] if shadow else local(self.parameters[i]) for i in indices]
         rates = rates_on(lr, layout.places.device).float()
         if callable(self.config.criterion):
             grads = [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
             weights, scaling = [], Scaling(found_inf=scaling.found_inf)
-        ipt = [self.ipt[i] for i in indices]
         torch.ops.pins_ext.accumulate_(
             ipt,
             weights,
@@ -300,6 +333,27 @@ class Importance:
             found_inf=scaling.found_inf,
             pointers=self._pointers.of(("accumulate", part), layout.places, ipt, weights, grads),
         )
+
+    def fold_at_once(self, i: int, layout: ops.Layout, grad: Tensor, part: int, step: int, skipped: Tensor) -> None:
+        """Advance a tensor's averages by a window of this gradient alone; its mean lives as long as the call.
+
+        The averages are those that `fold` would make of it in the next step, to the last bit.
+
+        Args:
+            i: which tensor.
+            layout: its own.
+            grad: its gradient, dtype of the parameter.
+            part: which one it belongs to.
+            step: pruner step.
+            skipped: float32 [1], 1 where the gradient is not finite: the averages stay as they are.
+        """
+        p = self.parameters[i]
+        shard = shard_of(str(i), p) if self.config.dtype in ops.CODED else None
+        ipt = [ops.new_state(local(p), self.config.dtype, shard)]
+        self._accumulate(ipt, [i], layout, [grad], [0.0], part, step, Scaling(found_inf=skipped))
+        mean, unc = [self.exp_avg_ipt[i]], [self.exp_avg_unc[i]] if self.exp_avg_unc else []
+        rng, betas = self.rng(step + 1, stream=_FOLD), (self.config.beta1, self.config.beta2)
+        ops.fold_(mean, unc, ipt, layout.places, layout.chunks, 1 - skipped, rng, *betas)
 
     def _own_score(self, p: Tensor, g: Tensor, lr: Any, scaling: Scaling) -> Tensor:
         g = g.float() if scaling.grad_scale is None else g.float() / scaling.grad_scale
@@ -329,10 +383,12 @@ class Importance:
 
         Args:
             step: pruner step.
-            counted: count the new scores in the same pass; needs all weights in one part.
+            counted: count the new scores in the same pass; needs all weights in one part, and a window mean.
         """
         for (indices, layout), accepted in zip(self.parts, self.accepted, strict=True):
-            if counted is None or len(self.ranks.owned) == len(indices):
+            if self.at_once:
+                pass  # the averages have it already
+            elif counted is None or len(self.ranks.owned) == len(indices):
                 self._fold(indices, layout, accepted, step, counted)
             else:
                 # Another rank counts the tensors that it holds, too.
@@ -383,4 +439,4 @@ class Importance:
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""
-        return {name: getattr(self, name) for name in state_names(self.config)}
+        return {name: getattr(self, name) for name in self._names}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pins_ext import ops
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import state_bytes
+from pins_ext.pruning.importance import folds_at_once, state_bytes, state_size
 from pins_ext.pruning.units import units_bytes
 
 Shape = tuple[int, ...]
@@ -60,7 +60,8 @@ class Memory:
 
     Attributes:
         weights: parameters and buffers.
-        gradients: of the parameters that learn; where they are freed inside backward, the largest.
+        gradients: of the parameters that learn; where they are freed inside backward, the largest, and its score if
+            that is folded at once.
         buckets: copies of the gradients that DistributedDataParallel reduces.
         moments: the optimizer's state.
         statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
@@ -138,6 +139,8 @@ def memory(
     each = [_local_bytes(p, shards) for p in learning]
     if frozen_base:
         each = [p.nbytes for name, p in parameters.items() if name in pruned]
+        if folds_at_once(config):
+            each = [p.nbytes + state_size(config, p.shape) for name, p in parameters.items() if name in pruned]
     gradients = max(each, default=0) if release or frozen_base else sum(each)
     shapes = [(_local(p, shards), p.element_size()) for name, p in parameters.items() if name in pruned]
     sizes = [math.prod(shape) for shape, _ in shapes]
@@ -148,7 +151,7 @@ def memory(
         gradients=gradients,
         buckets=gradients if shards == 1 and ranks > 1 else 0,
         moments=sum(state_of(_local(p, shards), p.element_size()) for p in learning),
-        statistics=sum(state_bytes(config, shape, size) for shape, size in shapes),
+        statistics=sum(state_bytes(config, shape, size, frozen_base) for shape, size in shapes),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
         selection=_selection(sizes) + _patterned(fits or {}, parameters, shards, config),

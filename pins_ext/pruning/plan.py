@@ -55,6 +55,7 @@ def plan(
     scopes: Scopes,
     model_weights: int,
     fits: Sequence[Fit | None],
+    frozen_base: bool = False,
 ) -> Plan:
     """The dry run of a pruner; see Pruner.plan.
 
@@ -65,6 +66,7 @@ def plan(
         scopes: which of their weights compete.
         model_weights: weights of the whole model.
         fits: the pattern of each tensor.
+        frozen_base: see Pruner.
     """
     n = sum(p.numel() for p in parameters.values())
     zeros = sum(scopes.n_prune(schedule.final_ratio))
@@ -80,7 +82,7 @@ def plan(
         final_sparsity=zeros / n,
         remainder=scopes.remainder(schedule.final_ratio),
         patterns=dict(pattern_sizes(parameters, fits)),
-        state_bytes=sum(state_bytes(config, p.shape, p.element_size()) for p in parameters.values()),
+        state_bytes=sum(state_bytes(config, p.shape, p.element_size(), frozen_base) for p in parameters.values()),
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
         pattern_bytes=units_bytes(fits, [p.shape for p in parameters.values()], config),
         view_bytes=_view_bytes(config, zeros, parameters),
@@ -90,7 +92,7 @@ def plan(
         total_steps=schedule.total,
         masks=sum(schedule.is_new_mask(t) for t in ramp),
         points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
-        conflicts=conflicts(config, schedule),
+        conflicts=conflicts(config, schedule, frozen_base),
         config=config.to_dict(),
     )
 

@@ -91,7 +91,7 @@ class Pruner:
             else divide(self.names, list(parameters.values()), optimizers)
         )
         self.parameters = list(parameters.values())
-        self.importance, self.masks = states_of(parameters, scopes, config, parts)
+        self.importance, self.masks = states_of(parameters, scopes, config, parts, frozen_base)
         self.step = 0
         self.score_gradients: Callable[[], Mapping[str, Tensor] | None] | None = None
         self.before_mask: Callable[[], None] | None = None
@@ -146,7 +146,7 @@ class Pruner:
         before, parts = self.masks, [(slot.optimizer, slot.indices) for slot in self.slots]
         refuse_stale(parameters, parts)
         self.parameters = list(parameters.values())
-        self.importance, self.masks = states_of(parameters, before.scopes, self.config, parts)
+        self.importance, self.masks = states_of(parameters, before.scopes, self.config, parts, self.frozen_base)
         if before.fixed is not None:
             self.schedule = keep_zeros(self.schedule, self.names, self.importance, self.masks)
         elif before.frozen:
@@ -223,7 +223,7 @@ class Pruner:
         if not masks.frozen:
             counted = None
             if self.config.smoothed and t % self.config.delta_t == 0:
-                counting = due and importance.constant_in_window and len(self.slots) == 1
+                counting = due and importance.constant_in_window and len(self.slots) == 1 and not importance.at_once
                 counted = masks.counting() if counting else None
                 importance.fold(t, counted)
             if due and importance.scored_before_step:
@@ -332,9 +332,10 @@ class Pruner:
         """What would happen, without doing it: pruned tensors, memory, schedule, conflicts."""
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
-        made = plan(self.config, self.schedule, parameters, self.masks.scopes, model_weights, self.masks.fits)
+        scopes, fits = self.masks.scopes, self.masks.fits
+        made = plan(self.config, self.schedule, parameters, scopes, model_weights, fits, self.frozen_base)
         _, misfits = fitted(self.model, parameters, self.config)
-        made["conflicts"] = [*misfits, *conflicts(self.config, self.schedule, self.frozen_base)]
+        made["conflicts"] = [*misfits, *made["conflicts"]]
         return made
 
     def verify(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ Parts = Sequence[tuple[Optimizer, Sequence[int]]]
 
 
 def states_of(
-    parameters: Mapping[str, Tensor], scopes: Scopes, config: PruneConfig, parts: Parts
+    parameters: Mapping[str, Tensor], scopes: Scopes, config: PruneConfig, parts: Parts, frozen_base: bool = False
 ) -> tuple[Importance, Masks]:
     """The importance and the masks of pruned tensors, before any step.
 
@@ -30,6 +30,7 @@ def states_of(
         scopes: which weights compete.
         config: which states there are, and when masks apply.
         parts: who steps which.
+        frozen_base: see Pruner.
 
     Raises:
         ValueError: a pattern whose groups lie on several ranks, see refuse_cut; a storage that is not there.
@@ -37,7 +38,7 @@ def states_of(
     names, tensors = list(parameters), list(parameters.values())
     refuse_cut(names, tensors, scopes.fits)
     layout, ranks = layout_of(parameters), Ranks(tensors)
-    importance = Importance(tensors, config, layout, [indices for _, indices in parts], ranks)
+    importance = Importance(tensors, config, layout, [indices for _, indices in parts], ranks, frozen_base)
     importance.moments = reader(config, names, tensors, parts)
     return importance, Masks(tensors, layout, scopes, config, ranks)
 

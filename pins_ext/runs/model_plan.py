@@ -109,6 +109,7 @@ def set_ups(model: nn.Module, pruned: Collection[str], pruning: PruneConfig) -> 
         pruning: replaced in what each set-up says.
     """
     small: dict[str, Any] = {"moment_dtype": "8bit"}
+    at_once: dict[str, Any] = {"delta_t": 1, "importance_every": 1}
     ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("bfloat16 moments and statistics", {"state_dtype": "bfloat16"}, {"moment_dtype": "bfloat16"}),
         ("8-bit moments and statistics", {"state_dtype": "8bit"}, small),
@@ -116,6 +117,7 @@ def set_ups(model: nn.Module, pruned: Collection[str], pruning: PruneConfig) -> 
         ("--criterion fisher, 8-bit moments", {"criterion": "fisher"}, small),
         ("  and --release-gradients", {"criterion": "fisher"}, small | {"release": True}),
         ("frozen base below LoRA, 8 bits", {"criterion": "platon", "state_dtype": "8bit"}, {"frozen_base": True}),
+        ("  and --delta-t 1", {"criterion": "platon", "state_dtype": "8bit"} | at_once, {"frozen_base": True}),
     ]
     weights = sum(p.numel() for p in model.parameters())
     lines = ["set-ups   of bfloat16 weights on one rank, without self-regularization:"]

@@ -158,6 +158,22 @@ def test_a_start_that_is_dense_or_too_sparse_is_told(tmp_path: Path) -> None:
 # ---- frozen base ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("args", "delta_t", "said"),
+    [
+        ({"gradient_accumulation_steps": 2}, 1, "a delta_t of 2 or more"),
+        ({"fp16": True}, 2, "fp16 scales the loss"),
+    ],
+)
+def test_what_a_frozen_base_excludes(tmp_path: Path, args: dict[str, Any], delta_t: int, said: str) -> None:
+    half = args.pop("fp16", False)
+    config = PruneConfig(delta_t=delta_t, warmup=2, cooldown=4, criterion="platon")
+    run = build(tmp_path, adapted(), args=args, config=config, frozen_base=True)
+    run.args.fp16 = half  # a Trainer takes it on a GPU alone
+    with pytest.raises(ValueError, match=said):
+        run.train()
+
+
 def adapted() -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(5)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.memory import memory
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.plan import ConflictWarning
 
@@ -327,3 +328,114 @@ def test_what_makes_no_sense_is_refused() -> None:
         train(model, optimizer, 1)
     with pytest.raises(ValueError, match="is to be pruned and learns"):
         Pruner(Network(), torch.optim.SGD(Network().parameters()), CONFIG, STEPS, frozen_base=True)
+
+
+# ---- windows of one step --------------------------------------------------------------------------------------------
+
+AT_ONCE = OPTIONS | {"delta_t": 1}
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("beta2", [0.95, 1.0])
+def test_a_window_of_one_step_needs_no_mean(stored: str, beta2: float) -> None:
+    """The averages are a step ahead of those that fold a kept mean, to the last bit, and the masks are the same."""
+    config = PruneConfig(**AT_ONCE, state_dtype=stored, beta2=beta2)
+    model, optimizer, pruner, _ = start(config)
+    other, _ = frozen()
+    rest = adapters(other)
+    base = [p for p in other.parameters() if not p.requires_grad]
+    for p in base:
+        p.requires_grad_(True)
+    still = torch.optim.SGD(base, lr=0.0)
+    moving = torch.optim.AdamW(rest, lr=1e-2)
+    ordinary = Pruner(other, still, config, STEPS)
+    assert set(pruner.importance.tensors()) == set(ordinary.importance.tensors()) - {"ipt"}
+    ahead: dict[str, list[Tensor]] = {}
+    for i, (x, y) in enumerate(batches(7)):
+        for net, own in ((model, [optimizer]), (other, [still, moving])):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            for each in own:
+                each.step()
+        for kind, tensors in ahead.items():
+            pairs = zip(tensors, ordinary.importance.tensors()[kind], strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), (i, kind)
+        assert all(torch.equal(pruner.mask(name), ordinary.mask(name)) for name in pruner.names)
+        # From the first mask on, weights that stay pruned are marked.
+        ahead = {kind: [t.clone() for t in tensors] for kind, tensors in pruner.importance.tensors().items()}
+        ahead = {} if i >= 5 else ahead
+    assert sum(pruner.masks.pruned()) > 0
+
+
+def test_without_a_mean_masks_grow_to_the_target_and_resume(tmp_path: Path) -> None:
+    for stored in ("float32", "8bit"):
+        config = PruneConfig(**AT_ONCE, state_dtype=stored)
+        whole, optimizer, pruner, before = start(config)
+        pruned: list[int] = []
+        train(whole, optimizer, after=lambda seen=pruned, own=pruner: seen.append(sum(own.masks.pruned())))
+        assert pruned == [
+            0 if t <= 5 else sum(pruner.masks.scopes.n_prune(pruner.schedule.remaining_ratio(t))) for t in range(STEPS)
+        ]
+        assert pruner.finalize()["zeros"] == pruner.n_weights - round(0.2 * pruner.n_weights)
+        assert all(
+            torch.equal(p, before[n] * pruner.mask(n)) for n, p in zip(pruner.names, pruner.parameters, strict=True)
+        )
+        half, half_optimizer, half_pruner, _ = start(config)
+        train(half, half_optimizer, 17)
+        half_pruner.save(tmp_path / "pruner.safetensors")
+        again, again_optimizer, again_pruner, _ = start(config)
+        learned = {name: p for name, p in half.state_dict().items() if name not in half_pruner.names}
+        again.load_state_dict(learned, strict=False)
+        again_optimizer.load_state_dict(copy.deepcopy(half_optimizer.state_dict()))
+        again_pruner.load(tmp_path / "pruner.safetensors")
+        train(again, again_optimizer, skip=17)
+        again_pruner.finalize()
+        assert same(again, whole)
+
+
+def test_without_a_mean_a_missing_gradient_is_zero_and_a_bad_one_is_left_out() -> None:
+    model, optimizer, pruner, before = start(PruneConfig(**AT_ONCE))
+    train(model, optimizer, 3)
+    i = pruner.names.index("layers.0.intermediate.dense.weight")
+    mean = [t.clone() for t in pruner.importance.exp_avg_ipt]
+    optimizer.zero_grad()
+    pruner.parameters[i].sum().backward()  # no other gets a gradient
+    for j, (old, new) in enumerate(zip(mean, pruner.importance.exp_avg_ipt, strict=True)):
+        score = before[pruner.names[j]].abs() if i == j else torch.zeros_like(old)
+        torch.testing.assert_close(new, 0.85 * old + 0.15 * score, rtol=1e-6, atol=1e-12)
+    optimizer.step()
+    mean = [t.clone() for t in pruner.importance.exp_avg_ipt]
+    pruner.parameters[i].register_hook(lambda g: g * float("nan"))
+    with pytest.raises(RuntimeError, match="a gradient of the frozen base is not finite"):
+        train(model, optimizer, 1)
+    moved = [not torch.equal(a, b) for a, b in zip(mean, pruner.importance.exp_avg_ipt, strict=True)]
+    assert moved == [j != i for j in range(len(moved))]
+
+
+def test_without_a_mean_there_is_one_backward_a_step() -> None:
+    model, optimizer, pruner, _ = start(PruneConfig(**AT_ONCE))
+    with pytest.raises(RuntimeError, match="a delta_t of 2 or more"):
+        train(model, optimizer, 1, backwards=2)
+    model, optimizer, pruner, _ = start(PruneConfig(**(AT_ONCE | {"beta2": 0.0})))
+    train(model, optimizer, 1, backwards=2)  # the score needs the mean
+    assert pruner.importance.ipt
+
+
+def test_bytes_of_a_frozen_base_in_8_bits() -> None:
+    """A bfloat16 weight, two averages of a byte and their scales, one bit of mask: nothing else lasts, as planned."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 512, bias=False)).bfloat16()
+    model.requires_grad_(False)
+    head = nn.Linear(512, 2)
+    config = PruneConfig(**AT_ONCE, state_dtype="8bit")
+    optimizer = torch.optim.AdamW(head.parameters())
+    pruner = Pruner(model, optimizer, config, STEPS, frozen_base=True)
+    for _ in range(8):
+        head(model(torch.randn(4, 512).bfloat16()).float()).square().sum().backward()
+        optimizer.step()
+    states = [t for tensors in pruner.importance.tensors().values() for t in tensors]
+    there = sum(t.nbytes for t in (*pruner.parameters, *states, *pruner.masks.bits))
+    assert there / pruner.n_weights == pytest.approx(2 + 2 * (1 + 2 / 32) + 1 / 8)
+    planned = memory(model, pruner.names, pruner.config, frozen_base=True)
+    assert planned.weights + planned.statistics + planned.masks == there
+    assert planned.gradients == 512 * 512 * (2 + 1 + 2 / 32)
+    assert pruner.plan()["state_bytes"] == planned.statistics
