@@ -20,7 +20,7 @@ from pins_ext.integrations.clipping import ClipInPass
 from pins_ext.integrations.optimizer import optimizer
 from pins_ext.regularization.self_regularizer import SelfRegularizer
 
-MAX_NORM = 0.2
+MAX_NORM = 0.05
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 
 
@@ -109,6 +109,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "fused": train(folder / "fused", True),
         "hooked": train(folder / "hooked", False),
         "clipped": train(folder / "clipped", True, max_norm=MAX_NORM),
+        "clipped hooked": train(folder / "clipped-hooked", False, max_norm=MAX_NORM),
         "clipped in pass": train(folder / "clipped-in-pass", True, kind=Clipped, max_norm=MAX_NORM),
         "killed": train(folder / "killed", True, until=10),
     }
