@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import check_codes, is_dtensor, like, local, local_gradient, shard_of
+from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.moments import check_storage, converted_moment, exported_state, new_moment, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import Scaling, is_rehearsal
@@ -143,7 +144,7 @@ class FusedOptimizer(Optimizer):
         """As torch.optim's, but moments keep the dtype of this optimizer: torch's would cast them to the weights'."""
         given: list[dict[str, Any]] = []
         # Behind every hook that may change what is loaded.
-        handle = self.register_load_state_dict_pre_hook(partial(_take_given, given))
+        handle = self.register_load_state_dict_pre_hook(partial(take_loaded, given))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -155,7 +156,7 @@ class FusedOptimizer(Optimizer):
                 if name == "step" or not isinstance(value, Tensor):
                     continue
                 if value.shape == p.shape or ops.is_coded(value, p.shape):
-                    self.state[p][name] = _converted(value, p, self._storage(p, name))
+                    self.state[p][name] = converted_moment(value, p, self._storage(p, name))
 
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the pass over these parameters rounds anything stochastically, and so needs random bits."""
@@ -332,8 +333,8 @@ class FusedOptimizer(Optimizer):
         if names and state.get(names[0]) is None:  # they come together
             state.pop("skipped", None)
             dtypes = {name: self._storage(p, name) for name in names}
-            _check_storage(p, dtypes.values())
-            state.update({"step": 0.0, **{name: _new_moment(p, dtype) for name, dtype in dtypes.items()}})
+            check_storage(p, dtypes.values())
+            state.update({"step": 0.0, **{name: new_moment(p, dtype) for name, dtype in dtypes.items()}})
         if not names:
             state.setdefault("step", 0.0)
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
@@ -367,7 +368,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""
         packed = super().state_dict()
-        exported = {key: _exported(state) for key, state in packed["state"].items()}
+        exported = {key: exported_state(state) for key, state in packed["state"].items()}
         packed["state"] = {key: state for key, state in exported.items() if state}
         return packed
 
@@ -399,56 +400,6 @@ class FusedOptimizer(Optimizer):
         pointers: Tensor | None,
     ) -> None:
         """Run the operator."""
-
-
-def _check_storage(p: Tensor, dtypes: Iterable[torch.dtype]) -> None:
-    if any(dtype in ops.CODED for dtype in dtypes):
-        check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
-
-
-def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype not in ops.CODED:
-        return ops.new_state(p, dtype)
-    return like(p, ops.new_state(local(p), dtype, shard_of("p", p)), coded=True)
-
-
-def _take_given(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """Keep what is loaded; refuse, before anything changes, 8-bit moments that are not the parameter's."""
-    given.append(loaded)
-    saved = [i for group in loaded["param_groups"] for i in group["params"]]
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(saved, own, strict=False):  # torch's own check of their number follows
-        for name, value in loaded["state"].get(i, {}).items():
-            if isinstance(value, Tensor) and value.dtype in ops.CODED and not ops.is_coded(value, p.shape):
-                raise ValueError(
-                    f"state[{i}][{name!r}] is {tuple(value.shape)} in 8 bits, and {ops.coded_shape(p.shape)} for a "
-                    f"parameter of shape {tuple(p.shape)}: another parameter's, or an earlier version's"
-                )
-
-
-def _converted(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A loaded moment of a parameter, in this storage."""
-    _check_storage(p, [dtype])
-    if moment.dtype == dtype:
-        return moment.to(p.device)
-    # A whole moment of a sharded parameter stays whole, as torch.optim's does.
-    shard = shard_of("p", p) if is_dtensor(moment) else None
-    part = local(moment)
-    if part.dtype in ops.CODED:
-        part = ops.decode(part, local(p).shape if is_dtensor(moment) else p.shape)
-    coded = dtype in ops.CODED
-    part = ops.encode(part, dtype, shard).to(p.device) if coded else part.to(p.device, dtype)
-    return like(p, part, coded) if is_dtensor(moment) else part
-
-
-def _exported(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state as torch.optim writes it: without its skipped steps, and none if there was no other."""
-    if "step" not in state:
-        return state
-    step = float(state["step"]) - float(state.get("skipped", 0))
-    moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
-    # No step but skipped ones: torch's have no state then.
-    return {"step": torch.tensor(step), **moments} if step > 0 or "skipped" not in state else {}
 
 
 def check_not_negative(**values: Any) -> None:

@@ -22,7 +22,7 @@ ALLOWED = {
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "_on": "released gradients: sums of other devices, and a checkpoint's norm, once",
     "load_state": "a checkpoint, once",
-    "_converted": "a checkpoint, once",
+    "converted_moment": "a checkpoint, once",
     "read": "a checkpoint, once",
 }
 

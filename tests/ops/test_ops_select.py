@@ -35,11 +35,11 @@ def operands(
     return a, tensors(sizes, dtype, values, seed=2) if score in ("product", "deviation") else []
 
 
-def pruned_by_sort(keys: Tensor, n_prune: int) -> Tensor:
-    """The oracle: the first n_prune of a stable argsort, boolean [N]."""
-    pruned = torch.zeros(keys.numel(), dtype=torch.bool)
-    pruned[torch.from_numpy(np.argsort(keys.numpy(), kind="stable")[:n_prune].copy())] = True
-    return pruned
+def ranks(keys: Tensor) -> Tensor:
+    """The oracle: place of every weight in a stable sort, int64 [N]; the first n_prune are pruned."""
+    places = torch.empty_like(keys)
+    places[torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))] = torch.arange(keys.numel())
+    return places
 
 
 def pruned_by_threshold(keys: Tensor, threshold: Tensor) -> Tensor:
@@ -53,10 +53,10 @@ def test_select_prunes_exactly_the_first_of_a_stable_sort(score: str, dtype: tor
     for values in VALUES:
         a, b = operands(score, dtype, LISTS[sizes], values)
         layout, keys = ops.Layout.of(a), keys_of(score, a, b)
-        n = keys.numel()
+        n, rank = keys.numel(), ranks(keys)
         for n_prune in sorted({0, 1, n // 5, n // 2, n - 1, n, n + 3}):
             threshold = pins.select(a, b, layout.places, layout.chunks, score, torch.tensor(n_prune))
-            assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, max(n_prune, 0)))
+            assert torch.equal(pruned_by_threshold(keys, threshold), rank < n_prune)
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -91,7 +91,7 @@ def test_select_property(levels: int, sizes: list[int], share: float, exact: boo
     n_prune = round(share * keys.numel())
     threshold = pins.select(a, [], layout.places, layout.chunks, "identity", torch.tensor(n_prune), exact)
     if exact:
-        assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, max(n_prune, 0)))
+        assert torch.equal(pruned_by_threshold(keys, threshold), ranks(keys) < n_prune)
     else:
         n_prune = min(n_prune, keys.numel())
         assert tuple(threshold.tolist()) == ref.select(keys, torch.arange(keys.numel()), n_prune, exact=False)
@@ -113,7 +113,7 @@ def test_select_from_an_earlier_bracket(lo: int, octaves: float, seed: int, shar
         before = counts.clone()
         threshold = pins.select(*args, bracket=bracket, counts=counts)
         assert torch.equal(counts, before)
-        assert torch.equal(pruned_by_threshold(keys, threshold), pruned_by_sort(keys, n_prune))
+        assert torch.equal(pruned_by_threshold(keys, threshold), ranks(keys) < n_prune)
 
 
 @pytest.mark.parametrize(("score", "dtype"), KINDS)
@@ -181,8 +181,8 @@ def test_collect(score: str, dtype: torch.dtype, sizes: str) -> None:
                     assert int(found) > size
                     continue
                 assert int(found) == total
-                rows = sorted(zip(*candidates[:, :total].tolist(), strict=True))
-                assert rows == sorted(zip(keys[inside].tolist(), index[inside].tolist(), strict=True))
+                rows = candidates[:, candidates[1, :total].argsort()]
+                assert torch.equal(rows, torch.stack([keys[inside], index[inside]]))
                 assert bool((candidates[:, total:] == -1).all())
 
 

@@ -9,7 +9,7 @@ import torch
 from cases import LISTS, VALUES, clones, masks_of, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops_select import KINDS, keys_of, operands, pruned_by_sort
+from test_ops_select import KINDS, keys_of, operands, ranks
 from torch import Tensor
 
 from pins_ext import ops
@@ -28,9 +28,12 @@ def counted(
     return {"bracket": bracket, "counts": counts}
 
 
-def check(a: list[Tensor], b: list[Tensor], score: str, n_prune: int, **given: Tensor) -> None:
-    """Against both passes of the kernels, and against a stable sort of the reference's keys."""
-    layout, keys = ops.Layout.of(a), keys_of(score, a, b)
+def check(
+    a: list[Tensor], b: list[Tensor], score: str, n_prune: int, rank: Tensor | None = None, **given: Tensor
+) -> None:
+    """Against both passes of the kernels, and against a stable sort of the reference's keys: every weight's rank."""
+    layout = ops.Layout.of(a)
+    rank = ranks(keys_of(score, a, b)) if rank is None else rank
     work, target = (a, b, layout.places, layout.chunks, score), torch.tensor(n_prune)
     split = masks_of(a)[1]
     masks, stats, own = clones(split), *torch.full((2, len(a), 3), -1)
@@ -40,8 +43,8 @@ def check(a: list[Tensor], b: list[Tensor], score: str, n_prune: int, **given: T
     assert torch.equal(found, threshold)
     assert torch.equal(own, stats)
     assert all(map(torch.equal, masks, split))
-    kept = torch.cat([ops.unpack_bits(m, x.shape) for m, x in zip(masks, a, strict=True)]) if a else keys.bool()
-    assert torch.equal(~kept, pruned_by_sort(keys, max(n_prune, 0)))
+    kept = torch.cat([ops.unpack_bits(m, x.shape) for m, x in zip(masks, a, strict=True)]) if a else rank.bool()
+    assert torch.equal(~kept, rank < n_prune)
 
 
 @pytest.mark.parametrize("sizes", LISTS)
@@ -50,12 +53,12 @@ def test_masks_are_those_of_select_and_pack(score: str, dtype: torch.dtype, size
     for values in VALUES:
         a, b = operands(score, dtype, LISTS[sizes], values)
         layout, keys = ops.Layout.of(a), keys_of(score, a, b)
-        n = keys.numel()
+        n, rank, ordered = keys.numel(), ranks(keys), keys.sort().values
         for n_prune in sorted({0, 1, n // 5, n // 2, n - 1, n, n + 3}):
-            check(a, b, score, n_prune)
+            check(a, b, score, n_prune, rank)
             if n:
-                near = int(keys.sort().values[min(max(n_prune, 0), n - 1)])
-                check(a, b, score, n_prune, **counted(a, b, layout, score, near, 0.125))
+                near = int(ordered[min(max(n_prune, 0), n - 1)])
+                check(a, b, score, n_prune, rank, **counted(a, b, layout, score, near, 0.125))
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +85,7 @@ def test_scores_with_a_factor_for_each_tensor() -> None:
     work = (a, b, layout.places, layout.chunks, "fisher")
     ops.pack_lowest_(masks, stats, *work, torch.tensor(400), factors=factors)
     scores = [(x * x) * (y * f) for x, y, f in zip(a, b, factors, strict=True)]
-    pruned = pruned_by_sort(torch.cat([ref.order_key(s) for s in scores]), 400)
+    pruned = ranks(torch.cat([ref.order_key(s) for s in scores])) < 400
     assert torch.equal(~torch.cat([ops.unpack_bits(m, x.shape) for m, x in zip(masks, a, strict=True)]), pruned)
 
 
