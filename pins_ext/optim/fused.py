@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import local, local_gradient, shard_of
+from pins_ext.distributed.shards import check_codes, like, local, local_gradient, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.moments import check_storage, converted_moment, exported_state, new_moment, take_loaded
+from pins_ext.optim.moments import converted_moment, exported_state, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import Scaling, is_rehearsal
@@ -331,10 +331,9 @@ class FusedOptimizer(Optimizer):
         """State of a parameter at the first step that needs its moments, or a count of steps alone."""
         state = self.state[p]
         if names and state.get(names[0]) is None:  # they come together
+            moments = {name: _new_moment(p, self._storage(p, name)) for name in names}
             state.pop("skipped", None)
-            dtypes = {name: self._storage(p, name) for name in names}
-            check_storage(p, dtypes.values())
-            state.update({"step": 0.0, **{name: new_moment(p, dtype) for name, dtype in dtypes.items()}})
+            state.update({"step": 0.0, **moments})
         if not names:
             state.setdefault("step", 0.0)
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
@@ -400,6 +399,13 @@ class FusedOptimizer(Optimizer):
         pointers: Tensor | None,
     ) -> None:
         """Run the operator."""
+
+
+def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in ops.CODED:
+        return ops.new_state(p, dtype)
+    check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
+    return like(p, ops.new_state(local(p), dtype, shard_of("p", p)), coded=True)
 
 
 def check_not_negative(**values: Any) -> None:

@@ -1,8 +1,7 @@
-"""Moments as they are stored: made, loaded in another dtype, and written as torch.optim writes them."""
+"""Moments of a checkpoint: loaded into another storage, and written as torch.optim writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,19 +10,6 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, is_dtensor, like, local, shard_of
-
-
-def check_storage(p: Tensor, dtypes: Iterable[torch.dtype]) -> None:
-    """Refuse 8 bits for a parameter whose shard cuts a group of 32 weights."""
-    if any(dtype in ops.CODED for dtype in dtypes):
-        check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
-
-
-def new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros, the first moment of a parameter in this storage; sharded as the parameter is."""
-    if dtype not in ops.CODED:
-        return ops.new_state(p, dtype)
-    return like(p, ops.new_state(local(p), dtype, shard_of("p", p)), coded=True)
 
 
 def take_loaded(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[str, Any]) -> None:
@@ -42,7 +28,8 @@ def take_loaded(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[
 
 def converted_moment(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A loaded moment of a parameter, in this storage."""
-    check_storage(p, [dtype])
+    if dtype in ops.CODED:
+        check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
     if moment.dtype == dtype:
         return moment.to(p.device)
     # A whole moment of a sharded parameter stays whole, as torch.optim's does.
