@@ -6,13 +6,15 @@ appears under its name only when everything in it is on the disk, and its manife
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ _ASIDE = ".aside"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _READ_BYTES = 1 << 20
 
+_TRIES = 100
+"""To replace a folder while others do: each try that fails is a turn of another one."""
+
 
 class SaveError(RuntimeError):
     """A folder could not be written; whatever was there before is untouched."""
@@ -34,20 +39,27 @@ class IncompleteError(ValueError):
 
 
 @contextmanager
-def folder_aside(folder: Path, aside: Path | None = None) -> Iterator[Path]:
+def folder_aside(folder: Path, aside: Path | None = None, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield an empty folder to write into; on success it is flushed to disk and takes the place of `folder`.
 
     Args:
         folder: the name to appear under. An earlier folder of that name is removed after the new one is in place.
-        aside: where to write; by default beside the folder, under a name that no other process takes.
+        aside: where to write; by default beside the folder, under a name that no other process or thread takes.
+        overwrite: False keeps what another writer has put at `folder` meanwhile.
+
+    Raises:
+        FileExistsError: there is something at `folder`, and `overwrite` is False.
     """
-    aside = aside or folder.with_name(f".{folder.name}.{os.getpid()}.aside")
+    aside = aside or _aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
         flush(aside)
-        replace(aside, folder)
+        if overwrite:
+            replace(aside, folder)
+        elif not _renamed(aside, folder):
+            raise FileExistsError(f"{folder} was written by another thread or process meanwhile")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -79,12 +91,28 @@ def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> It
 def replace(source: Path, folder: Path) -> None:
     """Rename `source` to `folder`; what was there gives way first and is removed last, so a kill loses neither."""
     retired = _beside(folder, "retired")
-    if folder.exists():
+    for _ in range(_TRIES):
+        if _renamed(source, folder):
+            break
         shutil.rmtree(retired, ignore_errors=True)
-        os.rename(folder, retired)
-    os.rename(source, folder)
-    _sync(folder.parent)
+        # Another writer of the same folder may be a step ahead.
+        with suppress(FileNotFoundError):
+            _renamed(folder, retired)
+    else:
+        raise FileExistsError(f"{folder} can't be replaced: {retired} is in the way")
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _renamed(source: Path, folder: Path) -> bool:
+    """Rename a folder; False where something else than an empty folder has that name."""
+    try:
+        os.rename(source, folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        return False
+    _sync(folder.parent)
+    return True
 
 
 def recover(folder: Path) -> None:
@@ -184,7 +212,7 @@ def rotate(root: Path, limit: int | None, protected: Path | None) -> None:
 @contextmanager
 def file_aside(file: Path) -> Iterator[Path]:
     """Yield a path to write a file to; on success it is flushed to disk and takes the place of `file`."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
+    aside = _aside(file)
     try:
         yield aside
         with open(aside, "rb") as written:
@@ -216,6 +244,11 @@ def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     }
     text = json.dumps({"format": FORMAT, "version": VERSION, **manifest, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _aside(path: Path) -> Path:
+    """A place beside `path` that no other thread or process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.aside")
 
 
 def _beside(folder: Path, fate: str) -> Path:

@@ -184,21 +184,34 @@ def decode(arrays: Mapping[str, Tensor], entry: Entry) -> Tensor:
     """
     if entry.layout == "dense":
         return arrays["dense"]
-    present = _unpacked(arrays["mask"], entry)
-    counts = _counts(present)
-    offsets = arrays["offsets"]
-    if offsets[0] != 0 or not torch.equal(offsets.diff(), counts) or int(offsets[-1]) != entry.nonzero:
-        raise EncodingError("its row offsets contradict its mask")
+    present = check(arrays, entry)
     dtype = DTYPES[entry.dtype]
     values = arrays["values"]
     if entry.values == "int8":
-        if not (torch.isfinite(arrays["scales"]) & (arrays["scales"] > 0)).all():
-            raise EncodingError("its scales are not all positive numbers")
-        values = (values.float() * arrays["scales"].repeat_interleave(counts)).to(dtype)
+        values = (values.float() * arrays["scales"].repeat_interleave(arrays["offsets"].diff())).to(dtype)
     bits = _BITS[dtype.itemsize]
     tensor = torch.zeros(entry.rows, entry.shape[-1], dtype=dtype)
     tensor.view(bits).numpy()[present.numpy()] = values.view(bits).numpy()
     return tensor.reshape(entry.shape)
+
+
+def check(arrays: Mapping[str, Tensor], entry: Entry) -> Tensor:
+    """bool [rows, columns] of a tensor stored by rows: which weights are there.
+
+    Args:
+        arrays: as for `decode`.
+        entry: the same.
+
+    Raises:
+        EncodingError: arrays that contradict each other or the entry.
+    """
+    present = _unpacked(arrays["mask"], entry)
+    offsets = arrays["offsets"]
+    if offsets[0] != 0 or not torch.equal(offsets.diff(), _counts(present)) or int(offsets[-1]) != entry.nonzero:
+        raise EncodingError("its row offsets contradict its mask")
+    if entry.values == "int8" and not (torch.isfinite(arrays["scales"]) & (arrays["scales"] > 0)).all():
+        raise EncodingError("its scales are not all positive numbers")
+    return present
 
 
 def _present(tensor: Tensor, codes: bool) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pins_ext.files.atomic import folder_aside, sha256
 from pins_ext.patterns import recognised
 from pins_ext.pruning.patterns import input_axes
 from pins_ext.sparse import compression as zstd
-from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, decode, encode, plan
+from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, check, decode, encode, plan
 from pins_ext.sparse.index import COMPRESSIONS, FILE, Index, SparseFormatError, sizes
 from pins_ext.sparse.shards import ShardReader, ShardWriter
 
@@ -70,7 +71,7 @@ def save_sparse(
     if taken and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or replace it with overwrite=True")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_aside(folder) as aside:
+    with folder_aside(folder, overwrite=overwrite) as aside:
         tensors, aliases = _tensors_of(model, dtype)
         entries, shards = _write_shards(aside, tensors, int8, compression, shard_bytes)
         _write_configuration(model, aside, tokenizer, dtype)
@@ -93,9 +94,13 @@ def load_sparse(path: str | Path, *, model: nn.Module | None = None) -> Any:
         The model, in evaluation mode if it was built here.
 
     Raises:
-        SparseFormatError: the folder is no sparse checkpoint, of an unknown version, damaged, or doesn't fit the model.
+        SparseFormatError: the folder is no sparse checkpoint, of an unknown version, damaged, or doesn't fit the model,
+            which is then unchanged.
     """
     checkpoint = SparseCheckpoint(path)
+    if model is not None:
+        # The caller's model keeps its weights if any tensor can't be read.
+        checkpoint.check()
     built = _built(checkpoint) if model is None else model
     _fill(built, checkpoint)
     return built.eval() if model is None else built
@@ -141,11 +146,25 @@ class SparseCheckpoint:
             SparseFormatError: arrays that are missing or contradict each other.
         """
         for name, entry, arrays in self.arrays():
-            yield name, self._decoded(name, entry, arrays)
+            with self._named(name):
+                tensor = decode(arrays, entry)
+            yield name, tensor
 
-    def _decoded(self, name: str, entry: Entry, arrays: dict[str, Tensor]) -> Tensor:
+    def check(self) -> None:
+        """Read all arrays, one tensor at a time, without expanding them.
+
+        Raises:
+            SparseFormatError: as `tensors`.
+        """
+        for name, entry, arrays in self.arrays():
+            if entry.layout == "rows":
+                with self._named(name):
+                    check(arrays, entry)
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
         try:
-            return decode(arrays, entry)
+            yield
         except EncodingError as error:
             raise SparseFormatError(f"{name!r} in {self.folder}: {error}") from error
 
@@ -334,6 +353,7 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
             f"the model has {tuple(expected[wrong[0]].shape)}"
         )
     del expected
+    places = {name: _place(model, name) for name in stored}
     names_of: dict[str, list[str]] = {}
     for name, target in index.aliases.items():
         names_of.setdefault(target, []).append(name)
@@ -341,7 +361,7 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
         mapped = index.entries[name].layout == "dense"
         done: list[Tensor] = []
         for one in (name, *names_of.get(name, [])):
-            place = _place(model, one)
+            place = places[one]
             if not any(place is other for other in done):
                 # A copy where two places have it: tied weights are one place. The file's mapping is not the model's.
                 place.data = tensor.to(device=place.device, copy=mapped or bool(done))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +270,31 @@ def test_two_threads_save_side_by_side(tmp_path: Path) -> None:
         job.join()
     for i, model in enumerate(models):
         assert_same(model.state_dict(), load_sparse(tmp_path / str(i)).state_dict())
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_threads_save_into_one_folder(overwrite: bool, tmp_path: Path) -> None:
+    """One of them is there, whole. Without overwrite it is the first, and the others are told."""
+    models = [pruned(bert(), s) for s in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    barrier = threading.Barrier(len(models))
+
+    def save(model: nn.Module) -> str:
+        barrier.wait()
+        try:
+            save_sparse(model, tmp_path / "sparse", overwrite=overwrite)
+        except FileExistsError:
+            return "refused"
+        return "saved"
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        for _ in range(4):
+            said = Counter(pool.map(save, models))
+            assert said == ({"saved": len(models)} if overwrite else {"saved": 1, "refused": len(models) - 1})
+            assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
+            found = bits(load_sparse(tmp_path / "sparse").bert.encoder.layer[0].output.dense.weight)
+            written = [bits(model.bert.encoder.layer[0].output.dense.weight) for model in models]
+            assert sum(torch.equal(found, each) for each in written) == 1
+            shutil.rmtree(tmp_path / "sparse")
 
 
 def test_options_that_the_format_does_not_hold_are_refused(tmp_path: Path) -> None:
