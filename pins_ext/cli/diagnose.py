@@ -32,10 +32,10 @@ _EXAMPLES = """examples:
 
 _WITHOUT = (
     "compare", "resume", "resume_from_checkpoint", "label", "early_stopping", "pattern", "from_sparse",
-    "release_gradients", "release_norm", "release_clip",
+    "release_gradients", "release_norm", "release_clip", "lora", "lora_alpha", "lora_targets",
 )  # fmt: skip
 """Flags of train that have no meaning here: a diagnosis looks at one run to its end, in one go, exchanges single
-weights, which a pattern or a sparse start forbids, and reads the gradients of a step."""
+weights, which a pattern or a sparse start forbids, and reads the gradients of a step, which a frozen base frees."""
 
 _HELP = {
     "output_dir": "folder of the diagnosis [runs/TASK-diagnosis]",

@@ -56,7 +56,11 @@ def main(argv: Sequence[str]) -> int:
         from pins_ext.runs.model_plan import model_plan
 
         split = vars(parser.parse_known_args(request.tokens)[0])
-        sizes = (split.get("ranks", 1), split.get("replicas", 1), "frozen_base" in split)
+        sizes = (
+            split.get("ranks", 1),
+            split.get("replicas", 1),
+            "frozen_base" in split or request.adapters.lora is not None,
+        )
         print(model_plan(request, request.pruning, *sizes))
         return EXIT_OK
     if several := {"ranks", "replicas", "frozen_base"} & request.given:

@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   pins-ext train --task wnut17 --data-dir wnut17 --output-dir runs/wnut17      train.conll, dev.conll, test.conll
   pins-ext train --task squad --model bert-base-uncased --doc-stride 128 --output-dir runs/squad
   pins-ext train --task wikitext2 --model gpt2 --max-length 512 --output-dir runs/wikitext2
+  pins-ext train --task glue/rte --model bert-base-uncased --lora 8 --output-dir runs/rte-lora      needs peft
   pins-ext train --config rte.yaml --learning-rate 1e-4       flags from a file, and one typed
   pins-ext train --output-dir runs/rte --resume               go on after Ctrl-C or a crash, to the same last bit
   pins-ext train --task glue/rte --compare                    any task, against dense and magnitude
@@ -102,6 +103,8 @@ def _joined(request: requests.Request) -> tuple[requests.Request, int]:
             "a comparison trains in one process: start it without accelerate launch and torchrun, or train one run "
             "with --task or --train-file and without --compare"
         )
+    if request.adapters.lora is not None:
+        raise UsageError("--lora trains in one process, as the gradients of the base are used before they are reduced")
     import torch
     from accelerate import PartialState
 

@@ -320,7 +320,7 @@ class PinsCallback(TrainerCallback):
         self._at_last_log = now
         if not steps or not step:
             return {}
-        if self._plain_seconds is None and optimizer is not None and self.pruner is not None:
+        if self._plain_seconds is None and optimizer is not None and self.pruner is not None and not self.frozen_base:
             self._plain_seconds = plain_step_seconds(optimizer, self.pruner.model)
         seconds = pruning_seconds(outside / steps, optimizer_step / steps, self._plain_seconds)
         return names.named({"pruning_ms": 1e3 * seconds, "pruning_share": seconds * steps / step})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,10 +145,12 @@ class BaseSlot(HookedSlot):
             return
         if grad.layout != torch.strided:
             raise ValueError(f"{self.names[i]} has a sparse gradient; pruned parameters need dense ones (sparse=False)")
+        begin = time.perf_counter()
         grad, layout = grad.contiguous(), self._subsets.of([i])
         skip = (~torch.isfinite(ops.sum_of_squares([grad], layout.places, layout.chunks))).float()
         self._skips.append(skip)
         self._score(i, grad, Scaling(found_inf=skip))
+        self.slots.seconds += time.perf_counter() - begin
 
     def _score(self, i: int, grad: Tensor, scaling: Scaling) -> None:
         """Take a gradient into the window, or at once into the averages."""

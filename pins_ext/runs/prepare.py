@@ -23,8 +23,10 @@ from pins_ext.integrations.timing import StepTimer
 from pins_ext.integrations.trainer import PinsTrainer
 from pins_ext.integrations.unsupported import refuse_release
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.regularization.self_regularizer import SelfRegularizer
+from pins_ext.runs.adapters import adapted
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request, RunOptions
 from pins_ext.tasks import Task, load_task, minilm_folder
@@ -74,13 +76,22 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         set_seed(args.seed)
         model, new = load_model(request.run, task, source, name)
         task.check_model(model)
+        lora = []
+        if request.adapters.lora is not None:
+            model, note = adapted(model, request.adapters, request.pruning or PruneConfig(), task)
+            lora = [note]
         regularizer, notes = _regularizer(request, task, model)
-        notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *notes]
+        notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *lora, *notes]
         notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
         notes += request.recipe_choices
         metric = (task.main_metric, task.greater_is_better)
         pins = PinsCallback(
-            request.pruning, regularizer, metric=metric, from_sparse=request.run.from_sparse, release=request.release
+            request.pruning,
+            regularizer,
+            metric=metric,
+            from_sparse=request.run.from_sparse,
+            frozen_base=bool(lora),
+            release=request.release,
         )
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         classes = {"adamw": PinsAdamW, "adamax": torch.optim.Adamax}

@@ -20,6 +20,7 @@ from pins_ext import __version__
 from pins_ext.integrations.logs import NEW_MASK, plain
 from pins_ext.integrations.timing import plain_step_seconds, pruning_seconds
 from pins_ext.pruning.pruner import Pruner
+from pins_ext.runs.adapters import LoraOptions
 from pins_ext.runs.prepare import Prepared
 from pins_ext.runs.record import (
     DataFacts,
@@ -33,7 +34,7 @@ from pins_ext.runs.record import (
     Timings,
     as_read,
 )
-from pins_ext.runs.request import RunOptions
+from pins_ext.runs.request import Request, RunOptions
 
 _HISTORY = ("loss", "grad_norm", "learning_rate", "epoch", "sparsity", "zeros", "target_sparsity", "nan")
 _LOSSES = ("task_loss", "divergence", "teacher_weight")
@@ -131,15 +132,16 @@ def _settings(prepared: Prepared) -> Settings:
         task={name: value for name, value in dataclasses.asdict(request.task).items() if value is not None},
         pruning=request.pruning.to_dict() if request.pruning is not None else {},
         self_regularization=regularizer.plan() if regularizer is not None else {},
-        training={"optimizer": request.run.optimizer, **_of_states(request.run), **request.training},
+        training={"optimizer": request.run.optimizer, **_of_states(request), **request.training},
     )
 
 
-def _of_states(run: RunOptions) -> dict[str, Any]:
-    """What was asked of the optimizer's states, gradients and the start, where it is not the default."""
+def _of_states(request: Request) -> dict[str, Any]:
+    """What was asked of the optimizer's states, gradients, adapters and the start, where it is not the default."""
     names = ("moment_dtype", "from_sparse", "release_gradients", "release_norm", "release_clip")
-    defaults = RunOptions()
-    return {name: value for name in names if (value := getattr(run, name)) != getattr(defaults, name)}
+    asked = {name: getattr(request.run, name) for name in names} | vars(request.adapters)
+    defaults = vars(RunOptions()) | vars(LoraOptions())
+    return {name: value for name, value in asked.items() if value != defaults[name]}
 
 
 def _final(prepared: Prepared, metrics: Mapping[str, float]) -> Final:
@@ -191,6 +193,8 @@ def _timings(prepared: Prepared, train_seconds: float) -> Timings:
     if prepared.pins.pruner is None:
         return timings
     outside = prepared.pins.pruning_seconds / timer.steps
-    plain = plain_step_seconds(cast(Optimizer, trainer.optimizer), cast(nn.Module, trainer.model))
+    plain = None
+    if not prepared.pins.frozen_base:  # whose optimizer has nothing of pruning in its pass
+        plain = plain_step_seconds(cast(Optimizer, trainer.optimizer), cast(nn.Module, trainer.model))
     pruning = pruning_seconds(outside, optimizer, plain)
     return dataclasses.replace(timings, pruning_ms=1e3 * pruning, pruning_share=pruning / step)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pins_ext.patterns import pattern_text
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.runs import options, trainer_flags
+from pins_ext.runs import adapters, options, trainer_flags
+from pins_ext.runs.adapters import LoraOptions
 from pins_ext.runs.errors import UsageError
 from pins_ext.storage import STORAGES
 from pins_ext.tasks.arguments import TaskArguments, TaskError
@@ -134,6 +135,7 @@ class Request:
         run: flags of the run.
         task: flags of the task.
         regularizer: flags of self-regularization.
+        adapters: flags of LoRA.
         pruning: flags of pruning; None where the sparsity asked for is 0.
         training: TrainingArguments by name, the Trainer's own defaults left out.
         overwrite: replace what is there.
@@ -146,6 +148,7 @@ class Request:
     run: RunOptions
     task: TaskArguments
     regularizer: RegularizerOptions
+    adapters: LoraOptions
     pruning: PruneConfig | None
     training: Mapping[str, Any]
     overwrite: bool = False
@@ -156,7 +159,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """What decides a run's weights, as plain data."""
-        ours = [self.run, self.task, self.regularizer]
+        ours = [self.run, self.task, self.regularizer, self.adapters]
         flat = {name: value for part in ours for name, value in dataclasses.asdict(part).items()}  # type: ignore[call-overload]
         flat |= {f"pruning {k}": v for k, v in (self.pruning.to_dict() if self.pruning else {}).items()}
         flat |= self.training
@@ -256,6 +259,7 @@ def parser(prog: str, about: str, examples: str, without: Iterable[str] = ()) ->
     made.add_fields("task", TaskArguments)
     made.add_fields("pruning", PruneConfig, skip=("seed",), parse=PRUNING_PARSERS)
     made.add_fields("self-regularization", RegularizerOptions, parse={"teacher_weight": options.word_or_number})
+    made.add_fields("adapters", LoraOptions)
     return made
 
 
@@ -334,12 +338,13 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
         raise UsageError(f"--moment-dtype {run.moment_dtype} is of --optimizer adamw, not {run.optimizer}")
     training = trainer_flags.DEFAULTS | recommended | {name: typed[name] for name in typed if name != "optim"}
     pruning = _build(PruneConfig, training | given)
-    parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions)
+    parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions, LoraOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
     request = Request(
         run=run,
         task=_build(TaskArguments, recommended | given),
         regularizer=_build(RegularizerOptions, recommended | given),
+        adapters=_build(LoraOptions, given),
         pruning=pruning if pruning.sparsity > 0 else None,
         training={name: value for name, value in training.items() if name not in names},
         overwrite="overwrite" in control,
@@ -349,6 +354,7 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
         recipe=recipe,
     )
     _check_start(request)
+    adapters.check(request)
     if request.needs_evaluations and request.training.get("eval_strategy") == "no":
         raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
     return request
@@ -365,6 +371,11 @@ def _check_start(request: Request) -> None:
         raise UsageError("--from-sparse holds zeros while it prunes: --sparsity as the model has keeps just these")
     if run.from_sparse and run.random_init:
         raise UsageError("--from-sparse needs a checkpoint with zeros, and --random-init has none: leave one out")
+    if run.from_sparse and request.pruning is not None and request.pruning.patterned:
+        raise UsageError(
+            "--from-sparse keeps zeros that need not fit a pattern: leave --pattern out to prune further, or leave "
+            "--from-sparse out to prune into the pattern from all weights"
+        )
     if run.from_sparse and request.compares:
         raise UsageError("--from-sparse has no dense run to compare with: name --model and data, without --compare")
     clips = {"release_norm", "release_clip"} & request.given

@@ -15,6 +15,7 @@ from pins_ext.distributed.first import on_first
 from pins_ext.files.atomic import SaveError, newest_complete
 from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.integrations.logs import EVALUATED_ZEROS
+from pins_ext.runs import adapters
 from pins_ext.runs.errors import CommandError, StoppedError, UsageError
 from pins_ext.runs.folder import RunFolder
 from pins_ext.runs.interrupt import StopOnSignal
@@ -98,6 +99,9 @@ def _train(prepared: Prepared, folder: RunFolder, console: Console) -> RunRecord
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begin
+    if prepared.request.adapters.lora is not None:
+        prepared.notes.append(adapters.merge(prepared))
+        console.print(prepared.notes[-1], soft_wrap=True, markup=False)
     metrics = _evaluated_already(prepared) or trainer.evaluate()
     if task.test is not None:
         model = cast(PreTrainedModel, trainer.model)
@@ -128,6 +132,8 @@ def _evaluated_already(prepared: Prepared) -> dict[str, Any] | None:
     to zero: with as many zeros as before, none has changed.
     """
     trainer, final = prepared.trainer, prepared.pins.final
+    if prepared.request.adapters.lora is not None:
+        return None  # the merged model is another one
     last = next((dict(entry) for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
     if last is None or last["step"] != trainer.state.global_step or trainer.args.load_best_model_at_end:
         return None

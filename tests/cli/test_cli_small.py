@@ -73,6 +73,7 @@ def test_a_sparse_checkpoint_is_pruned_further(tiny: Path, unbroken: Path, tmp_p
         (("--from-sparse", "--random-init"), "--random-init has none"),
         (("--from-sparse", "--compare"), "no dense run to compare with"),
         (("--from-sparse",), "the model has no zeros in its prunable parameters"),
+        (("--from-sparse", "--pattern", "1:4"), "leave --pattern out to prune further"),
         (("--from-sparse", "--state-dtype", "8bit", "--max-density", "0.9"), "leave min_density and max_density out"),
         (("--release-norm", "1"), "--release-norm is of --release-gradients"),
         (("--release-gradients", "--release-clip", "tensor"), "--release-norm to which norm"),

@@ -1,0 +1,161 @@
+"""`pins-ext train --lora`: adapters learn, the base is pruned below them, and the merged result holds its zeros."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from classifier import assert_same, flags, weights
+from small_models import decoder_folder
+
+from pins_ext.cli.main import main
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.runs.errors import StoppedError
+from pins_ext.runs.record import read_record
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LORA = ("--lora", "2", "--criterion", "platon")
+
+
+def stop_at(step: int, on_log: Any) -> Any:
+    """As a signal in this step."""
+
+    def stopping(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step >= step:
+            raise StoppedError("stopped")
+        on_log(self, args, state, *rest, **kwargs)
+
+    return stopping
+
+
+@pytest.mark.parametrize("teacher", ["none", pytest.param("latest", marks=pytest.mark.slow)])
+def test_the_merged_result_holds_its_zeros(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: str
+) -> None:
+    assert main(["train", *flags(tiny, tmp_path / "run", *LORA, "--teacher", teacher)]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA of rank 2:" in said
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    record, end = read_record(tmp_path / "run"), weights(tmp_path / "run")
+    assert record.final.zeros == round(0.75 * record.final.weights)
+    assert record.model.kind == "BertForSequenceClassification"
+    assert record.config.training["lora"] == 2
+    assert any(note.startswith("merged:") for note in record.notes)
+    assert not any("lora" in name or "base_layer" in name for name in end)
+    # Adapters have moved the weights that were kept, and nothing but them.
+    start = weights(tiny / "model")
+    moved = 0
+    for name in record.final.tensors:
+        before, after = start[name.removeprefix("bert.")], end[name]
+        assert int((after == 0).sum()) == record.final.tensors[name].zeros
+        moved += int(((before != after) & (after != 0)).sum())
+    assert moved > 100
+    assert torch.equal(end["bert.embeddings.word_embeddings.weight"], start["embeddings.word_embeddings.weight"])
+
+
+def test_a_run_that_stops_goes_on_to_the_same_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a checkpoint of the adapters alone: the base is loaded as it was, and its masks put on it."""
+    asked = (*LORA, "--teacher", "none")
+    assert main(["train", *flags(tiny, tmp_path / "whole", *asked)]) == 0
+    with monkeypatch.context() as patch:
+        # Behind the checkpoint of the ninth step, at which the base is at its target.
+        patch.setattr(PinsCallback, "on_log", stop_at(10, PinsCallback.on_log))
+        assert main(["train", *flags(tiny, tmp_path / "half", *asked)]) == 130
+    assert "checkpoint-9" in capsys.readouterr().err
+    assert main(["train", "--output-dir", str(tmp_path / "half"), "--resume"]) == 0
+    assert "resuming from checkpoint-9" in capsys.readouterr().out
+    assert_same(tmp_path / "half", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_language_models_learn_by_adapters(tmp_path: Path) -> None:
+    decoder_folder(tmp_path / "decoder")
+    (tmp_path / "text.txt").write_text("some words and some more words\n" * 30)
+    flags = ["--model", f"{tmp_path}/decoder", "--random-init", "--train-file", f"{tmp_path}/text.txt", "--use-cpu"]
+    length = ["--max-steps", "8", "--max-length", "24", "--delta-t", "1", "--state-dtype", "8bit"]
+    run = tmp_path / "run"
+    assert main(["train", *flags, *length, *LORA, "--sparsity", "0.5", "--output-dir", str(run)]) == 0
+    assert main(["verify", str(run)]) == 0
+    assert read_record(run).final.sparsity == pytest.approx(0.5)
+
+
+def test_a_sparse_checkpoint_is_pruned_further_below_adapters(tiny: Path, unbroken: Path, tmp_path: Path) -> None:
+    asked = flags(tiny, tmp_path / "run", *LORA, "--from-sparse", "--sparsity", "0.9", "--teacher", "none")
+    asked[asked.index("--model") + 1] = str(unbroken)
+    assert main(["train", *asked, "--lora-targets", "query", "dense", "--lora-alpha", "1"]) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    start, end = weights(unbroken), weights(tmp_path / "run")
+    assert record["config"]["training"]["lora_targets"] == ["query", "dense"]
+    assert record["final"]["zeros"] == round(0.9 * record["final"]["weights"])
+    for name in record["final"]["tensors"]:
+        assert not torch.count_nonzero(end[name][start[name] == 0])
+        adapted = ".query." in name or ".dense." in name
+        kept = end[name] != 0
+        moved = not torch.equal(start[name][kept], end[name][kept])
+        assert moved == (adapted and bool(kept.any()))
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--lora", "0"), "--lora must be a rank of at least 1; got 0"),
+        (("--lora", "2", "--lora-alpha", "-1"), "--lora-alpha must be above 0"),
+        (("--lora-targets", "query"), "--lora-targets is of --lora"),
+        (("--lora", "2", "--lora-targets", "query", "nothing"), "no layer's name ends in nothing"),
+        (("--lora", "2", "--criterion", "fisher"), "use platon, movement or magnitude"),
+        (("--lora", "2", "--release-gradients", "--max-grad-norm", "0"), "leave out --release-gradients"),
+        (("--lora", "2", "--pattern", "2:4"), "leave --pattern out"),
+        (("--lora", "2", "--score-gradient", "task"), "use joint"),
+        (("--lora", "2", "--dtype", "float16"), "use bfloat16"),
+        (("--lora", "2", "--delta-t", "1", "--gradient-accumulation-steps", "2"), "a delta_t of 2 or more"),
+    ],
+)
+def test_what_can_not_go_together_is_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], reason: str
+) -> None:
+    assert main(["train", *flags(tiny, tmp_path / "run", *more)]) == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_peft_it_says_what_to_install(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["train", *flags(tiny, tmp_path / "run", *LORA)]) == 2
+    assert "--lora needs peft: pip install peft" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *flags(tiny, tmp_path / "run", *LORA)]) == 2
+    assert "--lora trains in one process" in capsys.readouterr().err
+
+
+def test_plan_knows_adapters(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With data what learns; of a model alone what a frozen base takes."""
+    asked = flags(tiny, tmp_path / "run", *LORA, "--state-dtype", "8bit")
+    place = asked.index("--output-dir")
+    assert main(["plan", *asked[:place], *asked[place + 2 :]]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA of rank 2:" in said
+    assert "layer.0.attention.self.query.base_layer.weight" in said
+    pages = []
+    for own in (["--lora", "2"], ["--frozen-base"]):
+        assert main(["plan", "--model", f"{tiny}/model", "--criterion", "platon", *own]) == 0
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1]
+    assert "moments" not in pages[0].split("fits")[0]
