@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_calls import CALLS, REFUSED, by_name, overlaps, refuse_overlap, written
+from operator_calls import CALLS
+from operator_refusals import REFUSED, by_name, overlaps, refuse_overlap, written
 
 pins = torch.ops.pins_ext
 

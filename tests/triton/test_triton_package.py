@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_calls import CALLS, REFUSED, overlaps, refuse_overlap
+from operator_calls import CALLS
+from operator_refusals import REFUSED, overlaps, refuse_overlap
 
 from pins_ext import ops, triton_kernels
 
