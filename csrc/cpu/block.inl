@@ -11,6 +11,10 @@ static_assert(kBlock % kWord == 0 && kChunk % kBlock == 0, "a block is whole wor
 // A call per block costs nothing; inlined, these loops would be compiled a hundred times.
 #define PINS_BLOCK __attribute__((noinline)) inline
 
+// Weights of a block that are fetched, and computed with, at a time; a word of a mask.
+constexpr int64_t kPart = 64;
+static_assert(kBlock % kPart == 0, "a block is whole parts");
+
 struct alignas(64) Buffer {
   float values[kBlock];
 };
@@ -192,6 +196,56 @@ PINS_BLOCK const float* load_gradient(const Span& span, int64_t at, int64_t n, c
   if (clip == 1.0f) return source;
   for (int64_t i = 0; i < n; ++i) buffer.values[i] = source[i] * clip;
   return buffer.values;
+}
+
+// ---- reading ahead ----------------------------------------------------------------------------------------------
+
+// Operands fetched some way ahead of the weights in work, a few lines at a time. A CPU fetches streams ahead by itself,
+// but stops at every page of 4 KB, each time for as long as memory takes. Fetching 256 weights of six operands at once
+// took twice the time of no fetching at all: more lines than can be on their way.
+class Ahead {
+ public:
+  template <class... Spans>
+  explicit Ahead(const Spans&... spans) {
+    (add(spans), ...);
+  }
+
+  // For the part that begins at this weight.
+  inline __attribute__((always_inline)) void fetch(int64_t at) const {
+    for (int i = 0; i < size_; ++i) {
+      const uintptr_t line = first_[i] + static_cast<uintptr_t>(at + kDistance) * (wide_[i] ? 4 : 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(line));
+      __builtin_prefetch(reinterpret_cast<const void*>(line + 64));
+      if (!wide_[i]) continue;
+      __builtin_prefetch(reinterpret_cast<const void*>(line + 128));
+      __builtin_prefetch(reinterpret_cast<const void*>(line + 192));
+    }
+  }
+
+ private:
+  // No operand, or 8-bit storage: nothing is fetched.
+  void add(const Span& span) {
+    if (!span.data || span.columns) return;
+    first_[size_] = reinterpret_cast<uintptr_t>(span.data);
+    wide_[size_++] = span.dtype == Dtype::float32;
+  }
+
+  // Measured: 256 and 512 alike, 1024 slower, where all operands of so many weights fill the L1 cache.
+  static constexpr int64_t kDistance = 512;
+  uintptr_t first_[8];
+  bool wide_[8];
+  int size_ = 0;
+};
+
+// f(first weight of the part, how many) for every part of a block, fetched ahead.
+template <class F>
+inline __attribute__((always_inline)) void for_each_part(const Ahead& ahead, int64_t at, int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kPart <= n; i += kPart) {
+    ahead.fetch(at + i);
+    f(i, kPart);
+  }
+  if (i < n) f(i, n - i);
 }
 
 // ---- masks and comparisons --------------------------------------------------------------------------------------

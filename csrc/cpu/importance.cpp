@@ -89,8 +89,7 @@ void fold(const FoldCall& call, const Work& work, const Fill& fill) {
   const Operand mean_at(work, call.exp_avg_ipt), unc_at(work, call.exp_avg_unc);
   const bool moves = value_of(call.accepted) != 0.0f;
   const auto run_of = [&](const Chunk& chunk) { return mean_at.coded() ? work.whole_groups(chunk) : work.run(chunk); };
-  const auto fold_run = [&](const Run& run, const Chunk& chunk) {
-    if (!moves || run.count == 0) return;
+  const auto args_of = [&](const Run& run, const Chunk& chunk) {
     Fold args{};
     args.run = run;
     args.exp_avg_ipt = mean_at.at(chunk);
@@ -101,23 +100,25 @@ void fold(const FoldCall& call, const Work& work, const Fill& fill) {
     args.one_minus_beta2 = static_cast<float>(1 - call.beta2);
     args.rounding = rounding_of(call.rng);
     fill(args, chunk);
-    kernels().fold(args);
+    return args;
   };
   if (!call.bracket.has_value() || check_bracket(*call.bracket).resolved) {
     for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
       const Run run = run_of(chunk);
-      fold_run(run, {chunk.tensor, run.offset});
+      if (moves && run.count > 0) kernels().fold(args_of(run, {chunk.tensor, run.offset}));
     });
     return;
   }
-  // A chunk's new states are still in the L2 cache when they are counted.
   const auto count = kernels().count[static_cast<int>(call.exp_avg_unc.empty() ? Score::identity : Score::product)];
   count_chunks(work, *call.bracket, *call.counts, [&](const Chunk& chunk, const Bracket& bounds, Tally& tally) {
     const Run run = run_of(chunk);
     const Chunk at{chunk.tensor, run.offset};
     if (run.count == 0) return;
-    fold_run(run, at);
-    count({run, mean_at.at(at), unc_at.at(at)}, bounds, tally);
+    if (!moves) return count({run, mean_at.at(at), unc_at.at(at)}, bounds, tally);
+    Fold args = args_of(run, at);
+    args.bracket = bounds;
+    args.tally = &tally;
+    kernels().fold(args);
   });
 }
 

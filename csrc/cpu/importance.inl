@@ -1,8 +1,8 @@
 // accumulate_ and fold_: the window mean of the instant score, and its running averages.
 
 template <Criterion criterion>
-void accumulate_block(float* __restrict ipt, const float* __restrict p, const float* __restrict g, int64_t n, float lr,
-                      float accepted) {
+void accumulate_part(float* __restrict ipt, const float* __restrict p, const float* __restrict g, int64_t n, float lr,
+                     float accepted) {
   for (int64_t i = 0; i < n; ++i) {
     ipt[i] = next_ipt<criterion>(ipt[i], instant_score<criterion>(p[i], p[i], g[i], lr), accepted);
   }
@@ -12,19 +12,22 @@ template <Criterion criterion>
 void accumulate(const Accumulate& args) {
   Buffer ipt_buffer, p_buffer, g_buffer;
   Bits random;
+  const Ahead ahead(args.ipt, args.params, args.grads);
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
     float* ipt = load(args.ipt, at, n, ipt_buffer);
     const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
     const float* p = criterion == Criterion::precomputed ? g : load(args.params, at, n, p_buffer);
-    accumulate_block<criterion>(ipt, p, g, n, args.lr, args.accepted);
+    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
+      accumulate_part<criterion>(ipt + i, p + i, g + i, part, args.lr, args.accepted);
+    });
     if (args.ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
     store_state(args.ipt, at, n, ipt, random.values, 0);
   }
 }
 
-inline void fold_block(float* __restrict exp_avg_ipt, float* __restrict exp_avg_unc, const float* __restrict ipt,
-                       int64_t n, const Fold& args) {
+inline void fold_part(float* __restrict exp_avg_ipt, float* __restrict exp_avg_unc, const float* __restrict ipt,
+                      int64_t n, const Fold& args) {
   const float beta1 = args.beta1, one_minus_beta1 = args.one_minus_beta1;
   const float beta2 = args.beta2, one_minus_beta2 = args.one_minus_beta2;
   for (int64_t i = 0; i < n; ++i) {
@@ -34,7 +37,7 @@ inline void fold_block(float* __restrict exp_avg_ipt, float* __restrict exp_avg_
   }
 }
 
-inline void fold_ipt_block(float* __restrict exp_avg_ipt, const float* __restrict ipt, int64_t n, const Fold& args) {
+inline void fold_ipt_part(float* __restrict exp_avg_ipt, const float* __restrict ipt, int64_t n, const Fold& args) {
   const float beta1 = args.beta1, one_minus_beta1 = args.one_minus_beta1;
   for (int64_t i = 0; i < n; ++i) exp_avg_ipt[i] = smooth_ipt(exp_avg_ipt[i], ipt[i], beta1, one_minus_beta1);
 }
@@ -58,18 +61,31 @@ PINS_BLOCK const float* load_ipt(const Fold& args, int64_t at, int64_t n, Buffer
 void fold(const Fold& args) {
   Buffer mean_buffer, unc_buffer, ipt_buffer;
   Bits random;
+  const Ahead ahead(args.exp_avg_ipt, args.exp_avg_unc, args.ipt), nothing;
+  const Scores scores{args.run, args.exp_avg_ipt, args.exp_avg_unc};
+  Pending pending;
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
     float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
     float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
     const float* ipt = load_ipt(args, at, n, ipt_buffer);
-    if (args.exp_avg_unc.data) {
-      fold_block(exp_avg_ipt, exp_avg_unc, ipt, n, args);
-    } else {
-      fold_ipt_block(exp_avg_ipt, ipt, n, args);
-    }
+    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
+      if (args.exp_avg_unc.data) {
+        fold_part(exp_avg_ipt + i, exp_avg_unc + i, ipt + i, part, args);
+      } else {
+        fold_ipt_part(exp_avg_ipt + i, ipt + i, part, args);
+      }
+    });
     if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
     store_state(args.exp_avg_ipt, at, n, exp_avg_ipt, random.values, 0);
     if (args.exp_avg_unc.data) store_state(args.exp_avg_unc, at, n, exp_avg_unc, random.values, 16);
+    // The stored averages, which are still in the L1 cache.
+    if (!args.tally) continue;
+    if (args.exp_avg_unc.data) {
+      count_block<Score::product>(scores, nothing, at, n, args.bracket, *args.tally, pending);
+    } else {
+      count_block<Score::identity>(scores, nothing, at, n, args.bracket, *args.tally, pending);
+    }
   }
+  if (args.tally) pending.flush(args.bracket, args.tally->bins);
 }

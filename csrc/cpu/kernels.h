@@ -48,22 +48,6 @@ struct Accumulate {
   Rounding rounding;
 };
 
-// The window's score: ipt, or where that has no data, that of params and the optimizer's moments.
-struct Fold {
-  Run run;
-  Span exp_avg_ipt, exp_avg_unc, ipt;
-  Span params, exp_avg, exp_avg_sq;
-  const float* factors;  // lr, and what corrects the bias of each moment
-  float beta1, one_minus_beta1, beta2, one_minus_beta2;
-  Rounding rounding;
-};
-
-struct Scores {
-  Run run;
-  Span a, b;
-  float factor = 1.0f;  // of the tensor, for the scores that have one
-};
-
 struct Bracket {
   uint32_t lo, hi;
   int shift;
@@ -73,6 +57,24 @@ struct Bracket {
 struct Tally {
   int64_t below;
   uint32_t* bins;  // of less than 2^32 weights
+};
+
+// The window's score: ipt, or where that has no data, that of params and the optimizer's moments.
+struct Fold {
+  Run run;
+  Span exp_avg_ipt, exp_avg_unc, ipt;
+  Span params, exp_avg, exp_avg_sq;
+  const float* factors;  // lr, and what corrects the bias of each moment
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  Rounding rounding;
+  Bracket bracket;
+  Tally* tally;  // of the new scores; null to count nothing
+};
+
+struct Scores {
+  Run run;
+  Span a, b;
+  float factor = 1.0f;  // of the tensor, for the scores that have one
 };
 
 // Groups N:M. Operands and scores are at the tensor's first weight; those of a group are `stride` apart.

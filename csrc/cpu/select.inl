@@ -1,29 +1,36 @@
 // sample, count_, tie_index and pack_: order keys of a block in the L1 cache, compared 64 at a time.
 
 template <Score score>
-void keys_block(const float* __restrict a, const float* __restrict b, float factor, int64_t n,
-                uint32_t* __restrict keys) {
+void keys_part(const float* __restrict a, const float* __restrict b, float factor, int64_t n,
+               uint32_t* __restrict keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a[i], b[i], factor));
 }
 
-// Keys of a block, padded to whole words with the highest key. Scores of one operand read it twice.
+// Keys of a block. Scores of one operand read it twice.
 template <Score score>
-void load_keys(const Scores& scores, int64_t at, int64_t n, Buffer& a_buffer, Buffer& b_buffer, uint32_t* keys) {
+void keys_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
+  Buffer a_buffer, b_buffer;
   const float* a = load(scores.a, at, n, a_buffer);
   const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
-  keys_block<score>(a, b, scores.factor, n, keys);
+  // Two operands: a block's lines can all be on their way.
+  for (int64_t i = kPart; i <= n; i += kPart) ahead.fetch(at + i - kPart);
+  keys_part<score>(a, b, scores.factor, n, keys);
+}
+
+// The same, padded to whole words with the highest key.
+template <Score score>
+void load_keys(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
+  keys_block<score>(scores, ahead, at, n, keys);
   for (int64_t i = n; i < words_of(n) * kWord; ++i) keys[i] = 0xffffffffu;
 }
 
 // The keys of a whole run.
 template <Score score>
 void keys(const Scores& scores, uint32_t* target) {
-  Buffer a_buffer, b_buffer;
+  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    const float* a = load(scores.a, at, n, a_buffer);
-    const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
-    keys_block<score>(a, b, scores.factor, n, target + at);
+    keys_block<score>(scores, ahead, at, n, target + at);
   }
 }
 
@@ -56,27 +63,32 @@ struct Pending {
 
 // Only the few keys inside the bracket reach the histogram: the rest costs two comparisons.
 template <Score score>
-void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
-  Buffer a_buffer, b_buffer;
+PINS_BLOCK void count_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket,
+                            Tally& tally, Pending& pending) {
   Bits block;
+  load_keys<score>(scores, ahead, at, n, block.values);
+  for (int64_t start = 0; start < n; start += kWord) {
+    const uint32_t* word_keys = block.values + start;
+    const uint64_t valid = low_bits(n - start);
+    const uint64_t low = below(word_keys, bracket.lo) & valid;
+    const uint64_t inside = up_to(word_keys, bracket.hi) & ~low & valid;
+    tally.below += __builtin_popcountll(low);
+    if (bracket.lo == bracket.hi) {
+      tally.bins[0] += __builtin_popcountll(inside);
+      continue;
+    }
+    if (inside) pending.append(word_keys, inside);
+    if (pending.size > kPending - 2 * kWord) pending.flush(bracket, tally.bins);
+  }
+}
+
+template <Score score>
+void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
+  const Ahead ahead(scores.a, scores.b);
   Pending pending;
-  const bool one_key = bracket.lo == bracket.hi;
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
-    for (int64_t start = 0; start < n; start += kWord) {
-      const uint32_t* word_keys = block.values + start;
-      const uint64_t valid = low_bits(n - start);
-      const uint64_t low = below(word_keys, bracket.lo) & valid;
-      uint64_t inside = up_to(word_keys, bracket.hi) & ~low & valid;
-      tally.below += __builtin_popcountll(low);
-      if (one_key) {
-        tally.bins[0] += __builtin_popcountll(inside);
-        continue;
-      }
-      if (inside) pending.append(word_keys, inside);
-      if (pending.size > kPending - 2 * kWord) pending.flush(bracket, tally.bins);
-    }
+    count_block<score>(scores, ahead, at, n, bracket, tally, pending);
   }
   pending.flush(bracket, tally.bins);
 }
@@ -85,12 +97,12 @@ void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
 template <Score score>
 int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uint16_t* places) {
   static_assert(kChunk <= 1 << 16, "a place in a chunk has 16 bits");
-  Buffer a_buffer, b_buffer;
   Bits block;
   int64_t size = 0;
+  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    load_keys<score>(scores, ahead, at, n, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
       uint64_t found = up_to(word_keys, bracket.hi) & ~below(word_keys, bracket.lo) & low_bits(n - start);
@@ -107,11 +119,11 @@ int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uin
 // Bit = keep. Pruned: key below the threshold's, or equal to it and before the tie index.
 template <Score score>
 void pack(const Scores& scores, const Pack& args, PackStats& stats) {
-  Buffer a_buffer, b_buffer;
   Bits block;
+  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    load_keys<score>(scores, ahead, at, n, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
       const uint64_t valid = low_bits(n - start);
@@ -132,12 +144,12 @@ void pack(const Scores& scores, const Pack& args, PackStats& stats) {
 // the run, and whether they were kept before.
 template <Score score>
 int64_t pack_around(const Scores& scores, const Bracket& bracket, uint8_t* mask, PackStats& stats, Inside& found) {
-  Buffer a_buffer, b_buffer;
   Bits block;
   int64_t size = 0;
+  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, at, n, a_buffer, b_buffer, block.values);
+    load_keys<score>(scores, ahead, at, n, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
       const uint64_t valid = low_bits(n - start);

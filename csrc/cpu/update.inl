@@ -15,24 +15,23 @@ struct Sgd {
   }
 };
 
-// next = optimizer(p, g, moments), before masking and rounding.
-template <class Optimizer>
-void step_block(const float* __restrict p, const float* __restrict g, float* __restrict first, float* __restrict second,
-                float* __restrict next, int64_t n, const typename Optimizer::Row& row) {
+// next = optimizer(p, g, moments), before masking and rounding, and the window's mean with its score. q: the weight
+// that the score reads, which is the unmasked one where it is known. next may be p.
+template <class Optimizer, int criterion>
+void step_part(const float* p, const float* g, const float* q, float* first, float* second, float* ipt, float* next,
+               int64_t n, const typename Optimizer::Row& row, float accepted) {
+  // Each weight has its own place in every operand.
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     float m = first[i], v = second[i];
-    next[i] = Optimizer::step(p[i], g[i], m, v, row);
+    const float stepped = Optimizer::step(p[i], g[i], m, v, row);
+    if constexpr (criterion != kNoCriterion) {
+      constexpr Criterion kind = static_cast<Criterion>(criterion);
+      ipt[i] = next_ipt<kind>(ipt[i], instant_score<kind>(q[i], stepped, g[i], row.lr), accepted);
+    }
     first[i] = m;
     second[i] = v;
-  }
-}
-
-// q: the weight that the score reads, which is the unmasked one where it is known.
-template <Criterion criterion>
-void score_block(float* __restrict ipt, const float* __restrict q, const float* __restrict next,
-                 const float* __restrict g, int64_t n, float lr, float accepted) {
-  for (int64_t i = 0; i < n; ++i) {
-    ipt[i] = next_ipt<criterion>(ipt[i], instant_score<criterion>(q[i], next[i], g[i], lr), accepted);
+    next[i] = stepped;
   }
 }
 
@@ -47,8 +46,9 @@ inline void mask_block(float* __restrict values, const uint32_t* __restrict keep
 template <class Optimizer, int criterion>
 void masked_update(const Update& args) {
   const typename Optimizer::Row row = *reinterpret_cast<const typename Optimizer::Row*>(args.hyper);
-  Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer, next;
+  Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer, next_buffer;
   Bits keep, random, moment_random;
+  const Ahead ahead(args.params, args.grads, args.first, args.second, args.ipt, args.shadow);
   const bool rounds = args.params.dtype == Dtype::bfloat16 || args.ipt.dtype == Dtype::bfloat16;
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
@@ -57,23 +57,24 @@ void masked_update(const Update& args) {
     const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
     float* first = load(args.first, at, n, first_buffer);
     float* second = load(args.second, at, n, second_buffer);
-    step_block<Optimizer>(p, g, first, second, next.values, n, row);
-    if constexpr (criterion != kNoCriterion) {
-      const float* q = args.shadow.data ? load(args.shadow, at, n, shadow_buffer) : p;
-      float* ipt = load(args.ipt, at, n, ipt_buffer);
-      score_block<static_cast<Criterion>(criterion)>(ipt, q, next.values, g, n, row.lr, args.accepted);
-      store_state(args.ipt, at, n, ipt, random.values, 0);
-    }
-    store_state(args.shadow, at, n, next.values, random.values, 16);
+    const float* q = criterion != kNoCriterion && args.shadow.data ? load(args.shadow, at, n, shadow_buffer) : p;
+    float* ipt = load(args.ipt, at, n, ipt_buffer);
+    float* next = args.params.dtype == Dtype::float32 ? in_place(args.params, at) : next_buffer.values;
+    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
+      step_part<Optimizer, criterion>(p + i, g + i, q + i, first + i, second + i, ipt + i, next + i, part, row,
+                                      args.accepted);
+    });
+    if (criterion != kNoCriterion) store_state(args.ipt, at, n, ipt, random.values, 0);
+    store_state(args.shadow, at, n, next, random.values, 16);
     if (args.mask) {
       expand_mask(args.mask, args.run.offset + at, n, keep.values);
-      mask_block(next.values, keep.values, n);
+      mask_block(next, keep.values, n);
       if (args.clear_state) {
         mask_block(first, keep.values, n);
         mask_block(second, keep.values, n);
       }
     }
-    store_state(args.params, at, n, next.values, random.values, 16);
+    store_state(args.params, at, n, next, random.values, 16);
     if (args.first.data && args.first.dtype != Dtype::float32 && args.first.dtype != Dtype::float16) {
       random_block(args.run, at, n, for_moments(args.rounding), moment_random.values);
     }
