@@ -159,3 +159,18 @@ def test_plan_knows_adapters(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1]
     assert "moments" not in pages[0].split("fits")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("--load-best-model-at-end",), ("--sparsity", "0"), ("--compare",)])
+def test_other_ends_of_a_run_are_merged_too(tiny: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    assert main(["train", *flags(tiny, tmp_path / "run", *LORA, *more), "--eval-steps", "3"]) == 0
+    folders = sorted(path.parent for path in (tmp_path / "run").rglob("metrics.json"))
+    assert [folder.name for folder in folders] == (["dense", "magnitude", "platon"] if "--compare" in more else ["run"])
+    for folder in folders:
+        assert main(["verify", str(folder)]) == 0
+        record = read_record(folder)
+        assert any(note.startswith("merged:") for note in record.notes)
+        dense = "--sparsity" in more or folder.name == "dense"
+        assert record.final.zeros == (0 if dense else round(0.75 * record.final.weights))
+        assert not any("lora" in name for name in weights(folder))
