@@ -206,7 +206,10 @@ def _dtype(model: str) -> Finding:
         return Finding("model", f"{model}{there}: {one_line(error)}", "broken")
     if dtype is None or "float32" in str(dtype):
         return Finding("model", f"{model}: float32")
-    text = f"{model}: {dtype}; loaded as it is, small updates round away: keep --dtype float32, with --bf16 for speed"
+    text = (
+        f"{model}: {dtype}; loaded as it is, torch's own optimizers round small updates away: keep --dtype float32, "
+        "with --bf16 for speed, or --dtype bfloat16 with --optimizer adamw, which rounds stochastically"
+    )
     return Finding("model", text, "note")
 
 

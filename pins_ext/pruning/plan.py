@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.patterns import Fit
+from pins_ext.pruning.attachment import Slot
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import state_bytes
 from pins_ext.pruning.schedule import Schedule
@@ -56,6 +58,7 @@ def plan(
     model_weights: int,
     fits: Sequence[Fit | None],
     frozen_base: bool = False,
+    slots: Sequence[Slot] = (),
 ) -> Plan:
     """The dry run of a pruner; see Pruner.plan.
 
@@ -67,6 +70,7 @@ def plan(
         model_weights: weights of the whole model.
         fits: the pattern of each tensor.
         frozen_base: see Pruner.
+        slots: the tensors by their optimizers.
     """
     n = sum(p.numel() for p in parameters.values())
     zeros = sum(scopes.n_prune(schedule.final_ratio))
@@ -92,7 +96,7 @@ def plan(
         total_steps=schedule.total,
         masks=sum(schedule.is_new_mask(t) for t in ramp),
         points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
-        conflicts=conflicts(config, schedule, frozen_base),
+        conflicts=conflicts(config, schedule, frozen_base, slots),
         config=config.to_dict(),
     )
 
@@ -114,14 +118,35 @@ def pattern_sizes(
     return found.items()
 
 
+def _rounded_away(slots: Sequence[Slot]) -> Iterable[str]:
+    """Weights in bfloat16 whose small updates are lost."""
+    for slot in slots:
+        owner = type(slot.optimizer)
+        narrow = any(slot.parameters[i].dtype == torch.bfloat16 for i in slot.indices)
+        if narrow and owner.__module__.partition(".")[0] == "torch":
+            yield (
+                f"{owner.__name__} rounds bfloat16 weights to nearest, so that updates below 2^-9 of a weight, most of "
+                "fine-tuning's, are lost: PinsAdamW and PinsSGD round stochastically"
+            )
+
+
 def _view_bytes(config: PruneConfig, zeros: int, parameters: Mapping[str, Tensor]) -> int:
     """What Pruner.masked_view keeps while it is open, at most; under strict masks there is nothing to hide."""
     return 0 if config.mask_policy == "strict" else zeros * max(p.element_size() for p in parameters.values())
 
 
-def conflicts(config: PruneConfig, schedule: Schedule, frozen_base: bool = False) -> list[str]:
-    """Settings that work against each other; frozen_base: the pruned weights don't learn."""
-    found = []
+def conflicts(
+    config: PruneConfig, schedule: Schedule, frozen_base: bool = False, slots: Sequence[Slot] = ()
+) -> list[str]:
+    """Settings that work against each other.
+
+    Args:
+        config: what to prune and how.
+        schedule: when.
+        frozen_base: see Pruner.
+        slots: the pruned tensors by their optimizers.
+    """
+    found = [] if frozen_base else list(_rounded_away(slots))
     if config.smoothed and schedule.final_start < config.delta_t:
         found.append(f"the final sparsity starts before the first window of {config.delta_t} steps has ended")
     ramp = range(schedule.initial_warmup + 1, schedule.final_start)

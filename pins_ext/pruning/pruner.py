@@ -102,7 +102,7 @@ class Pruner:
             for part, (owner, indices) in enumerate(parts)
         ]
         self.slots = Slots(made, self)
-        for conflict in (*misfits, *conflicts(config, self.schedule, frozen_base)):
+        for conflict in (*misfits, *conflicts(config, self.schedule, frozen_base, self.slots)):
             warnings.warn(conflict, ConflictWarning, stacklevel=2)
 
     def __repr__(self) -> str:
@@ -333,7 +333,7 @@ class Pruner:
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
         scopes, fits = self.masks.scopes, self.masks.fits
-        made = plan(self.config, self.schedule, parameters, scopes, model_weights, fits, self.frozen_base)
+        made = plan(self.config, self.schedule, parameters, scopes, model_weights, fits, self.frozen_base, self.slots)
         _, misfits = fitted(self.model, parameters, self.config)
         made["conflicts"] = [*misfits, *made["conflicts"]]
         return made

@@ -231,6 +231,26 @@ def test_a_second_backward_is_refused() -> None:
         backward(model)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reentrant_checkpointing_of_shared_weights_is_refused(reentrant: bool) -> None:
+    """Each part is a backward of its own, and would bring its share of their gradient."""
+    model, optimizer, _ = start()
+    block = model.layers[0].forward
+    twice = lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)  # noqa: E731
+    model.layers[0].forward = lambda x: twice(twice(x))
+    optimizer.release_gradients()
+    before = copy.deepcopy(model.layers[0])
+    x, y = next(batches(1))
+    loss = nn.functional.cross_entropy(model(x.requires_grad_()), y)
+    if reentrant:
+        with pytest.raises(RuntimeError, match=r"came twice .*use_reentrant=False"):
+            loss.backward()
+    else:
+        loss.backward()
+        optimizer.step()
+        assert not same(model.layers[0], before)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from pins_ext import PruneConfig, Pruner, ops, reference
 from pins_ext.optim import PinsAdamW, PinsSGD
+from pins_ext.pruning.plan import ConflictWarning
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("float32", "bfloat16", "8bit")
@@ -338,3 +340,17 @@ def test_what_8_bits_cannot_do_is_refused() -> None:
         p.grad = torch.zeros_like(p)
     with pytest.raises(ValueError, match=r"moment_dtype='8bit' is there on the CPU alone.*on meta: use bf"):
         optimizer.step()
+
+
+def test_a_pruner_says_that_nearest_rounding_loses_small_updates() -> None:
+    for dtype, kind, told in (
+        (torch.bfloat16, torch.optim.AdamW, True),
+        (torch.bfloat16, PinsAdamW, False),
+        (torch.float32, torch.optim.AdamW, False),
+    ):
+        model = Network(16).to(dtype)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", ConflictWarning)
+            pruner = Pruner(model, kind(model.parameters()), PruneConfig(delta_t=4, warmup=5, cooldown=20), 60)
+        said = [str(w.message) for w in found if "AdamW rounds bfloat16 weights to nearest" in str(w.message)]
+        assert len(said) == told == len([c for c in pruner.plan()["conflicts"] if c in said])
