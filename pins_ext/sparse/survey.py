@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pins_ext.sparse.attention_heads import HeadLayout, head_layout
+from pins_ext.sparse.chance import blocks_hold_by_chance, groups_hold_by_chance, lines_hold_by_chance
 from pins_ext.sparse.encoding import DTYPES, NAMES, SPARSE_DTYPES, Entry
 from pins_ext.sparse.format import SparseCheckpoint
 from pins_ext.sparse.index import SparseFormatError
@@ -35,6 +36,9 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _EXPLAINED = 0.99
 """Share of a tensor's zeros that must lie in empty blocks, rows or columns for these to be its pattern."""
+
+_PRUNED = 0.01
+"""Share of a tensor that must be zero for a pattern: the empty row of a padding token is none."""
 
 _CHUNK_WEIGHTS = 1 << 23
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -58,7 +62,7 @@ class TensorSurvey:
         dead_rows: rows without a non-zero; a row is the last dimension.
         dead_columns: columns without a non-zero, over all leading dimensions.
         dead_heads: attention heads whose whole part of this matrix is zero, where a config.json tells the heads.
-        patterns: in words, the tightest first.
+        patterns: in words, the tightest first; not those that as many zeros anywhere would make (see `chance`).
         dense_bytes: as it is stored in an ordinary file.
         packed_bytes: with a bit for each zero (`save_sparse`), where that is smaller.
     """
@@ -224,27 +228,49 @@ class _Counts:
         return 0 if len(live) % heads.size else int((~live.view(-1, heads.size).any(1)).sum())
 
     def patterns(self) -> list[str]:
-        """The patterns that hold, in words."""
-        if not self.zeros:
-            return []
-        if self.zeros == self.rows * self.columns:
+        """The patterns that hold, in words, and that zeros anywhere would not make."""
+        weights = self.rows * self.columns
+        if self.zeros == weights:
             return ["all zero"]
-        share = self.zeros / (self.rows * self.columns)
-        found = [*_groups(self.along, "rows", share), *_groups(self.down, "columns", share)]
+        if self.zeros < _PRUNED * weights:
+            return []
+        found = self._groups(self.along, "rows", self.columns, self.dead_columns)
+        found += self._groups(self.down, "columns", self.rows, self.dead_rows)
         lines = self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
         if lines >= _EXPLAINED * self.zeros:
-            return [*found, "whole rows and columns"]
-        blocks = [(a, b) for (a, b), empty in self.empty.items() if empty * a * b >= _EXPLAINED * self.zeros]
-        return [*found, *(f"blocks of {a} x {b}" for a, b in blocks[-1:])]
+            by_chance = lines_hold_by_chance(self.rows, self.columns, self.zeros, lines)
+            return found if by_chance else [*found, "whole rows and columns"]
+        # Blocks answer for the zeros that rows and columns leave over: in an empty column every block is empty.
+        inner, room = self.zeros - lines, (self.rows - self.dead_rows) * (self.columns - self.dead_columns)
+        blocks = [
+            f"blocks of {a} x {b}"
+            for (a, b), empty in self.empty.items()
+            if self.zeros - empty * a * b <= (1 - _EXPLAINED) * inner
+            and not blocks_hold_by_chance(a * b, inner, room, self.zeros - empty * a * b)
+        ]
+        return [*found, *blocks[-1:]]
 
+    def _groups(self, most: dict[int, int], axis: str, lines: int, dead: int) -> list[str]:
+        """The tightest N:M: of every M in a row, or column, at most N are not zero.
 
-def _groups(most: dict[int, int], axis: str, sparsity: float) -> list[str]:
-    """The tightest N:M: of every M in a row, or column, at most N are not zero.
+        Zeros without structure leave few long groups full, by chance: a pattern asks for most of the zeros there are.
 
-    Zeros without structure leave few long groups full, by chance: a pattern asks for most of the zeros there are.
-    """
-    held = [(n / m, m, n) for m, n in most.items() if 0 < n < m and 1 - n / m >= GROUPS[m] * sparsity]
-    return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
+        Args:
+            most: M -> N.
+            axis: "rows" or "columns", along which the groups lie.
+            lines: columns that groups in rows cut across, and the other way round.
+            dead: those without a weight. Where few are left, so are groups.
+        """
+        weights = self.rows * self.columns
+        held = [
+            (n / m, m, n)
+            for m, n in most.items()
+            if 0 < n < m
+            and 1 - n / m >= GROUPS[m] * self.zeros / weights
+            and not groups_hold_by_chance(n, m, weights / m, 1 - self.zeros / weights)
+            and not groups_hold_by_chance(n, m, lines / m, 1 - dead / lines)
+        ]
+        return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
 
 
 def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor], heads: HeadLayout | None) -> TensorSurvey:

@@ -46,14 +46,14 @@ def dead(rows: int, columns: int) -> Tensor:
 
 TENSORS = {
     "a.dense": dense(130, 96),
-    "b.two_of_four": two_of_four(130, 96),
-    "c.down": two_of_four(96, 128).T.contiguous(),
+    "b.two_of_four": two_of_four(130, 128),
+    "c.down": two_of_four(96, 192).T.contiguous(),
     "d.blocks": blocks(128, 96, 16),
     "e.scattered": scattered(300, 200),
     "f.dead": dead(40, 30),
     "g.empty": torch.zeros(8, 8),
     "h.half": scattered(64, 64).bfloat16(),
-    "i.experts": torch.stack([two_of_four(12, 16), two_of_four(12, 16)]),
+    "i.experts": torch.stack([two_of_four(12, 128), two_of_four(12, 128)]),
     "j.bias": torch.tensor([0.0, 1.0, -0.0]),
     "k.positions": torch.arange(12),
     "l.odd": torch.tensor([[1.0, float("nan")], [float("inf"), -0.0]]),
@@ -124,6 +124,58 @@ def test_two_of_four_need_not_be_whole_columns(tmp_path: Path) -> None:
     assert [each.patterns for each in survey(tmp_path / "a.safetensors")] == [()]
 
 
+def nearly_empty(rows: int, columns: int, left: int) -> Tensor:
+    kept = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(5))[:left]
+    tensor = torch.zeros(rows * columns)
+    tensor[kept] = 1.0
+    return tensor.view(rows, columns)
+
+
+def few_columns(rows: int, columns: int, left: int) -> Tensor:
+    """Columns without any order among them."""
+    kept = torch.randperm(columns, generator=torch.Generator().manual_seed(6))[:left]
+    tensor = torch.zeros(rows, columns)
+    tensor[:, kept] = 1.0
+    return tensor
+
+
+def padding_row(rows: int, columns: int) -> Tensor:
+    tensor = dense(rows, columns)
+    tensor[0] = 0
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "patterns"),
+    [
+        *[(nearly_empty(384, 384, left), ()) for left in (1, 2, 10, 100, 1000, 3000)],
+        *[(nearly_empty(2, columns, 2), ()) for columns in (2, 3, 8, 16, 64)],
+        *[(nearly_empty(8, 8, left), ()) for left in (1, 4, 16, 32, 63)],
+        (padding_row(300, 64), ()),
+        (few_columns(384, 384, 10), ("whole rows and columns",)),
+        (few_columns(384, 384, 10) * (nearly_empty(384, 384, 110_000) > 0), ("whole rows and columns",)),
+        # Many columns without a weight, few weights in the others: no blocks, though nearly all tall ones are empty.
+        (few_columns(384, 384, 100) * (nearly_empty(384, 384, 12_000) > 0), ()),
+        # Structure that is there stays, however many zeros come on top.
+        (two_of_four(384, 384) * (nearly_empty(384, 384, 30_000) > 0), ("2:4 in rows",)),
+        (blocks(384, 384, 16) * (blocks(384, 384, 32) > 0), ("blocks of 16 x 16",)),
+    ],
+)
+def test_what_chance_makes_is_no_pattern(tmp_path: Path, tensor: Tensor, patterns: tuple[str, ...]) -> None:
+    save_file({"w": tensor.contiguous()}, tmp_path / "a.safetensors")
+    assert [each.patterns for each in survey(tmp_path / "a.safetensors")] == [patterns]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999])
+def test_zeros_anywhere_have_no_pattern(tmp_path: Path, sparsity: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(3, 384), (64, 64), (384, 384), (384, 1536), (16, 16), (5, 7)]
+    tensors = {f"{i}": dense(*s) * (torch.rand(s, generator=generator) >= sparsity) for i, s in enumerate(shapes)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = {each.patterns for each in survey(tmp_path / "a.safetensors")}
+    assert found <= {(), ("all zero",)}
+
+
 def test_the_packed_size_is_the_one_that_export_writes(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 8))
     with torch.no_grad():
@@ -160,7 +212,7 @@ def test_the_command_prints_draws_and_counts(checkpoint: Path, capsys: pytest.Ca
     picture = checkpoint / "zeros.svg"
     assert main(["inspect", str(checkpoint), "--picture", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert "50.00%  130 x 96           float32   b.two_of_four  (2:4 in rows, whole rows and columns)" in said
+    assert "50.00%  130 x 128          float32   b.two_of_four  (2:4 in rows, whole rows and columns)" in said
     assert "WRONG     2 weights are NaN or infinite" in said
     assert "pins-ext export packs it into" in said
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
