@@ -80,6 +80,7 @@ def test_small_set_ups_of_eight_billion_weights(tmp_path: Path, capsys: pytest.C
     said = page(*eight)
     both = (3 * codes + mask) * pruned
     frozen = 2 * n + 2 * 4096 * 14336 + both
+    at_once = 2 * n + (2 + codes) * 4096 * 14336 + (2 * codes + mask) * pruned
     fisher = mask * pruned
     for name, size, fits in (
         ("8-bit moments and statistics", every + both, 80),
@@ -87,6 +88,7 @@ def test_small_set_ups_of_eight_billion_weights(tmp_path: Path, capsys: pytest.C
         ("fisher, 8-bit moments", every + fisher, 80),
         ("fisher, 8-bit moments .*? and --release-gradients", released + fisher, 48),
         ("below LoRA, 8 bits", frozen, 48),
+        ("below LoRA, 8 bits .*? and --delta-t 1", at_once, 48),
     ):
         found = re.search(rf"{name} ([\d.]+) GB ([\d.]+) B a weight fits (\d+) GB", said)
         assert found is not None, name
