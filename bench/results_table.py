@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pins_ext.runs.tables import markdown
+
 from .contention import QUIET
 from .records import Run
 from .screen import DISTURBED, place
@@ -100,16 +102,16 @@ def _section(path: Path, run: Run, relative_to: Path) -> str:
     if run.others > QUIET:
         head += f"; other processes used up to {run.others:.0%} of the CPU meanwhile: {DISTURBED}"
     measured = lines(run.records, about["device"], all_targets=not run.options["stems"])
-    rows = ["| metric | pass | stretch | measured | | on |", "|---|---|---|---|---|---|"]
-    return "\n".join([head, "", *rows, *map(_row, measured)])
+    heading = ("metric", "pass", "stretch", "measured", "", "on")
+    return f"{head}\n\n{markdown([heading, *map(_row, measured)])}"
 
 
-def _row(line: Line) -> str:
+def _row(line: Line) -> tuple[str, ...]:
     target, sign = line.target, "≥" if line.target.more else "≤"
     metric = f"{target.metric}: `{line.label}`" if line.label else target.metric
     verdict = f"**{line.verdict}**" if line.verdict == "missed" else line.verdict
     bounds = (f"{sign} {shown(bound, target.unit)}" for bound in (target.least, target.wish))
-    return "| " + " | ".join([metric, *bounds, line.shown, verdict, place(line.record)]) + " |"
+    return metric, *bounds, line.shown, verdict, place(line.record)
 
 
 if __name__ == "__main__":
