@@ -106,9 +106,10 @@ class EagerStep:
     """A training step of the released algorithm: importance, optimizer, cat, a threshold, masked_fill_.
 
     Args:
-        parameters: with gradients in place. ratio: remaining ratio, constant. fused: torch's fused AdamW and topk in
-            place of its plain one and kthvalue. compiled: importance and scores through torch.compile, one graph for
-            tensors of any size.
+        parameters: with gradients in place.
+        ratio: remaining ratio, constant.
+        fused: torch's fused AdamW and topk in place of its plain one and kthvalue.
+        compiled: importance and scores through torch.compile, one graph for tensors of any size.
     """
 
     def __init__(

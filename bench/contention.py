@@ -22,7 +22,8 @@ class Neighbours:
     """Watches over a measurement on the CPU; a GPU's own work they do not touch.
 
     Args:
-        device: of the measurement. wait: seconds in all for waiting and for repeating what was disturbed.
+        device: of the measurement.
+        wait: seconds in all for waiting and for repeating what was disturbed.
     """
 
     def __init__(self, device: torch.device, wait: float = 0.0) -> None:

@@ -22,8 +22,13 @@ class Problem:
     """One set of tensors to measure on.
 
     Attributes:
-        name: of the shapes. shapes: of the tensors. dtype: of weights, gradients and moments; bfloat16 and float16
-            weights keep bfloat16 states. device, seed. scores: one of SCORES. ratio: remaining ratio of the selection.
+        name: of the shapes.
+        shapes: of the tensors.
+        dtype: of weights, gradients and moments; bfloat16 and float16 weights keep bfloat16 states.
+        device: of the tensors.
+        seed: of their random values.
+        scores: one of SCORES.
+        ratio: remaining ratio of the selection.
     """
 
     name: str

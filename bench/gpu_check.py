@@ -44,9 +44,13 @@ class Stage:
     """One step of the check.
 
     Attributes:
-        name: in the table. command: what runs. seconds: its time limit, or less where less is left. environment: added
-            to this process's. needed: the rest makes no sense without it. optional: of a tool that may not work on this
-            machine, the exit status of a real finding; any other means that it could not start.
+        name: in the table.
+        command: what runs.
+        seconds: its time limit, or less where less is left.
+        environment: added to this process's.
+        needed: the rest makes no sense without it.
+        optional: of a tool that may not work on this machine, the exit status of a real finding; any other means that
+            it could not start.
     """
 
     name: str

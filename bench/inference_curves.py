@@ -38,7 +38,8 @@ def crossing(points: Sequence[Point], ours: str, peer: str) -> tuple[str, float 
 
     Args:
         points: in rising order, each with both runtimes.
-        ours: name of a runtime. peer: of another.
+        ours: name of a runtime.
+        peer: of another.
 
     Returns:
         The word, and the place where there is one.

@@ -55,13 +55,16 @@ class Case:
     """One thing to time.
 
     Attributes:
-        name: as it stands in tables. run: one call; its argument is the number of the call, from 0, by which buffers
-            rotate. kind: kernel (ours), step (ours, through the pruner), floor (torch's fused optimizers), peer, or
-            bandwidth.
-        weights: weights that one call treats. bytes_per_weight: those the call must move, counted once each; 0 where
-            counting makes no sense. steps: training steps in one call; times are divided by it.
-        against: name of the case a peer is compared with. slow: whether it contains kthvalue, a sort or the like.
-        setup: run once before the first call, if it fits. needs: bytes that it and a call take beside the operands.
+        name: as it stands in tables.
+        run: one call; its argument is the number of the call, from 0, by which buffers rotate.
+        kind: kernel (ours), step (ours, through the pruner), floor (torch's fused optimizers), peer, or bandwidth.
+        weights: weights that one call treats.
+        bytes_per_weight: those the call must move, counted once each; 0 where counting makes no sense.
+        steps: training steps in one call; times are divided by it.
+        against: name of the case a peer is compared with.
+        slow: whether it contains kthvalue, a sort or the like.
+        setup: run once before the first call, if it fits.
+        needs: bytes that it and a call take beside the operands.
         predict: seconds a call will take, from a small piece.
         outputs: tensors that a call has written, for the test of bitwise repeatability; by default what `run` returns.
         streams: what one call moves, for a floor of its own; masks, a bit a weight, are left out.
@@ -87,8 +90,11 @@ class Timing:
     """What was seen of a case.
 
     Attributes:
-        seconds: per step and sample. bytes_moved: counted per step. extra_bytes: peak memory beside the operands.
-        calls: kernel launches on CUDA, operator calls on CPU. error: why there is nothing.
+        seconds: per step and sample.
+        bytes_moved: counted per step.
+        extra_bytes: peak memory beside the operands.
+        calls: kernel launches on CUDA, operator calls on CPU.
+        error: why there is nothing.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -103,9 +109,10 @@ class Limits:
     """How long to go on.
 
     Attributes:
-        rounds: samples per case. warmups: calls before them. patience: seconds after which a case gets no more samples
-            than `least`, and a peer none. deadline: on the clock of time.perf_counter; past it no peer begins, and
-            nobody gets a second sample.
+        rounds: samples per case.
+        warmups: calls before them.
+        patience: seconds after which a case gets no more samples than `least`, and a peer none.
+        deadline: on the clock of time.perf_counter; past it no peer begins, and nobody gets a second sample.
     """
 
     rounds: int
@@ -144,8 +151,9 @@ def measure(
     """Time the cases, interleaved.
 
     Args:
-        tick: called before each call of a case, with its name. neighbours: watches what other processes do meanwhile;
-            samples that they disturbed are taken again while its waiting time lasts.
+        tick: called before each call of a case, with its name.
+        neighbours: watches what other processes do meanwhile; samples that they disturbed are taken again while its
+            waiting time lasts.
 
     Returns:
         By name of the case.

@@ -22,13 +22,16 @@ class Record:
     """One measured case. Times in seconds per step or call; None where it could not be measured or makes no sense.
 
     Attributes:
-        gbps: bytes counted over the median. copy_gbps, read_gbps: bandwidths measured between the samples of this
-            case's group. share_of_copy: gbps over copy_gbps.
+        gbps: bytes counted over the median.
+        copy_gbps, read_gbps: bandwidths measured between the samples of this case's group.
+        share_of_copy: gbps over copy_gbps.
         share_of_floor: the time of a loop without arithmetic over the same streams, over this case's.
         passes: of `select`, its time over the time to read the states once.
         times_ours: of a peer, its median over that of the case it is compared with (`against`).
-        extra_bytes: peak memory beside the operands. calls: kernel launches (CUDA) or operator calls (CPU).
-        repeatable: whether two runs wrote the same bits. slow: whether it contains kthvalue, a sort or a quantile.
+        extra_bytes: peak memory beside the operands.
+        calls: kernel launches (CUDA) or operator calls (CPU).
+        repeatable: whether two runs wrote the same bits.
+        slow: whether it contains kthvalue, a sort or a quantile.
         others: share of the machine's CPU time that other processes used between the samples; above neighbours.QUIET
             the times are disturbed.
         error: why there is no time.

@@ -30,7 +30,8 @@ def shapes_of(name: str, params: int | None = None) -> tuple[Shape, ...]:
     """Shapes of the pruned matrices, about `params` weights in all: blocks are repeated, the last matrix cut to rows.
 
     Args:
-        name: one of SHAPES. params: weights wanted; None for the model's own size.
+        name: one of SHAPES.
+        params: weights wanted; None for the model's own size.
     """
     block, natural = _SHAPES[name]
     if name == "many-small":

@@ -31,8 +31,11 @@ class Group:
     """Cases that share operands and are interleaved.
 
     Attributes:
-        stem: importance, select, pack, update, norm or step. build: makes the cases. peers: whether those too.
-        operand_bytes: per weight, what building takes. label: tells groups of one stem apart.
+        stem: importance, select, pack, update, norm or step.
+        build: makes the cases.
+        peers: whether those too.
+        operand_bytes: per weight, what building takes.
+        label: tells groups of one stem apart.
     """
 
     stem: str

@@ -18,9 +18,12 @@ class Target:
     """One line of the table of targets.
 
     Attributes:
-        metric: what is measured. device: cpu, cuda, or both. least, wish: the bounds of pass and stretch. more: whether
-            larger is better. unit: x (a ratio), share, passes or MB. measure: from a run's records, the label, record
-            and value of every line that this target makes.
+        metric: what is measured.
+        device: cpu, cuda, or both.
+        least, wish: the bounds of pass and stretch.
+        more: whether larger is better.
+        unit: x (a ratio), share, passes or MB.
+        measure: from a run's records, the label, record and value of every line that this target makes.
     """
 
     metric: str

@@ -55,7 +55,10 @@ class Pattern:
 
     @staticmethod
     def parse(text: str) -> Pattern | None:
-        """The pattern of this name; None for "none".
+        """The pattern of a name; None for "none".
+
+        Args:
+            text: such as "2:4" or "4x1" (rows x columns).
 
         Raises:
             ValueError: no such pattern.
@@ -99,7 +102,11 @@ class Fit:
         return (rows, columns) if self.axis == -1 else (columns, rows)
 
     def misfit(self, shape: Sequence[int]) -> str | None:
-        """Why the pattern does not fit a tensor of this shape; None where it does."""
+        """Why the pattern does not fit a tensor; None where it does.
+
+        Args:
+            shape: of the tensor.
+        """
         if len(shape) < 2:
             return f"it has {len(shape)} dimension"
         if any(size % cell for size, cell in zip(shape[-2:], self.cells, strict=True)):
@@ -122,7 +129,11 @@ class Fit:
         return self.split(mask).sum((-3, -1))
 
     def violations(self, mask: Tensor) -> int:
-        """Groups of which a boolean mask keeps more than N, or blocks of which it keeps a part."""
+        """Number of groups of which a mask keeps more than N, or of blocks of which it keeps a part.
+
+        Args:
+            mask: bool, of a shape that the pattern fits; True = keep.
+        """
         kept = self.counted(mask)
         broken = kept > self.pattern.keep if self.pattern.grouped else (kept > 0) & (kept < prod(self.cells))
         return int(broken.sum())

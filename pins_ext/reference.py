@@ -30,9 +30,11 @@ def instant_score(criterion: str, p: Tensor, p_next: Tensor, g: Tensor, lr: floa
     """Instant score c_t of each weight, float32, in the evaluation order every kernel keeps.
 
     Args:
-        criterion: "pins" |lr g^2 - p g|, "pins-signed" without the absolute value, "pins-update" |p_next g|,
-            "platon" |p g|, "movement" -p g, "precomputed" g itself (a user's own score).
-        p: weights before the step. p_next: weights after it, before masking. g: gradients, same shape.
+        criterion: "pins" |lr g^2 - p g|, "pins-signed" without the absolute value, "pins-update" |p_next g|, "platon"
+            |p g|, "movement" -p g, "precomputed" g itself (a user's own score).
+        p: weights before the step.
+        p_next: weights after it, before masking.
+        g: gradients, same shape.
         lr: learning rate of the coming step.
     """
     p, p_next, g = p.float(), p_next.float(), g.float()
@@ -109,7 +111,8 @@ def wanda(weight: Tensor, inputs: Tensor) -> Tensor:
     """|w| ||x||_2 of each weight, float32 [outputs, features] (Sun et al. 2023).
 
     Args:
-        weight: [outputs, features], as nn.Linear has it. inputs: [tokens, features], all that the layer was given.
+        weight: [outputs, features], as nn.Linear has it.
+        inputs: [tokens, features], all that the layer was given.
     """
     return weight.float().abs() * inputs.double().square().sum(0).sqrt().float()
 
@@ -134,7 +137,8 @@ def select(keys: Tensor, index: Tensor, n_prune: int, exact: bool = True) -> tup
     """Threshold (key, tie_index): a weight is pruned when (its key, its global index) < (key, tie_index).
 
     Args:
-        keys: order keys of all weights, int64 [N]. index: their global indices, int64 [N].
+        keys: order keys of all weights, int64 [N].
+        index: their global indices, int64 [N].
         n_prune: how many weights to prune.
         exact: prune exactly the first n_prune in stable order. Otherwise the released rule: prune what lies strictly
             below the n_prune-th smallest score, which is fewer under ties.

@@ -80,9 +80,10 @@ class PinsCallback(TrainerCallback):
             a step and one process. None: gradients wait for the step.
 
     Attributes:
-        pruner: the running pruner, from the start of training on. final: what `Pruner.finalize` returned.
-        timer: of the steps. pruning_seconds: host time spent in pruning and in counting zeros for the log so far, the
-            fused update apart.
+        pruner: the running pruner, from the start of training on.
+        final: what `Pruner.finalize` returned.
+        timer: of the steps.
+        pruning_seconds: host time spent in pruning and in counting zeros for the log so far, the fused update apart.
         regularizes_forward: whether the self-regularizer replaces the loss in the model's own outputs; a Trainer with
             `SelfRegularizedLoss` switches it off.
     """

@@ -17,8 +17,10 @@ class Merged:
     """A model with its adapters merged and its zeros kept.
 
     Attributes:
-        model: the base model, of its own class and with its own names. weights: of the layers that had an adapter.
-        zeros: how many of them are zero, the same as before. refilled: how many of those the merge had filled.
+        model: the base model, of its own class and with its own names.
+        weights: of the layers that had an adapter.
+        zeros: how many of them are zero, the same as before.
+        refilled: how many of those the merge had filled.
         dropped: share of the update's squared norm that lay on the zeros and is lost; 0 where the update is 0.
     """
 
@@ -43,11 +45,12 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
     evaluate the merged model.
 
     Args:
-        model: a PeftModel; it is used up, as by its own `merge_and_unload`. adapter_names: the active ones if None.
+        model: a PeftModel; it is used up, as by its own `merge_and_unload`.
+        adapter_names: the active ones if None.
 
     Raises:
-        TypeError: no PeftModel. ValueError: no adapted layer, layers merged already, quantised weights, or adapters
-            that hold NaN.
+        TypeError: no PeftModel.
+        ValueError: no adapted layer, layers merged already, quantised weights, or adapters that hold NaN.
         RuntimeError: a zero is missing in the end, as where two layers share their weights.
     """
     try:

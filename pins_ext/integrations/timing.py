@@ -25,7 +25,8 @@ class StepTimer(TrainerCallback):
     Host time: on a GPU a step may still be running when its time is taken.
 
     Attributes:
-        steps: how many were timed. seconds, optimizer_seconds: their sums.
+        steps: how many were timed.
+        seconds, optimizer_seconds: their sums.
     """
 
     steps: int = 0
@@ -94,7 +95,8 @@ def pruning_seconds(outside: float, optimizer: float, plain: float | None) -> fl
     """What pruning costs per step.
 
     Args:
-        outside: seconds in pruning that are measured by themselves. optimizer: seconds of `optimizer.step()`.
+        outside: seconds in pruning that are measured by themselves.
+        optimizer: seconds of `optimizer.step()`.
         plain: what that would cost without pruning, see `plain_step_seconds`; None where nothing is hidden in it.
     """
     return outside if plain is None else max(outside, optimizer - plain)

@@ -29,7 +29,11 @@ def coded_shape(shape: Sequence[int], shard: Shard | None = None) -> tuple[int, 
 
 
 def coded_bytes(shape: Sequence[int]) -> int:
-    """Bytes of a tensor of this shape in 8 bits."""
+    """Bytes of a tensor in 8 bits, scales included.
+
+    Args:
+        shape: of the weights that it stores.
+    """
     return math.prod(coded_shape(shape))
 
 
@@ -81,7 +85,12 @@ def new_state(parameter: Tensor, dtype: torch.dtype, shard: Shard | None = None)
 
 
 def is_coded(state: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor stores weights of this shape in 8 bits."""
+    """Whether a tensor stores weights in 8 bits.
+
+    Args:
+        state: any tensor.
+        shape: of the weights.
+    """
     return state.dtype in CODED and tuple(state.shape) == coded_shape(shape)
 
 

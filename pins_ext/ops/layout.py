@@ -24,7 +24,8 @@ class Shard:
     """Where a local tensor lies in its full, unsharded tensor.
 
     Args:
-        full: sizes of the full tensor. start: first index of the local tensor in each dimension.
+        full: sizes of the full tensor.
+        start: first index of the local tensor in each dimension.
     """
 
     full: tuple[int, ...]
@@ -54,6 +55,7 @@ class Layout:
         Args:
             tensors: local tensors, contiguous, in parameter order, all on one device.
             shards: per tensor, where it lies in its full tensor; None where it is whole.
+            base: global index of the first weight of the first full tensor.
 
         Raises:
             ValueError: a shard that needs more than four dimensions or does not fit its full tensor.

@@ -10,12 +10,20 @@ from torch import Tensor
 
 
 def mask_bytes(numel: int) -> int:
-    """Bytes of the packed mask of this many weights: one bit each, least significant first, whole 64-bit words."""
+    """Bytes of a packed mask: one bit for each weight, least significant first, whole 64-bit words.
+
+    Args:
+        numel: number of weights.
+    """
     return -(-numel // 64) * 8
 
 
 def new_mask(tensor: Tensor) -> Tensor:
-    """A packed mask that keeps every weight of `tensor`: uint8 [mask_bytes]; padding bits are zero."""
+    """A packed mask that keeps every weight, uint8 [mask_bytes(numel)]; padding bits are zero.
+
+    Args:
+        tensor: of the weights, any shape; the mask is on its device.
+    """
     n = tensor.numel()
     bits = torch.full((mask_bytes(n),), 255, dtype=torch.uint8, device=tensor.device)
     bits[n // 8 :] = 0
@@ -25,20 +33,33 @@ def new_mask(tensor: Tensor) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A boolean mask (True = keep) as bits: uint8 [mask_bytes]."""
+    """A boolean mask as bits, uint8 [mask_bytes(numel)].
+
+    Args:
+        mask: bool, any shape; True = keep.
+    """
     bits = torch.zeros(8 * mask_bytes(mask.numel()), dtype=torch.uint8, device=mask.device)
     bits[: mask.numel()] = mask.flatten()
     return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The boolean mask of this shape whose bits these are."""
+    """The boolean mask (True = keep) of a packed one.
+
+    Args:
+        bits: uint8 [mask_bytes(numel)].
+        shape: of the weights.
+    """
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).flatten()[: math.prod(shape)].view(tuple(shape)).bool()
 
 
 def set_bits(bits: Tensor) -> Tensor:
-    """How many weights a packed mask keeps, int64 []; `bits` as from `new_mask`, padding bits zero."""
+    """How many weights a packed mask keeps, int64 [], on the mask's device.
+
+    Args:
+        bits: uint8 [mask_bytes(numel)], as from `new_mask`; padding bits zero.
+    """
     words = bits.view(torch.int64)
     pairs = words - ((words >> 1) & 0x5555555555555555)
     nibbles = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)

@@ -232,7 +232,11 @@ def pack_lowest_(
 
 
 def score_of_key(threshold: Tensor) -> Tensor:
-    """The score, float32, whose order key is `threshold[..., 0]`."""
+    """The score of a threshold, float32 [...].
+
+    Args:
+        threshold: int64 [..., 2], order key and tie index, as from `select`.
+    """
     key = threshold[..., 0]
     bits = torch.where(key >> 31 == 1, key ^ 0x80000000, key ^ MAX_KEY)
     return torch.where(bits >= 0x80000000, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)

@@ -21,8 +21,12 @@ class PinsSGD(FusedOptimizer):
     bfloat16 weights and their buffers are rounded stochastically, see PinsAdamW; float16 ones to nearest.
 
     Args:
-        params: parameters or groups. lr: learning rate. momentum: decay of the buffer. dampening: share of a gradient
-            that does not enter the buffer. weight_decay: L2 penalty. nesterov: look ahead along the buffer.
+        params: parameters or groups.
+        lr: learning rate.
+        momentum: decay of the buffer.
+        dampening: share of a gradient that does not enter the buffer.
+        weight_decay: L2 penalty.
+        nesterov: look ahead along the buffer.
 
     Raises:
         ValueError: a hyperparameter out of range, or Nesterov without momentum or with dampening.

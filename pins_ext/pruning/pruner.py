@@ -300,6 +300,9 @@ class Pruner:
     def mask(self, name: str) -> Tensor:
         """Boolean mask of one parameter (True = keep), of its shape, a DTensor where the parameter is one; a copy.
 
+        Args:
+            name: of the parameter, as in `named_parameters`.
+
         Raises:
             ValueError: the parameter is not pruned.
         """

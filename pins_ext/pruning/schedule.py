@@ -13,7 +13,9 @@ class Schedule:
     """The remaining ratio over a training run (PLATON, Zhang et al. 2022; cubic: Zhu & Gupta 2017).
 
     Attributes:
-        total: steps of the run. initial_warmup: last step before the schedule. final_cooldown: steps at the end.
+        total: steps of the run.
+        initial_warmup: last step before the schedule.
+        final_cooldown: steps at the end.
         initial_ratio: share of the prunable weights that is kept at the beginning.
         final_ratio: share that is kept at the end.
         delta_t: steps between masks while the schedule runs.

@@ -126,7 +126,8 @@ def rows(head: str, outputs: Any, inputs: Mapping[str, Any]) -> list[Rows]:
     """The rows of a batch, labels aligned with logits, -100 and positions past the end not valid.
 
     Args:
-        outputs: the student's outputs. inputs: the batch, with labels (span: start_positions, end_positions).
+        outputs: the student's outputs.
+        inputs: the batch, with labels (span: start_positions, end_positions).
 
     Raises:
         ValueError: labels are missing, or don't fit the logits.

@@ -44,8 +44,10 @@ class Losses:
     """The parts of the last batch's loss: detached scalars on the model's device.
 
     Attributes:
-        task: cross-entropy or squared error. total: what the model is trained on.
-        divergence: mean distance D from the teacher. weight: its mean weight. None while there is no teacher.
+        task: cross-entropy or squared error.
+        total: what the model is trained on.
+        divergence: mean distance D from the teacher.
+        weight: its mean weight. None while there is no teacher.
     """
 
     task: Tensor
@@ -82,7 +84,8 @@ class SelfRegularizer:
         head: one of `heads.HEADS`, or "auto": from the class of a transformers model, else from the first batch.
 
     Attributes:
-        teacher: the `Teacher`; its `module` is None while there is none. last: the `Losses` of the last batch.
+        teacher: the `Teacher`; its `module` is None while there is none.
+        last: the `Losses` of the last batch.
 
     Raises:
         ValueError: a setting out of range, a teacher that can't be loaded or lacks weights, a task without a distance.
@@ -137,7 +140,8 @@ class SelfRegularizer:
         """Loss of one batch, to call backward on. The teacher sees the same inputs, without dropout.
 
         Args:
-            outputs: the model's outputs for the batch. inputs: the batch by argument name, labels included.
+            outputs: the model's outputs for the batch.
+            inputs: the batch by argument name, labels included.
             num_items_in_batch: rows that count in all batches of the optimizer step, if their losses are to be summed.
 
         Returns:
@@ -273,7 +277,11 @@ class SelfRegularizer:
     # ---- the training loop ------------------------------------------------------------------------------------------
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Take a snapshot every total_steps // 20 steps, unless `every` was given."""
+        """Take a snapshot every total_steps // 20 steps, unless `every` was given.
+
+        Args:
+            total_steps: optimizer steps of the run.
+        """
         if self.teacher.every is None:
             self.teacher.every = max(1, total_steps // 20)
 
@@ -303,7 +311,10 @@ class SelfRegularizer:
                 )
 
     def evaluated(self, score: float) -> bool:
-        """Tell a dev score, higher is better: the "best" teacher becomes the model whose score beats all before.
+        """Tell a dev score: the "best" teacher becomes the model whose score beats all before.
+
+        Args:
+            score: of the model as it is now; higher is better.
 
         Returns:
             Whether a snapshot was taken; False for other teachers, and for NaN.
@@ -319,7 +330,11 @@ class SelfRegularizer:
         return self._task_gradient.take()
 
     def track_task_gradients(self, names: Iterable[str]) -> None:
-        """Gather task gradients of these parameters only: the pruned ones."""
+        """Gather task gradients of these parameters only.
+
+        Args:
+            names: of the pruned parameters, as in `named_parameters`.
+        """
         self._task_gradient.names = frozenset(names)
 
     # ---- what the user asks for -------------------------------------------------------------------------------------
@@ -348,6 +363,9 @@ class SelfRegularizer:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from a state_dict of a SelfRegularizer of the same model and settings.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             ValueError: other settings, other parameters or shapes; the message lists the differences.

@@ -71,7 +71,8 @@ def prune_checkpoint(
         console: where to.
 
     Raises:
-        UsageError: anything about the request that can't be done. CommandError: the folder could not be written.
+        UsageError: anything about the request that can't be done.
+        CommandError: the folder could not be written.
     """
     quiet()
     name = str(asked.model)

@@ -40,7 +40,8 @@ def run(request: Request, console: Console, task: Task | None = None) -> tuple[R
         The run's record and its task.
 
     Raises:
-        UsageError: the request can't be done; nothing was trained. CommandError: training or saving failed.
+        UsageError: the request can't be done; nothing was trained.
+        CommandError: training or saving failed.
         StoppedError: by a signal; the message says how to go on.
     """
     folder = RunFolder(Path(request.run.output_dir).absolute(), request.overwrite)

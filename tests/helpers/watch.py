@@ -43,8 +43,10 @@ class Watch:
     """What happens while it is on.
 
     Attributes:
-        calls: operator calls by name. reads: of device values by the host, by place in the package: "masks.py:91".
-        uploads: through ops.to_device. tables: those of them that are tables of addresses.
+        calls: operator calls by name.
+        reads: of device values by the host, by place in the package: "masks.py:91".
+        uploads: through ops.to_device.
+        tables: those of them that are tables of addresses.
         unaddressed: calls of operators of pruning that were given no such table.
     """
 

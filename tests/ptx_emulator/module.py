@@ -37,10 +37,15 @@ class Entry:
     """A kernel.
 
     Attributes:
-        target: of the module, such as "sm_90a". threads: most that a block may have, 0 if it is not said.
-        code: table of instructions.ROW. registers: how many. constants: uint64 values.
-        lines: per instruction, its line and text. where: per instruction, the source line before it.
-        static_shared: bytes. extern_shared: offset of the memory that a launch asks for, None if there is none.
+        target: of the module, such as "sm_90a".
+        threads: most that a block may have, 0 if it is not said.
+        code: table of instructions.ROW.
+        registers: how many.
+        constants: uint64 values.
+        lines: per instruction, its line and text.
+        where: per instruction, the source line before it.
+        static_shared: bytes.
+        extern_shared: offset of the memory that a launch asks for, None if there is none.
     """
 
     name: str

@@ -33,8 +33,9 @@ class Session:
             COPIED bytes would have to be put back.
         random_turns: warps in random turns in the first run, too; turns: the seed.
         order_free: kernels whose memory may depend on the order of blocks.
-        findings: with the test they were found in. launches: by kernel and target. coverage: by variant of a kernel,
-            its entry and the threads that executed each instruction.
+        findings: with the test they were found in.
+        launches: by kernel and target.
+        coverage: by variant of a kernel, its entry and the threads that executed each instruction.
         tables: the last pointer tables built, by address: the tensors they point to.
     """
 
