@@ -176,8 +176,6 @@ class Field:
             i: (part.units[i] - part.fixed[i] - part.most[i], part.units[i] - part.fixed[i] - part.least[i])
             for part in self._parts
             for i in part.members
-            for part in self._parts
-            for i in part.members
         }
         sums = [
             (sum(limits[i][0] for i in part.members), sum(limits[i][1] for i in part.members)) for part in self._parts
