@@ -155,10 +155,12 @@ def table(case: dict[str, Any]) -> str:
     time = key(case["threads"])
     anchor = next(name for name in ("onnxruntime float32", "torch float32") if name in rows)
     head = f"{case['shape'][0]} x {case['shape'][1]} tokens, {case['threads']} thread(s); ratio to {anchor}"
-    lines = [head, f"  {'':<28}{'p50 ms':>9}{'p95 ms':>9}{'cpu ms':>9}{'tokens/s':>11}{'ratio':>8}"]
+    titles = f"{'p50 ms':>9}{'p95 ms':>9}{'cpu ms':>9}{'tokens/s':>11}{'ratio':>8}{'MB':>7}{'error':>9}"
+    lines = [head, f"  {'':<28}{titles}"]
     lines += [
         f"  {name:<28}{row['p50_ms']:>9.1f}{row['p95_ms']:>9.1f}{row['processor_ms']:>9.1f}"
         f"{row['tokens_per_second']:>11,.0f}{rows[anchor][time] / row[time]:>8.2f}"
+        f"{row['resident_mb']:>7,.0f}{row['error']:>9.0e}"
         for name, row in rows.items()
     ]
     return "\n".join(lines + [f"  {name:<28}absent: {reason}" for name, reason in case["absent"].items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -33,47 +34,54 @@ class Contest:
         self.calls: dict[str, Call] = {}
         self.absent: dict[str, str] = {}
         self.memory: dict[str, int] = {}
+        self.errors: dict[str, float] = {}
 
     def add_dense(self, model: nn.Module, stack: ExitStack) -> None:
         """Dense runtimes; their files are deleted with `stack`."""
-        inputs, threads = self.inputs, self.threads
-        self._add("torch float32", partial(peers.torch_dense, model, inputs, torch.float32))
-        self._add("torch bfloat16", partial(peers.torch_dense, model, inputs, torch.bfloat16))
+        inputs, threads, expected = self.inputs, self.threads, self._expected(model)
+        self._add("torch float32", partial(peers.torch_dense, model, inputs, torch.float32), expected)
+        self._add("torch bfloat16", partial(peers.torch_dense, model, inputs, torch.bfloat16), expected)
         try:
             file = stack.enter_context(peers.exported(model, inputs))
         except AbsentError as error:
             self.absent["onnxruntime, OpenVINO"] = str(error)
             return
-        self._add("onnxruntime float32", partial(peers.onnxruntime, file, inputs, threads))
-        self._add("OpenVINO float32", partial(peers.openvino, file, inputs, threads, "f32"))
-        self._add("OpenVINO bfloat16", partial(peers.openvino, file, inputs, threads, "bf16"))
-        self._add("OpenVINO int8", partial(peers.openvino_int8, file, inputs, threads))
+        self._add("onnxruntime float32", partial(peers.onnxruntime, file, inputs, threads), expected)
+        self._add("OpenVINO float32", partial(peers.openvino, file, inputs, threads, "f32"), expected)
+        self._add("OpenVINO bfloat16", partial(peers.openvino, file, inputs, threads, "bf16"), expected)
+        self._add("OpenVINO int8", partial(peers.openvino_int8, file, inputs, threads), expected)
 
     def add_csr(self, model: nn.Module, name: str) -> None:
         """torch's CSR matrices. `name`: the model's, e.g. "90%"."""
-        self._add(f"torch CSR {name}", partial(peers.torch_csr, model, self.inputs))
+        self._add(f"torch CSR {name}", partial(peers.torch_csr, model, self.inputs), self._expected(model))
 
     def add_ours(self, model: nn.Module, name: str = "") -> None:
         """This package's sparse layers, with each kind of values. `name`: the model's, e.g. "90%"."""
+        expected = self._expected(model)
         for values in ("float32", "bfloat16", "int8"):
-            self._add(f"pins_ext {values} {name}".rstrip(), partial(peers.ours, model, self.inputs, values))
+            self._add(f"pins_ext {values} {name}".rstrip(), partial(peers.ours, model, self.inputs, values), expected)
 
-    def _add(self, name: str, build: Callable[[], Call]) -> None:
-        gc.collect()
+    def _expected(self, model: nn.Module) -> Tensor:
+        return first_output(model(**self.inputs))
+
+    def _add(self, name: str, build: Callable[[], Call], expected: Tensor) -> None:
         before = _resident()
         try:
             call = build()
-            call()
+            found = first_output(call())
         except AbsentError as error:
             self.absent[name] = str(error)
             return
         self.calls[name] = call
+        self.errors[name] = float((found - expected).norm() / expected.norm())
+        del found
         self.memory[name] = _resident() - before
 
     def beside(self) -> Contest:
         """A contest with the same calls, to which more can be added."""
         other = Contest(self.inputs, self.threads)
-        other.calls, other.absent, other.memory = dict(self.calls), dict(self.absent), dict(self.memory)
+        other.calls, other.absent = dict(self.calls), dict(self.absent)
+        other.memory, other.errors = dict(self.memory), dict(self.errors)
         return other
 
     def rows(self, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -85,7 +93,11 @@ class Contest:
         """
         batch, length = self.inputs["input_ids"].shape
         found = measure(self.calls, rounds, seconds, pause=0.002 if self.threads > 1 else 0.0)
-        return {name: _summary(*samples, self.memory[name], batch * length) for name, samples in found.items()}
+        return {
+            name: _summary(*samples, batch * length)
+            | {"resident_mb": self.memory[name] / 1e6, "error": self.errors[name]}
+            for name, samples in found.items()
+        }
 
 
 def measure(
@@ -116,7 +128,7 @@ def measure(
     return found
 
 
-def _summary(wall: list[float], processor: list[float], memory: int, tokens: int) -> dict[str, float]:
+def _summary(wall: list[float], processor: list[float], tokens: int) -> dict[str, float]:
     ordered = sorted(wall)
     p50 = statistics.median(ordered)
     return {
@@ -126,7 +138,6 @@ def _summary(wall: list[float], processor: list[float], memory: int, tokens: int
         "processor_ms": min(processor) * 1e3,
         "rounds": len(wall),
         "tokens_per_second": tokens / p50,
-        "resident_mb": memory / 1e6,
     }
 
 
@@ -142,7 +153,17 @@ def random_inputs(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def first_output(answer: Any) -> Tensor:
+    """The first thing that a runtime answers, float32: a transformers model, onnxruntime's list, OpenVINO's mapping."""
+    values = answer if isinstance(answer, (Tensor, list, tuple)) else list(answer.values())
+    return torch.as_tensor(values if isinstance(values, Tensor) else values[0], dtype=torch.float32)
+
+
 def _resident() -> int:
-    """Bytes of this process in memory."""
+    """Bytes of this process in memory, without those that it has freed."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096

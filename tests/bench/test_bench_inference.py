@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from pins_ext.bench import bench_inference, inference_peers
-from pins_ext.bench.inference_contest import Contest, measure, random_inputs
+from pins_ext.bench.inference_contest import Contest, first_output, measure, random_inputs
 from pins_ext.bench.inference_curves import Point, crossing, lines, summary
 from pins_ext.cli.main import main
 
@@ -32,6 +32,13 @@ def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.Ca
         assert names <= case["rows"].keys()
         for row in case["rows"].values():
             assert 0 < row["least_ms"] <= row["p50_ms"] <= row["p95_ms"]
+        rows = case["rows"]
+        for values, most in (("float32", 1e-5), ("bfloat16", 1e-2), ("int8", 5e-2)):
+            assert 0 < rows[f"pins_ext {values} 90%"]["error"] < most
+        assert rows["torch float32"]["error"] == 0
+        # The embeddings of both, and nine tenths of a layer's 28 MB less.
+        assert 90 < rows["pins_ext float32 90%"]["resident_mb"] < rows["torch float32"]["resident_mb"] - 15
+        assert "MB    error" in said
         for name, reason in case["absent"].items():
             assert name in said
             assert "pip install" in reason
@@ -119,9 +126,7 @@ def test_every_runtime_gives_the_models_answer() -> None:
         contest.add_ours(model, "90%")
         expected = model(**contest.inputs).last_hidden_state
         for name, call in contest.calls.items():
-            answer = call()
-            first = answer if isinstance(answer, (Tensor, list)) else list(answer.values())
-            found = torch.as_tensor(first[0], dtype=torch.float32)
+            found = first_output(call())
             wide = next((gap for kind, gap in (("bfloat16", 0.1), ("int8", 0.3)) if kind in name), 2e-5)
             assert found.shape == expected.shape, name
             assert (found - expected).abs().max() < wide, name
