@@ -21,8 +21,10 @@ def _inside_ddp(model: nn.Module) -> Any:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and activation checkpointing put into it, anywhere."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    """A parameter's name without what torch.compile, activation checkpointing and peft's adapters put into it."""
+    for added in ("_orig_mod.", "_checkpoint_wrapped_module.", "base_model.model.", "base_layer."):
+        name = name.replace(added, "")
+    return name
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

@@ -14,6 +14,7 @@ from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import folds_at_once, state_bytes, state_size
 from pins_ext.pruning.units import units_bytes
+from pins_ext.wrappers import named_parameters
 
 Shape = tuple[int, ...]
 
@@ -132,7 +133,7 @@ def memory(
     if ranks > 1 and (release or frozen_base):
         raise ValueError(f"gradients that are freed inside backward are of one process, not of {ranks} ranks")
     shards = ranks // replicas
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     buffers = sum(b.nbytes for b in model.buffers())
     weights = sum(_local_bytes(p, shards) for p in parameters.values())
     learning = [p for p in parameters.values() if p.requires_grad and not frozen_base]

@@ -15,7 +15,8 @@ from pins_ext.wrappers import is_flattened, named_parameters, plain_name
 # Output heads, embeddings and poolers are small, or carry the task; the released code leaves them dense too. Adapters
 # are small as well, and what they are merged into has zeros of its own. Routers choose experts: in most models they are
 # bare parameters, and where they are linear modules it is no different.
-_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", "lora_", "router", "expert_gate")
+_ADAPTER = "lora_"
+_NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", _ADAPTER, "router", "expert_gate")
 _RELEASED = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
 
 
@@ -43,6 +44,8 @@ def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool 
             raise ValueError(f"the pattern {pattern!r} matches no parameter; names look like {_examples(parameters)}")
     if config.include:
         chosen = {name for name in parameters if _matches(names[name], config.include)}
+        # What a pattern means over a frozen base is the base; its adapters share their layers' names.
+        chosen -= {name for name in chosen if frozen_too and _ADAPTER in name}
     elif config.parameter_set == "released":
         chosen = {name for name in parameters if any(part in name for part in _RELEASED)}
     else:

@@ -156,8 +156,7 @@ def merge(prepared: Prepared) -> str:
     trainer.compute_metrics = partial(task.compute_metrics, split="validation", model=model)
     if pins.pruner is not None and pins.final is not None:
         pins.pruner.detach()
-        names = {id(p): name for name, p in model.named_parameters()}
-        pins.pruner.model, pins.pruner.names[:] = model, [names[id(p)] for p in pins.pruner.parameters]
+        pins.pruner.model = model
         parameters = dict(zip(pins.pruner.names, pins.pruner.parameters, strict=True))
         pins.final = {**pins.final, **inspection.verify(model, parameters, pins.pruner.masks, ())}
     return (

@@ -152,13 +152,22 @@ def test_plan_knows_adapters(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["plan", *asked[:place], *asked[place + 2 :]]) == 0
     said = capsys.readouterr().out
     assert "LoRA of rank 2:" in said
-    assert "layer.0.attention.self.query.base_layer.weight" in said
+    assert "  bert.encoder.layer.0.attention.self.query.weight  (16, 16)" in said
     pages = []
     for own in (["--lora", "2"], ["--frozen-base"]):
         assert main(["plan", "--model", f"{tiny}/model", "--criterion", "platon", *own]) == 0
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1]
     assert "moments" not in pages[0].split("fits")[0]
+
+
+def test_patterns_are_of_the_model_s_own_names(tiny: Path, tmp_path: Path) -> None:
+    """Not of those that peft gives it; and adapters, whose names lie below those of their layers, are not meant."""
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    asked = ("--include", "bert.*.query.weight", "--exclude", "bert.encoder.layer.1.*", "--teacher", "none")
+    assert main(["train", *flags(tiny, tmp_path / "run", *LORA, *asked)]) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert list(read_record(tmp_path / "run").final.tensors) == [name]
 
 
 @pytest.mark.slow
