@@ -19,7 +19,7 @@ from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.moments import converted_moment, exported_state, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
-from pins_ext.optim.step import Scaling, is_rehearsal
+from pins_ext.optim.step import Scaling, is_rehearsal, refuse_capture
 
 COPY_WARNING = (
     "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner along, "
@@ -99,9 +99,11 @@ class FusedOptimizer(Optimizer):
             closure: computes the loss anew; only without a listener.
 
         Raises:
-            RuntimeError: a closure while pruning: its gradients would come too late for the importance.
+            RuntimeError: a closure while pruning: its gradients would come too late for the importance; or a CUDA graph
+                is captured.
         """
         loss = None
+        refuse_capture(self)
         if self.listener is None and self._left_listener:
             warnings.warn(COPY_WARNING, stacklevel=2)
         self._left_listener = False

@@ -80,6 +80,20 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     return not Ranks(parameters).any(moved)
 
 
+def refuse_capture(optimizer: Optimizer) -> None:
+    """Raise RuntimeError where a step would become part of a CUDA graph, whose replays would repeat it."""
+    if not torch.compiler.is_compiling() and _captured(optimizer):
+        raise RuntimeError(
+            "a CUDA graph of this step would repeat its learning rate, its count of steps, its masks and its rounding, "
+            "which the host decides anew in every step: capture forward and backward, and call step() after the replay"
+        )
+
+
+def _captured(optimizer: Optimizer) -> bool:
+    on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"][:1])
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
 def _whole(value: Any) -> Any:
     """A DTensor's value, summed over the ranks where that is pending; anything else as it is."""
     return value.full_tensor() if is_dtensor(value) else value

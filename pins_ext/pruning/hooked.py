@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from pins_ext.distributed.shards import local
-from pins_ext.optim.step import is_rehearsal
+from pins_ext.optim.step import is_rehearsal, refuse_capture
 from pins_ext.pruning import copies
 from pins_ext.pruning.attachment import Slot, Slots
 
@@ -69,6 +69,7 @@ def _before(slot: HookedSlot, optimizer: Optimizer, args: Any, kwargs: Any) -> N
         return
     if any(callable(value) for value in (*args, *kwargs.values())):
         raise RuntimeError("step(closure) computes gradients inside the step, too late for the importance")
+    refuse_capture(optimizer)
     slot.slots.begin(slot)
 
 

@@ -14,6 +14,7 @@ from gpus import Gpu
 from torch import Tensor
 
 from pins_ext.ops import CRITERIA, Layout, Shard, new_mask
+from pins_ext.optim import PinsAdamW
 
 on_a_gpu = pytest.mark.gpu
 
@@ -218,6 +219,18 @@ def test_capture_without_pointers_is_refused() -> None:
         torch.cuda.graph(graph),
     ):
         job.op(*arguments, **scalars)
+
+
+@on_a_gpu
+def test_an_optimizers_step_is_not_captured() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=DEVICE))
+    optimizer = PinsAdamW([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"call step\(\) after the replay"), torch.cuda.graph(graph):
+        optimizer.step()
 
 
 @on_a_gpu

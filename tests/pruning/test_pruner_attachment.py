@@ -41,3 +41,21 @@ def test_a_second_pruner_of_one_optimizer_is_refused_and_attaches_nothing(optimi
     Pruner(model, free, PruneConfig(include=("layers.0.output.dense.weight",)), STEPS).detach()
     first.detach()
     assert all(slot.attached for slot in Pruner(model, [free, taken], CONFIG, STEPS).slots)
+
+
+@CLASSES
+def test_a_step_is_refused_while_a_graph_is_captured(optimizer_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays would repeat what the host decided; torch's capturable=True does not help a pruner."""
+    model = torch.nn.Linear(8, 8)
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    pruner = Pruner(model, optimizer, PruneConfig(sparsity=0.5, delta_t=1, warmup=0, cooldown=1), 10)
+    model(torch.ones(1, 8)).sum().backward()
+    before = model.weight.clone()
+    monkeypatch.setattr("pins_ext.optim.step._captured", lambda optimizer: True)
+    with pytest.raises(RuntimeError, match=r"call step\(\) after the replay"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert pruner.step == 0
+    monkeypatch.undo()
+    optimizer.step()
+    assert pruner.step == 1
