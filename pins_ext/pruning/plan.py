@@ -26,6 +26,7 @@ class Plan(dict[str, Any]):
     """A dry run as plain data; `str` makes it a page to read."""
 
     def __str__(self) -> str:
+        start = f"{self['start_sparsity']:.1%}" if self["start_sparsity"] else "dense"
         lines = [
             f"{self['weights']:,} prunable weights in {len(self['tensors'])} tensors "
             f"({self['share_of_model']:.1%} of the model's {self['model_weights']:,})",
@@ -40,8 +41,8 @@ class Plan(dict[str, Any]):
                 if self["patterns"]
                 else []
             ),
-            f"schedule {self['schedule']}: dense to step {self['warmup']}, at the end from step {self['final_start']} "
-            f"of {self['total_steps']}, {self['masks']} masks on the way",
+            f"schedule {self['schedule']}: {start} to step {self['warmup']}, at the end from step "
+            f"{self['final_start']} of {self['total_steps']}, {self['masks']} masks on the way",
             "  step  sparsity",
             *(f"{t:6d}  {s:8.2%}" for t, s in self["points"]),
             "tensors:",
@@ -83,6 +84,7 @@ def plan(
         share_of_model=n / model_weights,
         tensors={name: tuple(p.shape) for name, p in parameters.items()},
         zeros_at_the_end=zeros,
+        start_sparsity=0.0,
         final_sparsity=zeros / n,
         remainder=scopes.remainder(schedule.final_ratio),
         patterns=dict(pattern_sizes(parameters, fits)),

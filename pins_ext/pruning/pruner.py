@@ -339,6 +339,8 @@ class Pruner:
         made = plan(self.config, self.schedule, parameters, scopes, model_weights, fits, self.frozen_base, self.slots)
         _, misfits = fitted(self.model, parameters, self.config)
         made["conflicts"] = [*misfits, *made["conflicts"]]
+        if self.masks.fixed is not None:
+            made["start_sparsity"] = made["points"][0][1]
         return made
 
     def verify(self) -> dict[str, Any]:

@@ -34,9 +34,11 @@ class SayWhatStarts(TrainerCallback):
         if pruner is not None:
             plan = pruner.plan()
             self.prepared.notes += [f"conflict: {text}" for text in plan["conflicts"]]
+            start = percent(plan["start_sparsity"]) if plan["start_sparsity"] else "dense"
             pruning = (
                 f"{plan['weights']:,} of {plan['model_weights']:,} weights, {len(plan['tensors'])} tensors; "
-                f"dense to step {plan['warmup']:,}, {percent(plan['final_sparsity'])} from step {plan['final_start']:,}"
+                f"{start} to step {plan['warmup']:,}, {percent(plan['final_sparsity'])} from step "
+                f"{plan['final_start']:,}"
             )
         lines = [f"training  {training_line(self.prepared)}", f"pruning   {pruning}"]
         lines += [f"note      {note}" for note in self.prepared.notes if note not in self.said]

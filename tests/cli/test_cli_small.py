@@ -53,10 +53,16 @@ def test_released_gradients_end_at_the_same_weights(tiny: Path, tmp_path: Path, 
     assert any(not torch.equal(kept[name], other[name]) for name in kept)
 
 
-def test_a_sparse_checkpoint_is_pruned_further(tiny: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_a_sparse_checkpoint_is_pruned_further(
+    tiny: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = flags(tiny, tmp_path / "run", "--from-sparse", "--sparsity", "0.9", "--teacher", "none")
     asked[asked.index("--model") + 1] = str(unbroken)
     assert main(["train", *asked]) == 0
+    assert "12 tensors; 75.0 % to step 1, 90.0 % from step 9" in capsys.readouterr().out
+    place = asked.index("--output-dir")
+    assert main(["plan", *asked[:place], *asked[place + 2 :]]) == 0
+    assert "schedule cubic: 75.0% to step 1" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "run")]) == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     start, end = weights(unbroken), weights(tmp_path / "run")
