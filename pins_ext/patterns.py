@@ -33,6 +33,9 @@ _EXPLAINED = 0.99
 _HEAD = 256
 """Rows that are looked at before a whole matrix is."""
 
+_SLAB = 1 << 18
+"""Elements of a mask that are counted at once."""
+
 _GROUPED = {4: 0.5, 8: 0.9, 16: 0.9}
 """M -> share of the zeros that N:M must ask for to be the pattern: without structure few long groups are full."""
 
@@ -151,11 +154,11 @@ def recognised(mask: Tensor, axis: int) -> Pattern | None:
         mask: boolean, at least two dimensions, True where a weight is not zero.
         axis: dimension of the inputs, see Fit.
     """
-    zeros = mask.numel() - int(mask.sum())
+    zeros = mask.numel() - int(mask.count_nonzero())
     if mask.dim() < 2 or not 0 < zeros < mask.numel():
         return None
     head = mask[..., :_HEAD, :]
-    missing = head.numel() - int(head.sum())
+    missing = head.numel() - int(head.count_nonzero())
     fits = [fit for fit in _fits(mask.shape, axis) if missing == 0 or _explains(fit, head, missing, 0.9)]
     found = [fit.pattern for fit in fits if _explains(fit, mask, zeros)]
     groups = [pattern for pattern in found if pattern.grouped]
@@ -179,5 +182,15 @@ def _explains(fit: Fit, mask: Tensor, zeros: int, share: float = 1.0) -> bool:
         return True  # a few rows that end within a block
     if fit.pattern.grouped:
         asked = 1 - fit.pattern.keep / fit.pattern.of
-        return asked >= share * _GROUPED[fit.pattern.of] * zeros / mask.numel() and fit.violations(mask) == 0
-    return int((fit.counted(mask) == 0).sum()) * prod(fit.cells) >= share * _EXPLAINED * zeros
+        enough = asked >= share * _GROUPED[fit.pattern.of] * zeros / mask.numel()
+        return enough and all(fit.violations(slab) == 0 for slab in _slabs(fit, mask))
+    empty = sum(int((fit.counted(slab) == 0).sum()) for slab in _slabs(fit, mask))
+    return empty * prod(fit.cells) >= share * _EXPLAINED * zeros
+
+
+def _slabs(fit: Fit, mask: Tensor) -> Iterator[Tensor]:
+    """The mask in parts of whole groups or blocks: torch counts in eight bytes for each element."""
+    rows, unit = mask.shape[-2], fit.cells[0]
+    step = max(1, _SLAB * rows // (mask.numel() * unit)) * unit
+    for begin in range(0, rows, step):
+        yield mask[..., begin : begin + step, :]

@@ -146,9 +146,8 @@ class SparseCheckpoint:
             SparseFormatError: arrays that are missing or contradict each other.
         """
         for name, entry, arrays in self.arrays():
-            with self._named(name):
-                tensor = decode(arrays, entry)
-            yield name, tensor
+            # Without a name here, or it would live on while the next one is made.
+            yield name, self._decoded(name, entry, arrays)
 
     def check(self) -> None:
         """Read all arrays, one tensor at a time, without expanding them.
@@ -160,6 +159,10 @@ class SparseCheckpoint:
             if entry.layout == "rows":
                 with self._named(name):
                     check(arrays, entry)
+
+    def _decoded(self, name: str, entry: Entry, arrays: dict[str, Tensor]) -> Tensor:
+        with self._named(name):
+            return decode(arrays, entry)
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
