@@ -68,8 +68,8 @@ class Model(nn.Module):
 def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     """One call is a window: delta_t - 1 steps inside it and its boundary.
 
-    Bytes counted per step, the split design: update, ipt and mask at every step; fold, one read to select, pack once a
-    window. torch's AdamW: its seven.
+    Bytes counted per step: update, ipt and mask at every step, and once a window what `_boundary_bytes` says. torch's
+    AdamW: its seven.
     """
     weight, state = problem.sizes
     model = Model(problem)
@@ -89,7 +89,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     def written() -> list[Tensor]:
         return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks.bits]
 
-    ours = 7 * weight + 2 * state + 0.125 + (5 * state + 2 * state + 2 * state + 0.25) / delta_t
+    ours = 7 * weight + 2 * state + 0.125 + _boundary_bytes(problem, delta_t) / delta_t
     name = name_of(delta_t)
     found = [
         Case(
@@ -114,6 +114,16 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
         ),
     ]
     return found + (_eager_cases(problem, model, window, delta_t) if peers else [])
+
+
+def _boundary_bytes(problem: Problem, delta_t: int) -> float:
+    """What a window's boundary moves beside its steps' update and ipt.
+
+    Fold, one read to select, pack. On the CPU a window of one step reads both averages and writes them in its own pass,
+    and has no ipt.
+    """
+    _, state = problem.sizes
+    return 9 * state + 0.25 if delta_t > 1 or problem.device.type != "cpu" else 2 * state + 0.25
 
 
 def _settle(model: Model, delta_t: int, exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor]) -> None:
@@ -174,7 +184,7 @@ def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
 
     update = 8 * weight + 0.125
     return [
-        ours("pins", update + 2 * state + (5 * state + 2 * state + 0.25) / delta_t),
+        ours("pins", update + 2 * state + _boundary_bytes(problem, delta_t) / delta_t),
         ours("fisher", update + (4 * weight + 0.25) / delta_t),
         Case(
             CLIPPED_FLOOR,

@@ -155,6 +155,14 @@ PINS_BLOCK void store_state(const Span& span, int64_t at, int64_t n, const float
   for (int64_t i = 0; i < n; ++i) target[i] = bf16_of(source[i], bits[i] >> shift);
 }
 
+// What `store_state` would store, in fp32.
+PINS_BLOCK void round_state(const Span& span, int64_t n, float* values, const uint32_t* random, int shift) {
+  if (span.dtype != Dtype::bfloat16) return;
+  float* __restrict target = values;
+  const uint32_t* __restrict bits = random;
+  for (int64_t i = 0; i < n; ++i) target[i] = float_of_bf16(bf16_of(target[i], bits[i] >> shift));
+}
+
 // A moment: stochastically into 8-bit storage too. A decay of .001 is far below a step of its codes.
 PINS_BLOCK void store_moment(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
                              int shift) {

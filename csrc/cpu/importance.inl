@@ -58,34 +58,40 @@ PINS_BLOCK const float* load_ipt(const Fold& args, int64_t at, int64_t n, Buffer
   return ipt_buffer.values;
 }
 
-void fold(const Fold& args) {
-  Buffer mean_buffer, unc_buffer, ipt_buffer;
+// The averages of a block take in the window's score and are stored; those that are stored are counted.
+PINS_BLOCK void fold_block(const Fold& args, const Ahead& ahead, int64_t at, int64_t n, const float* ipt,
+                           Pending& pending) {
+  Buffer mean_buffer, unc_buffer;
   Bits random;
-  const Ahead ahead(args.exp_avg_ipt, args.exp_avg_unc, args.ipt), nothing;
+  float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
+  float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
+  for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
+    if (args.exp_avg_unc.data) {
+      fold_part(exp_avg_ipt + i, exp_avg_unc + i, ipt + i, part, args);
+    } else {
+      fold_ipt_part(exp_avg_ipt + i, ipt + i, part, args);
+    }
+  });
+  if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
+  store_state(args.exp_avg_ipt, at, n, exp_avg_ipt, random.values, 0);
+  if (args.exp_avg_unc.data) store_state(args.exp_avg_unc, at, n, exp_avg_unc, random.values, 16);
+  if (!args.tally) return;
+  const Ahead nothing;
   const Scores scores{args.run, args.exp_avg_ipt, args.exp_avg_unc};
+  if (args.exp_avg_unc.data) {
+    count_block<Score::product>(scores, nothing, at, n, args.bracket, *args.tally, pending);
+  } else {
+    count_block<Score::identity>(scores, nothing, at, n, args.bracket, *args.tally, pending);
+  }
+}
+
+void fold(const Fold& args) {
+  Buffer ipt_buffer;
+  const Ahead ahead(args.exp_avg_ipt, args.exp_avg_unc, args.ipt);
   Pending pending;
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
-    float* exp_avg_ipt = load(args.exp_avg_ipt, at, n, mean_buffer);
-    float* exp_avg_unc = load(args.exp_avg_unc, at, n, unc_buffer);
-    const float* ipt = load_ipt(args, at, n, ipt_buffer);
-    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
-      if (args.exp_avg_unc.data) {
-        fold_part(exp_avg_ipt + i, exp_avg_unc + i, ipt + i, part, args);
-      } else {
-        fold_ipt_part(exp_avg_ipt + i, ipt + i, part, args);
-      }
-    });
-    if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
-    store_state(args.exp_avg_ipt, at, n, exp_avg_ipt, random.values, 0);
-    if (args.exp_avg_unc.data) store_state(args.exp_avg_unc, at, n, exp_avg_unc, random.values, 16);
-    // The stored averages, which are still in the L1 cache.
-    if (!args.tally) continue;
-    if (args.exp_avg_unc.data) {
-      count_block<Score::product>(scores, nothing, at, n, args.bracket, *args.tally, pending);
-    } else {
-      count_block<Score::identity>(scores, nothing, at, n, args.bracket, *args.tally, pending);
-    }
+    fold_block(args, ahead, at, n, load_ipt(args, at, n, ipt_buffer), pending);
   }
   if (args.tally) pending.flush(args.bracket, args.tally->bins);
 }

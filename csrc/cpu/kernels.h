@@ -103,16 +103,28 @@ struct Inside {
   uint8_t* kept;
 };
 
+// A window's boundary in an optimizer's pass: masks are chosen by the averages before it, and the window's mean, which
+// then stays out of memory, is folded after it.
+struct Boundary {
+  const Bracket* around;  // a few weights around the threshold; null: the masks stay
+  PackStats stats;
+  Inside found;
+  int64_t size;  // of found
+  bool folds;
+  Fold fold;  // without its ipt
+};
+
 // AdamW: first = exp_avg, second = exp_avg_sq. SGD: first = momentum_buffer.
 struct Update {
   Run run;
   Span params, grads, first, second, ipt, shadow;
-  const uint8_t* mask;  // of the whole tensor, or null
-  const float* hyper;   // the tensor's row
+  uint8_t* mask;       // of the whole tensor, or null
+  const float* hyper;  // the tensor's row
   Gradient gradient;
   float accepted;
   bool clear_state;
   Rounding rounding;
+  Boundary* boundary;  // of the boundary kernels; not of 8-bit storage
 };
 
 struct ApplyMask {
@@ -147,6 +159,8 @@ struct Kernels {
   int64_t (*pack_around[kScoreCount])(const Scores&, const Bracket&, uint8_t* mask, PackStats&, Inside&);
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);
+  void (*boundary_adamw[kCriterionCount + 1])(const Update&);
+  void (*boundary_sgd[kCriterionCount + 1])(const Update&);
   void (*apply_mask)(const ApplyMask&);
   SparseLoops sparse;
   double (*sum_of_squares)(const Span&, int64_t count);

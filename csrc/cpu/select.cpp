@@ -5,7 +5,7 @@
 #include <atomic>
 #include <limits>
 
-#include "bracket.h"
+#include "candidates.h"
 #include "scored.h"
 
 namespace pins_ext::cpu {
@@ -178,13 +178,6 @@ Scored check_packing(const Work& work, const Tensors& masks, const Tensor& stats
   return scored;
 }
 
-// Integer sums: the order of threads cannot be seen.
-void add_stats(int64_t* total, const PackStats& own) {
-  __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);
-  __atomic_fetch_add(total + 1, own.flipped, __ATOMIC_RELAXED);
-  __atomic_fetch_add(total + 2, own.nan, __ATOMIC_RELAXED);
-}
-
 void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
            const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& factors,
            const OptionalTensor& /*pointers*/) {
@@ -215,14 +208,6 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
   });
 }
 
-// A weight inside the bracket, and where its bit is.
-struct Candidate {
-  int64_t key, index, tensor, local;
-  bool kept;  // before
-
-  bool operator<(const Candidate& other) const { return key < other.key || (key == other.key && index < other.index); }
-};
-
 // Masks from a bracket: what lies below is pruned, what lies above is kept, and of the weights inside, in the order of
 // (key, index), the bracket's rank says how many are pruned. threshold is then that of `settle`.
 void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& threshold, const Tensors& a,
@@ -238,8 +223,7 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
   std::fill(totals, totals + 3 * work.tensors(), 0);
   const Masks masks_at(masks);
   const auto pack_around = kernels().pack_around[scored.kind];
-  std::vector<Candidate> candidates;
-  std::mutex mutex;
+  Candidates candidates;
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     uint32_t keys[kChunk];
     uint16_t places_in_chunk[kChunk];
@@ -248,33 +232,9 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
     PackStats own{0, 0, 0};
     const int64_t size = pack_around(scored.at(work, chunk), checked.bounds, masks_at.at(chunk), own, found);
     add_stats(totals + 3 * chunk.tensor, own);
-    if (size == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t local = chunk.offset + places_in_chunk[i];
-      candidates.push_back(
-          {keys[i], global_index(work.places[chunk.tensor], local), chunk.tensor, local, kept[i] != 0});
-    }
+    candidates.add(work, chunk.tensor, chunk.offset, found, size);
   });
-  const int64_t count = static_cast<int64_t>(candidates.size());
-  int64_t* result = static_cast<int64_t*>(threshold.data_ptr());
-  result[0] = checked.bounds.lo;
-  result[1] = 0;
-  if (count == 0 && checked.rank == 0) return;
-  PINS_CHECK(0 <= checked.rank && checked.rank < count, "bracket has rank ", checked.rank, ", but only ", count,
-             " weights inside");
-  std::sort(candidates.begin(), candidates.end());
-  for (int64_t i = 0; i < checked.rank; ++i) {
-    const Candidate& loser = candidates[i];
-    masks_at.at({loser.tensor, 0})[loser.local / 8] &= static_cast<uint8_t>(~(1u << (loser.local % 8)));
-    int64_t* total = totals + 3 * loser.tensor;
-    total[0] -= 1;
-    total[1] += loser.kept ? 1 : -1;
-  }
-  const Candidate& first = candidates[checked.rank];
-  const bool tied = checked.rank > 0 && candidates[checked.rank - 1].key == first.key;
-  result[0] = first.key;
-  result[1] = tied ? first.index : 0;
+  candidates.settle(checked, masks_at, totals, static_cast<int64_t*>(threshold.data_ptr()), [](const Candidate&) {});
 }
 
 }  // namespace

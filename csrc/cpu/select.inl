@@ -17,11 +17,15 @@ void keys_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n,
   keys_part<score>(a, b, scores.factor, n, keys);
 }
 
-// The same, padded to whole words with the highest key.
+// To whole words with the highest key.
+inline void pad_keys(int64_t n, uint32_t* keys) {
+  for (int64_t i = n; i < words_of(n) * kWord; ++i) keys[i] = 0xffffffffu;
+}
+
 template <Score score>
 void load_keys(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
   keys_block<score>(scores, ahead, at, n, keys);
-  for (int64_t i = n; i < words_of(n) * kWord; ++i) keys[i] = 0xffffffffu;
+  pad_keys(n, keys);
 }
 
 // The keys of a whole run.
@@ -62,13 +66,9 @@ struct Pending {
 };
 
 // Only the few keys inside the bracket reach the histogram: the rest costs two comparisons.
-template <Score score>
-PINS_BLOCK void count_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket,
-                            Tally& tally, Pending& pending) {
-  Bits block;
-  load_keys<score>(scores, ahead, at, n, block.values);
+PINS_BLOCK void count_keys(const uint32_t* keys, int64_t n, const Bracket& bracket, Tally& tally, Pending& pending) {
   for (int64_t start = 0; start < n; start += kWord) {
-    const uint32_t* word_keys = block.values + start;
+    const uint32_t* word_keys = keys + start;
     const uint64_t valid = low_bits(n - start);
     const uint64_t low = below(word_keys, bracket.lo) & valid;
     const uint64_t inside = up_to(word_keys, bracket.hi) & ~low & valid;
@@ -80,6 +80,14 @@ PINS_BLOCK void count_block(const Scores& scores, const Ahead& ahead, int64_t at
     if (inside) pending.append(word_keys, inside);
     if (pending.size > kPending - 2 * kWord) pending.flush(bracket, tally.bins);
   }
+}
+
+template <Score score>
+void count_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket, Tally& tally,
+                 Pending& pending) {
+  Bits block;
+  load_keys<score>(scores, ahead, at, n, block.values);
+  count_keys(block.values, n, bracket, tally, pending);
 }
 
 template <Score score>
@@ -140,34 +148,46 @@ void pack(const Scores& scores, const Pack& args, PackStats& stats) {
   }
 }
 
-// Bit = keep, of the weights beside the bracket. Those inside are kept for now, and returned: their keys and places in
-// the run, and whether they were kept before.
+// Bit = keep, of the weights of a block beside the bracket. Those inside are kept for now, and found: their keys and
+// places in the run, and whether they were kept before. mask: the run's.
+PINS_BLOCK void pack_around_keys(const uint32_t* keys, int64_t at, int64_t n, const Bracket& bracket, uint8_t* mask,
+                                 PackStats& stats, Inside& found, int64_t& size) {
+  for (int64_t start = 0; start < n; start += kWord) {
+    const uint32_t* word_keys = keys + start;
+    const uint64_t valid = low_bits(n - start);
+    const uint64_t low = below(word_keys, bracket.lo);
+    const uint64_t keep = ~low & valid;
+    uint8_t* bytes = mask + (at + start) / 8;
+    const uint64_t before = load_word(bytes);
+    stats.kept += __builtin_popcountll(keep);
+    stats.flipped += __builtin_popcountll(keep ^ (before & valid));
+    stats.nan += __builtin_popcountll(~below(word_keys, 0xffffffffu) & valid);
+    store_word(bytes, keep);
+    for (uint64_t rest = up_to(word_keys, bracket.hi) & keep; rest; rest &= rest - 1) {
+      const int i = __builtin_ctzll(rest);
+      found.keys[size] = word_keys[i];
+      found.kept[size] = static_cast<uint8_t>(before >> i & 1);
+      found.places[size++] = static_cast<uint16_t>(at + start + i);
+    }
+  }
+}
+
+template <Score score>
+void pack_around_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket,
+                       uint8_t* mask, PackStats& stats, Inside& found, int64_t& size) {
+  Bits block;
+  load_keys<score>(scores, ahead, at, n, block.values);
+  pack_around_keys(block.values, at, n, bracket, mask, stats, found, size);
+}
+
+// Returns how many are found.
 template <Score score>
 int64_t pack_around(const Scores& scores, const Bracket& bracket, uint8_t* mask, PackStats& stats, Inside& found) {
-  Bits block;
-  int64_t size = 0;
   const Ahead ahead(scores.a, scores.b);
+  int64_t size = 0;
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, ahead, at, n, block.values);
-    for (int64_t start = 0; start < n; start += kWord) {
-      const uint32_t* word_keys = block.values + start;
-      const uint64_t valid = low_bits(n - start);
-      const uint64_t low = below(word_keys, bracket.lo);
-      const uint64_t keep = ~low & valid;
-      uint8_t* bytes = mask + (at + start) / 8;
-      const uint64_t before = load_word(bytes);
-      stats.kept += __builtin_popcountll(keep);
-      stats.flipped += __builtin_popcountll(keep ^ (before & valid));
-      stats.nan += __builtin_popcountll(~below(word_keys, 0xffffffffu) & valid);
-      store_word(bytes, keep);
-      for (uint64_t rest = up_to(word_keys, bracket.hi) & keep; rest; rest &= rest - 1) {
-        const int i = __builtin_ctzll(rest);
-        found.keys[size] = word_keys[i];
-        found.kept[size] = static_cast<uint8_t>(before >> i & 1);
-        found.places[size++] = static_cast<uint16_t>(at + start + i);
-      }
-    }
+    pack_around_block<score>(scores, ahead, at, n, bracket, mask, stats, found, size);
   }
   return size;
 }

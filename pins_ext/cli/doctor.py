@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "safet
 
 TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
 CPU_ONLY = "none, there it is grouped_linear and grouped_expand"
-PACKED, SPLIT = "none, matrices are packed on the CPU", "none, there select and pack_ do it"
+PACKED, SPLIT = "none, matrices are packed on the CPU", "none, there separate passes do it"
 MEASURE = "none, benchmarks measure copies there"
 ONLY_CPU = (CPU_ONLY, PACKED, SPLIT, MEASURE)
 FALLBACK = {"grouped_linear": "Triton", "grouped_expand": "torch's own operators"}
@@ -38,7 +38,7 @@ OPERATORS = {
     **dict.fromkeys(("eligible_", "pack_"), TRITON),
     "select": DRIVER,
     **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
-    "pack_around_": SPLIT,
+    **dict.fromkeys(("pack_around_", "boundary_adamw_", "boundary_sgd_"), SPLIT),
     "stream_": MEASURE,
     **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),
     "grouped_pack": PACKED,

@@ -14,6 +14,7 @@ from pins_ext import _C  # noqa: F401  (loads the library; its operators registe
 from pins_ext.criteria import INSTANT as CRITERIA
 from pins_ext.criteria import SCORES
 from pins_ext.ops import bracket, grouped
+from pins_ext.ops.boundary import boundary_adamw_, boundary_sgd_
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY, bracket_around
 from pins_ext.ops.coded import (
     CODED,
@@ -36,7 +37,7 @@ from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_ar
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_
 from pins_ext.ops.rounding import rounding_key
-from pins_ext.ops.select import CANDIDATES, SAMPLES, pack_lowest_, score_of_key
+from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
 
@@ -79,6 +80,9 @@ __all__ = [
     "Subsets",
     "accumulate_",
     "apply_mask_",
+    "bin_of",
+    "boundary_adamw_",
+    "boundary_sgd_",
     "bracket_around",
     "bracket_of",
     "by_group",

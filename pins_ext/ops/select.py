@@ -190,6 +190,34 @@ def _bin_on_host(scored: Scored, bracket: Tensor | None, counts: Tensor | None) 
     return found, int(counts[1 + ((int(found[0]) - lo) >> shift)])
 
 
+def bin_of(
+    a: list[Tensor],
+    b: list[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    n_prune: Tensor,
+    *,
+    bracket: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor | None:
+    """A bracket around the threshold that `pack_around_` can settle, of CPU tensors; no weight is written.
+
+    Args:
+        a, b, places, chunks, score, n_prune, bracket, counts: see `select`; ties are broken by index.
+
+    Returns:
+        int64 [5]; None where none or all are pruned, or more than CANDIDATES weights are inside.
+    """
+    operands, total = (a, b, places, chunks, score), weights_in(a, places)
+    if not 0 < int(n_prune) < total:
+        return None
+    position = position_of(n_prune, total, exact=True)
+    scored = Scored(*operands, None, position, total, places.new_empty(1 + BINS), None)
+    found, inside = _bin_on_host(scored, bracket, counts)
+    return found if inside <= CANDIDATES else None
+
+
 def pack_lowest_(
     masks: list[Tensor],
     stats: Tensor,

@@ -107,6 +107,35 @@ class PinsAdamW(FusedOptimizer):
         scaling: Scaling,
         pointers: Tensor | None,
     ) -> None:
+        if (boundary := pruning.boundary) is not None:
+            torch.ops.pins_ext.boundary_adamw_(
+                parameters,
+                moments["exp_avg"],
+                moments["exp_avg_sq"],
+                pruning.ipt,
+                pruning.shadow,
+                pruning.masks,
+                boundary.exp_avg_ipt,
+                boundary.exp_avg_unc,
+                grads,
+                pruning.layout.places,
+                pruning.layout.chunks,
+                hyper,
+                pruning.accepted,
+                pruning.rng,
+                pruning.criterion,
+                pruning.clear_state,
+                clip=scaling.clip,
+                around=boundary.around,
+                stats=boundary.stats,
+                threshold=boundary.threshold,
+                fold_rng=boundary.fold_rng,
+                beta1=boundary.beta1,
+                beta2=boundary.beta2,
+                bracket=boundary.bracket,
+                counts=boundary.counts,
+            )
+            return
         torch.ops.pins_ext.masked_adamw_(
             parameters,
             moments["exp_avg"],

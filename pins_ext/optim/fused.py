@@ -165,6 +165,10 @@ class FusedOptimizer(Optimizer):
         exact = (torch.float32, torch.float16)
         return any(p.dtype not in exact or self._storage(p, "exp_avg") not in exact for p in parameters)
 
+    def coded(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether moments of these parameters are stored in 8 bits."""
+        return any(self._storage(p, "exp_avg") in ops.CODED for p in parameters)
+
     def release_gradients(self, max_norm: float | None = None, clip: Clip = "previous") -> None:
         """Step each parameter inside backward from now on, and free its gradient at once.
 

@@ -13,6 +13,35 @@ from pins_ext import ops
 
 
 @dataclass(frozen=True)
+class BoundaryArguments:
+    """What a window's boundary adds to the pass over all pruned tensors, see ops.boundary_adamw_.
+
+    Attributes:
+        exp_avg_ipt: running averages of importance.
+        exp_avg_unc: running averages of its uncertainty; empty where there are none.
+        around: int64 [5], a bracket around the threshold by which the pass chooses masks; None: it chooses none.
+        stats: int64 [n, 3], written with the masks.
+        threshold: int64 [1, 2], likewise.
+        fold_rng: int64 [2], keys of the fold with which the window ends; None: it goes on.
+        beta1: decay of exp_avg_ipt.
+        beta2: decay of exp_avg_unc.
+        bracket: int64 [5], what the new scores are counted against; None: they are not.
+        counts: int64 [1 + BINS], written with it.
+    """
+
+    exp_avg_ipt: list[Tensor]
+    exp_avg_unc: list[Tensor]
+    around: Tensor | None
+    stats: Tensor | None
+    threshold: Tensor | None
+    fold_rng: Tensor | None
+    beta1: float
+    beta2: float
+    bracket: Tensor | None
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
 class PruningArguments:
     """What pruning adds to the optimizer's pass over some tensors; an empty list means not wanted.
 
@@ -25,6 +54,7 @@ class PruningArguments:
         rng: int64 [2], see the operators.
         criterion: name of the instant score that enters ipt.
         clear_state: zero the moments of pruned weights.
+        boundary: what ends or begins a window in the same pass, on the CPU; None: nothing does.
     """
 
     layout: ops.Layout
@@ -35,6 +65,7 @@ class PruningArguments:
     rng: Tensor
     criterion: str
     clear_state: bool
+    boundary: BoundaryArguments | None = None
 
     @staticmethod
     def none(layout: ops.Layout) -> PruningArguments:

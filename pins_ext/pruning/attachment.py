@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from pins_ext import ops
 from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.fused import FusedOptimizer
-from pins_ext.optim.listener import PruningArguments
+from pins_ext.optim.listener import BoundaryArguments, PruningArguments
 from pins_ext.optim.step import Rate, Scaling
+from pins_ext.pruning.boundary import boundary_of, counted_by
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import check_moments
@@ -32,12 +33,18 @@ class Step:
         scored: whether importance is taken in it, see PruneConfig.importance_every.
         masks_in_pass: whether the step ends with pruned weights at zero and the masks are final already, so that an
             optimizer's pass can apply them.
+        one_pass: whether one pass of one optimizer over all tensors may choose masks and end a window, see Slot.
+        ends_window: whether it ends one.
+        due_next: whether the schedule asks for a mask in the next step.
     """
 
     t: int
     gradients: Mapping[str, Tensor] | None
     scored: bool
     masks_in_pass: bool
+    one_pass: bool = False
+    ends_window: bool = False
+    due_next: bool = False
 
 
 class StepDriver(Protocol):
@@ -175,6 +182,11 @@ class Slot(ABC):
     def attached(self) -> bool:
         """Whether the optimizer still calls; a copy of it does not."""
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the optimizer's coming pass may choose masks and end a window; on the CPU."""
+        return False
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -296,6 +308,7 @@ class FusedSlot(Slot):
 
     def __init__(self, *args: Any) -> None:
         self._passed: set[int] = set()
+        self._boundary: BoundaryArguments | None = None
         super().__init__(*args)
 
     def bind(self, importance: Importance, masks: Masks) -> None:
@@ -320,8 +333,27 @@ class FusedSlot(Slot):
         return self.optimizer.listener is self
 
     @property
+    def one_pass(self) -> bool:
+        """See Slot: of windows of one step, but for 8 bits, released or missing gradients, a scaler that may skip it.
+
+        The pass at a longer window's end also reads ipt, and took as long as the separate ones.
+        """
+        if self.importance.config.delta_t > 1:
+            return False
+        if not (self.importance.folds_in_pass and self.masks.selection.packs) or self.optimizer.release is not None:
+            return False
+        if self.importance.config.dtype in ops.CODED or self.optimizer.coded(self.parameters):
+            return False
+        return Scaling.of(self.optimizer).found_inf is None and all(p.grad is not None for p in self.parameters)
+
+    @property
     def _scores_in_pass(self) -> bool:
         return self.step.gradients is None and self.importance.in_pass
+
+    @property
+    def _takes_importance(self) -> bool:
+        """Whether this step's gradients enter the window: not once more into one that an interrupted pass has ended."""
+        return self._scores_in_pass and self.step.scored and not self.importance.ahead
 
     @property
     def _masks_in_pass(self) -> bool:
@@ -359,6 +391,7 @@ class FusedSlot(Slot):
     def begin_step(self) -> None:
         """See StepListener."""
         self._passed.clear()
+        self._boundary = None
         self.slots.begin(self)
 
     def place_of(self, parameter: Tensor) -> int | None:
@@ -371,7 +404,11 @@ class FusedSlot(Slot):
         self._passed.update(indices)
         self._scored |= self._scores_in_pass  # a released gradient is not there yet when the step begins
         importance = self.importance
-        scored = self._scores_in_pass and self.step.scored and bool(importance.ipt) and not self.masks.frozen
+        scored = self._takes_importance and bool(importance.ipt) and not self.masks.frozen
+        together = self.step.one_pass and self._scores_in_pass and len(indices) == len(self.parameters)
+        if not together:
+            self.masks.settle(importance)
+        self._boundary = boundary_of(self.step, importance, self.masks, scored) if together else None
         return PruningArguments(
             layout=self._subsets.of(indices),
             masks=[bits[i] for i in indices] if (bits := self._bits_in_pass) is not None else [],
@@ -381,15 +418,23 @@ class FusedSlot(Slot):
             rng=importance.rng(self.step.t, self.optimizer.rounds(parameters)),
             criterion=importance.criterion if scored else "pins",
             clear_state=importance.config.mask_optimizer_state,
+            boundary=self._boundary,
         )
 
     def end_pass(self) -> None:
         """See StepListener; a pruned parameter that got no gradient has a zero in its window, and stays masked."""
         left = [i for i in self.indices if i not in self._passed]
-        if self._scores_in_pass and self.step.scored:
+        if self._takes_importance:
             self._in_window = True
             if left:
                 self._accumulate(left, self.scaling)
+        if (boundary := self._boundary) is not None:
+            if boundary.around is not None:
+                self.masks.came()
+            if boundary.fold_rng is not None:
+                self.count()
+                self.importance.folded_in_pass(counted_by(boundary))
+        self.masks.settle(self.importance)
         if self._masks_in_pass:
             if left:
                 self.apply_masks(left)

@@ -127,6 +127,7 @@ class Importance:
         seen: bool [1], whether any step has brought a gradient that was not skipped.
         folded: bool [1], whether a window with such a step has ended; before that every average is zero.
         moments: reads the optimizers' moments, for criteria that are made of them.
+        ahead: whether the last step's pass has ended the window already, so that the next `fold` has nothing to do.
     """
 
     moments: Callable[[], Moments]
@@ -153,6 +154,8 @@ class Importance:
         self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
+        self.ahead = False
+        self._counted_ahead: Counted | None = None
         self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)
 
     @cached_property
@@ -187,7 +190,7 @@ class Importance:
         Args:
             masks: packed bits of each tensor.
         """
-        self._barred = masks
+        self._barred, self.ahead = masks, False
         if "_states" in vars(self):
             self._write_bars(self._states)
 
@@ -381,13 +384,37 @@ class Importance:
         if scored:
             self.seen |= finite > 0
 
-    def fold(self, step: int, counted: Counted | None = None) -> None:
+    @property
+    def folds_in_pass(self) -> bool:
+        """Whether an optimizer's pass over all tensors can end their window: on the CPU, of one process."""
+        averaged = self.config.smoothed and self.config.beta2 != 0 and self.config.rule.instant
+        return averaged and self.in_pass and len(self.parts) == 1 and self.ranks.alone and self.layout.places.is_cpu
+
+    def fold_keys(self, step: int) -> Tensor:
+        """Keys of the stochastic rounding of a fold, int64 [2]; step: the first of the next window."""
+        return self.rng(step, stream=_FOLD)
+
+    def folded_in_pass(self, counted: Counted | None) -> None:
+        """A pass has ended the window, its own gradient counted; counted: the new scores, see `fold`."""
+        # Known is what the averages hold from the next step on: this one's mask has not seen them.
+        for accepted in self.accepted:
+            accepted.zero_()
+        self.ahead, self._counted_ahead = True, counted
+
+    def fold(self, step: int, counted: Counted | None = None) -> Counted | None:
         """End the window: advance the averages.
 
         Args:
             step: pruner step.
             counted: count the new scores in the same pass; needs all weights in one part, and a window mean.
+
+        Returns:
+            Counts of the new scores, see Selection.cutoffs; None where nothing was counted.
         """
+        if self.ahead:
+            self.ahead = False
+            self.folded |= self.seen
+            return self._counted_ahead
         for (indices, layout), accepted in zip(self.parts, self.accepted, strict=True):
             if self.at_once:
                 pass  # the averages have it already
@@ -400,6 +427,7 @@ class Importance:
                 self._fold(others, layout.subset(others), accepted, step, None)
             accepted.zero_()
         self.folded |= self.seen
+        return counted
 
     def _fold(
         self, indices: Sequence[int], layout: ops.Layout, accepted: Tensor, step: int, counted: Counted | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,25 @@ from pins_ext.pruning.units import ScoredUnits, Units
 
 _ZERO = 0x80000001
 """Order key of the smallest positive float32: below it lies only zero."""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A choice that is made in an optimizer's pass.
+
+    Attributes:
+        around: int64 [5], a bracket around the cutoff; the pass orders the weights inside.
+        cutoff: int64 [1, 2], which the pass writes.
+        ratio: share of the weights that is kept.
+        t: pruner step.
+        chosen_for: see Masks.
+    """
+
+    around: Tensor
+    cutoff: Tensor
+    ratio: float
+    t: int
+    chosen_for: tuple[int, ...]
 
 
 class Masks:
@@ -42,6 +62,8 @@ class Masks:
         fits: the pattern of each tensor, None where it has none.
         frozen: whether the masks never change again.
         applied: whether pruned weights are zero at this moment, and stay so.
+        coming: what the optimizer's pass of the step under way chooses; None: bits and cutoff are final.
+        stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
     """
 
@@ -63,7 +85,8 @@ class Masks:
         self.applied = False
         self.in_view = False
         self._chosen_for: tuple[int, ...] | None = None
-        self._stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
+        self.coming: Coming | None = None
+        self.stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
         self._counts: Tensor | None = None
         self._marked_by_nan = config.dtype in ops.CODED and config.smoothed
         self._held: Tensor | None = None
@@ -82,7 +105,9 @@ class Masks:
         """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""
         return mask_due or self.frozen or (self.config.mask_policy == "strict" and self.chosen)
 
-    def renew(self, importance: Importance, ratio: float, t: int, counted: Counted | None = None) -> None:
+    def renew(
+        self, importance: Importance, ratio: float, t: int, counted: Counted | None = None, in_pass: bool = False
+    ) -> None:
         """Choose anew, unless neither the scores nor the number to prune changed since the last time.
 
         Args:
@@ -90,6 +115,7 @@ class Masks:
             ratio: share of the weights that is kept.
             t: pruner step.
             counted: see Selection.cutoffs.
+            in_pass: leave it to the optimizer's pass where that can do it, see `coming`.
         """
         window = t // self.config.delta_t if importance.constant_in_window else t
         wanted = (window, *self.scopes.n_prune(ratio))
@@ -97,7 +123,12 @@ class Masks:
             return
         score = importance.score()
         if self.selection.packs and bool(importance.known):
-            self.cutoff = self.selection.pack(self.bits, self._stats, score, ratio, counted)
+            if in_pass and self.fixed is None:
+                around = self.selection.around(score, ratio, counted)
+                if around is not None:
+                    self.coming = Coming(around, torch.empty_like(self.cutoff), ratio, t, wanted)
+                    return
+            self.cutoff = self.selection.pack(self.bits, self.stats, score, ratio, counted)
             self._hold_fixed()
             self._chosen_for = wanted
             return
@@ -109,6 +140,21 @@ class Masks:
             cutoff = cutoff * importance.known
         self._pack(score, cutoff, units)
         self._chosen_for = wanted
+
+    def came(self) -> None:
+        """The optimizer's pass has made the choice."""
+        assert self.coming is not None
+        self.cutoff, self._chosen_for, self.coming = self.coming.cutoff, self.coming.chosen_for, None
+
+    def settle(self, importance: Importance) -> None:
+        """Make a choice that no pass will make."""
+        if self.coming is not None:
+            coming, self.coming = self.coming, None
+            self.renew(importance, coming.ratio, coming.t)
+
+    def chosen_at(self, ratio: float) -> bool:
+        """Whether the last selection pruned as many weights as this ratio asks for."""
+        return self._chosen_for is not None and self._chosen_for[1:] == tuple(self.scopes.n_prune(ratio))
 
     def choose(self, score: Operands, ratio: float) -> None:
         """Choose by these scores, once.
@@ -123,11 +169,12 @@ class Masks:
 
     def counting(self) -> Counted | None:
         """A bracket around the last cutoff and room for its counts; None where no single cutoff can be narrowed so."""
-        if not self.scopes.is_global or not self.chosen:
+        near = self.cutoff if self.coming is None else self.coming.around[:2]
+        if not self.scopes.is_global or not (self.chosen or self.coming):
             return None
         if self._counts is None:
             self._counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=self.layout.places.device)
-        return ops.bracket_around(self.cutoff), self._counts
+        return ops.bracket_around(near), self._counts
 
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> list[int]:
         """Keep what is not zero. Returns the number of zeros per tensor; one synchronisation."""
@@ -149,7 +196,7 @@ class Masks:
             return
         pruned = self.pruned(self.fixed)
         self.selection.held = [sum(pruned[i] for i in part.members) for part in self.scopes.parts]
-        here = ops.to_device(torch.tensor(self.sizes), self._stats.device)
+        here = ops.to_device(torch.tensor(self.sizes), self.stats.device)
         self._held = (here - torch.stack([ops.set_bits(bits) for bits in self.fixed]))[:, None]
 
     def forget_choice(self) -> None:
@@ -163,10 +210,10 @@ class Masks:
             tables = (self.layout.places, self.layout.chunks)
             pointers = self._pointers.of("pack", self.layout.places, self.bits, a, b)
             torch.ops.pins_ext.pack_(
-                self.bits, self._stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
+                self.bits, self.stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
             )
         else:
-            units.pack(self.bits, self._stats, cutoff)
+            units.pack(self.bits, self.stats, cutoff)
         self._hold_fixed()
 
     def _hold_fixed(self) -> None:
@@ -174,7 +221,7 @@ class Masks:
             bits &= fixed
         if self._held is not None:
             # By the scores they were kept, flipped and NaN.
-            self._stats -= self._held
+            self.stats -= self._held
 
     def apply(
         self,
@@ -226,7 +273,7 @@ class Masks:
 
     def counts(self) -> tuple[int, int, int]:
         """Kept weights, flipped bits and NaN scores of the last selection; one synchronisation."""
-        kept, flipped, nan = self.ranks.sum(self._stats[list(self.ranks.owned)].sum(0)).tolist()
+        kept, flipped, nan = self.ranks.sum(self.stats[list(self.ranks.owned)].sum(0)).tolist()
         return kept, flipped, nan
 
     def threshold(self) -> float | None:
@@ -253,4 +300,5 @@ class Masks:
         self.cutoff = cutoff.to(self.cutoff.device).clone()
         self.frozen, self.applied = state["frozen"], state["masked"]
         self._chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None
+        self.coming = None
         self._count_held()

@@ -219,23 +219,26 @@ class Pruner:
                 f"criterion={self.config.criterion!r} reads the optimizer's moments, which are of the joint gradient: "
                 f"use score_gradient='joint', or another criterion"
             )
-        due = self.schedule.mask_due(t)
+        due, alone = self.schedule.mask_due(t), len(self.slots) == 1
+        one_pass = alone and gradients is None and self.before_mask is None and self.slots[0].one_pass
         if not masks.frozen:
             counted = None
             if self.config.smoothed and t % self.config.delta_t == 0:
-                counting = due and importance.constant_in_window and len(self.slots) == 1 and not importance.at_once
-                counted = masks.counting() if counting else None
-                importance.fold(t, counted)
+                counting = due and importance.constant_in_window and alone and not importance.at_once
+                counted = importance.fold(t, masks.counting() if counting else None)
             if due and importance.scored_before_step:
-                masks.renew(importance, self.schedule.remaining_ratio(t), t, counted)
+                masks.renew(importance, self.schedule.remaining_ratio(t), t, counted, one_pass)
         final = masks.frozen or not due or importance.scored_before_step
         scored = t % self.config.importance_every == 0
-        return Step(t, gradients, scored, masks.wanted(due) and final and self.before_mask is None)
+        ends, due_next = one_pass and (t + 1) % self.config.delta_t == 0, self.schedule.mask_due(t + 1)
+        masks_in_pass = masks.wanted(due) and final and self.before_mask is None
+        return Step(t, gradients, scored, masks_in_pass, one_pass, ends, due_next)
 
     def end_step(self) -> None:
         """See StepDriver: choose masks that could not be chosen before, and zero what they prune."""
         t, importance, masks = self.step, self.importance, self.masks
         due = self.schedule.mask_due(t)
+        masks.settle(importance)
         if not masks.frozen:
             for slot in self.slots.begun:
                 slot.count()
@@ -271,12 +274,14 @@ class Pruner:
             self.slots.finish()
         before = sum(self.masks.pruned())
         if not self.masks.frozen:
+            last_counts = bool(self.importance.known) and self._window_is_folded
             if not self.importance.known:
                 if not self.importance.seen:
                     raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
                 self.importance.fold(self.step)
-            self.masks.forget_choice()
-            self.masks.renew(self.importance, self.schedule.final_ratio, self.step)
+            if not last_counts or not self.masks.chosen_at(self.schedule.final_ratio):
+                self.masks.forget_choice()
+                self.masks.renew(self.importance, self.schedule.final_ratio, self.step)
             self.freeze()
         for slot in self.slots:
             slot.apply_masks(slot.indices)
@@ -286,6 +291,12 @@ class Pruner:
         for surprise in inspection.surprises(before, pruned, self.schedule, self.step):
             warnings.warn(surprise, stacklevel=3)  # past no_grad
         return report
+
+    @property
+    def _window_is_folded(self) -> bool:
+        """Whether the averages hold a window that no mask was to see yet: that of the step before, which ended it."""
+        ended = self.importance.folds_in_pass and self.step % self.config.delta_t == 0
+        return ended and not any(map(bool, self.importance.accepted))
 
     def freeze(self) -> None:
         """Fix the mask: from now on it never changes, pruned weights are zero after every step, importance rests.
@@ -392,6 +403,7 @@ class Pruner:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
         checkpoint.restore(state, own, self.masks)
         self.step, self._settled = state["step"], True
+        self.importance.ahead = False
         for slot in self.slots:
             if isinstance(slot, BaseSlot):
                 slot.restored()

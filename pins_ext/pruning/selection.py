@@ -108,6 +108,19 @@ class Selection:
             counts=counts,
         )
 
+    def around(self, score: Operands, remaining_ratio: float, counted: Counted | None) -> Tensor | None:
+        """A bracket of few weights around the cutoff, which a pass can settle while it writes; only where `packs`.
+
+        Args:
+            score, remaining_ratio, counted: see `cutoffs`.
+
+        Returns:
+            int64 [5]; None where it takes `pack`.
+        """
+        wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
+        tables = (self.layout.places, self.layout.chunks)
+        return ops.bin_of(score.a, score.b, *tables, score.kind, torch.tensor(wanted), bracket=bracket, counts=counts)
+
     def _select(self, score: Operands, count: int, counted: Counted | None, before: Tensor | None) -> Tensor:
         """The cutoff below which `count` of all weights go; see `cutoffs`."""
         layout, device = self._whole, self.layout.places.device

@@ -121,6 +121,27 @@ def sgd() -> Arguments:
     return [params, buffer, ipt, shadow, grads, masks_of(params)[1], *rest], {}
 
 
+def boundary(moments: int) -> Arguments:
+    params, *firsts, ipt, shadow, mean, unc, grads = lists(6 + moments)
+    rest = [*tables(), torch.ones(3, 8), torch.ones(1), rng_of(0), "pins"]
+    choice = {
+        "around": torch.tensor([3200000000, 3210000000, 10, 3, 0]),
+        "stats": torch.zeros(3, 3, dtype=torch.int64),
+        "threshold": torch.zeros(1, 2, dtype=torch.int64),
+    }
+    fold = {"fold_rng": rng_of(1), "beta1": 0.85, "beta2": 0.95, **counting()}
+    args = [params, *firsts, ipt, shadow, masks_of(params)[1], mean, unc, grads, *rest]
+    return args, {"clip": torch.ones(1), **choice, **fold}
+
+
+def boundary_adamw() -> Arguments:
+    return boundary(2)
+
+
+def boundary_sgd() -> Arguments:
+    return boundary(1)
+
+
 def apply_mask() -> Arguments:
     (params,) = lists(1)
     return [params, masks_of(params)[1], *tables()], {}
@@ -187,6 +208,8 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "pack_around_": pack_around,
     "masked_adamw_": adamw,
     "masked_sgd_": sgd,
+    "boundary_adamw_": boundary_adamw,
+    "boundary_sgd_": boundary_sgd,
     "apply_mask_": apply_mask,
     "sparse_pack": sparse_pack,
     "sparse_linear": sparse_linear,

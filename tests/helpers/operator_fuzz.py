@@ -217,6 +217,31 @@ def _sgd(p: Problem) -> Call:
     return call
 
 
+def _boundary(call: Call, p: Problem) -> Call:
+    """Of an update: what chooses, what folds, or both."""
+    for name in ("grad_scale", "found_inf"):
+        call.pop(name, None)
+    averages = {"exp_avg_ipt": p.floats(p.state), "exp_avg_unc": p.some(p.floats(p.state, positive=True))}
+    chooses, folds = p.dice.choice(((True, False), (False, True), (True, True)))
+    call |= averages
+    if chooses:
+        outputs = {"stats": torch.ones(len(p.numel), 3, dtype=torch.int64), "threshold": torch.full((1, 2), -1)}
+        rank = p.dice.randrange(max(1, sum(p.numel)))
+        call |= {"masks": p.masks(), "around": torch.tensor([0, 2**32 - 1, 16, rank, 0]), **outputs}
+    if folds:
+        call |= {"ipt": p.floats(p.state), "fold_rng": p.rng(), "beta1": p.dice.random(), "beta2": p.dice.random()}
+        call |= {"bracket": p.bracket(), "counts": _counts()} if p.dice.random() < 0.5 else {}
+    return call
+
+
+def _boundary_adamw(p: Problem) -> Call:
+    return _boundary(_adamw(p), p)
+
+
+def _boundary_sgd(p: Problem) -> Call:
+    return _boundary(_sgd(p), p)
+
+
 def _apply_mask(p: Problem) -> Call:
     return {"params": p.floats(p.dtype), "masks": p.masks(), **p.tables}
 
@@ -281,6 +306,8 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "pack_around_": _pack_around,
     "masked_adamw_": _adamw,
     "masked_sgd_": _sgd,
+    "boundary_adamw_": _boundary_adamw,
+    "boundary_sgd_": _boundary_sgd,
     "apply_mask_": _apply_mask,
     "sum_of_squares": _sum_of_squares,
     "stream_": _stream,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner, ops
 from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.attachment import FusedSlot
 from pins_ext.pruning.selection import Selection
 
 STEPS = 24
@@ -51,7 +52,8 @@ def trained(**settings: Any) -> tuple[list[Tensor], list[Any]]:
 )
 @pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
 def test_the_bits_are_those_of_selecting_first(settings: dict[str, Any], delta_t: int) -> None:
-    with patch("pins_ext.ops.pack_lowest_", wraps=ops.pack_lowest_) as packed:
+    before = patch.object(FusedSlot, "one_pass", PropertyMock(return_value=False))
+    with before, patch("pins_ext.ops.pack_lowest_", wraps=ops.pack_lowest_) as packed:
         tensors, told = trained(delta_t=delta_t, **settings)
     assert packed.called
     with patch.object(Selection, "packs", PropertyMock(return_value=False)):

@@ -1,0 +1,291 @@
+"""Windows of one step: masks, step and fold in the optimizer's own pass, to the bit what separate passes do."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import PropertyMock, patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pins_ext import PruneConfig, Pruner, ops
+from pins_ext.optim import PinsAdamW, PinsSGD
+from pins_ext.pruning.attachment import FusedSlot
+
+STEPS = 26
+pins = torch.ops.pins_ext
+
+pytestmark = pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
+
+
+class Training:
+    """A small model whose gradients are drawn, whatever its weights: runs that part company part for good."""
+
+    def __init__(self, optimizer: str = "adamw", dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(211, 101), nn.Linear(71, 33), nn.Linear(5, 1)).to(dtype)
+        moments = settings.pop("moment_dtype", "float32")
+        self.ugly = settings.pop("ugly", False)
+        self.optimizer: PinsAdamW | PinsSGD
+        if optimizer == "adamw":
+            self.optimizer = PinsAdamW(self.model.parameters(), lr=1e-2, moment_dtype=moments)
+        else:
+            self.optimizer = PinsSGD(self.model.parameters(), lr=1e-2, momentum=0.9 if optimizer == "momentum" else 0)
+        common = {"delta_t": 1, "sparsity": 0.7, "warmup": 3, "cooldown": 5, "include": ["*.weight"]}
+        self.config = PruneConfig(**{**common, **settings})
+        self.pruner = Pruner(self.model, self.optimizer, self.config, total_steps=STEPS)
+        self.told: list[Any] = []
+
+    def gradients(self, t: int) -> None:
+        generator = torch.Generator().manual_seed(100 + t)
+        for p in self.model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            if self.ugly:
+                p.grad[..., ::3] = 0  # ties
+                p.grad.view(-1)[t % p.numel()] = float("nan")
+
+    def step(self, t: int) -> None:
+        self.gradients(t)
+        self.optimizer.step()
+        self.told.append((self.pruner.masks.counts(), self.pruner.masks.cutoff.tolist(), self.weights()))
+
+    def weights(self) -> list[bytes]:
+        return [p.detach().view(torch.uint8).numpy().tobytes() for p in self.model.parameters()]
+
+    def tensors(self) -> list[Tensor]:
+        """Weights, moments, masks, and of the importance what the next step reads."""
+        states = [x for p in self.model.parameters() for x in self.optimizer.state[p].values() if isinstance(x, Tensor)]
+        importance = self.pruner.importance
+        kept = [*importance.ipt, *importance.exp_avg_ipt, *importance.exp_avg_unc, *importance.shadow]
+        return [*self.model.parameters(), *states, *self.pruner.masks.bits, *kept]
+
+
+def separately() -> Any:
+    return patch.object(FusedSlot, "one_pass", PropertyMock(return_value=False))
+
+
+def same(one: Training, other: Training) -> None:
+    assert one.told == other.told
+    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
+
+
+def train(run: Training, steps: range = range(STEPS)) -> Training:
+    for t in steps:
+        run.step(t)
+    return run
+
+
+def counted(name: str) -> Any:
+    """The operator, and how often it is called."""
+    return patch.object(torch.ops.pins_ext, name, wraps=getattr(pins, name))
+
+
+SETTINGS = [
+    {},
+    {"mask_policy": "strict"},
+    {"mask_policy": "strict", "criterion": "platon"},
+    {"mask_optimizer_state": True},
+    {"mask_optimizer_state": True, "optimizer": "momentum"},
+    {"moment_dtype": "8bit"},
+    {"moment_dtype": "bfloat16", "dtype": torch.bfloat16, "mask_optimizer_state": True},
+    {"optimizer": "sgd", "dtype": torch.float16},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "8bit"},
+    {"state_dtype": "bfloat16", "dtype": torch.bfloat16, "ugly": True},
+    {"criterion": "pins-signed"},
+    {"criterion": "pins-update", "mask_policy": "strict"},
+    {"criterion": "platon"},
+    {"beta2": 1.0},
+    {"beta1": 0.0},
+    {"ugly": True},
+    {"schedule": "one-shot"},
+    {"schedule": "constant", "sparsity": 0.999},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_bits_are_those_of_separate_passes(settings: dict[str, Any]) -> None:
+    name = "boundary_adamw_" if settings.get("optimizer", "adamw") == "adamw" else "boundary_sgd_"
+    with counted(name) as passes:
+        one = train(Training(**settings))
+    coded = "8bit" in settings.values()
+    assert passes.called != coded
+    with separately(), counted(name) as passes:
+        other = train(Training(**settings))
+    assert not passes.called
+    if not coded:
+        # The averages are a window ahead.
+        other.pruner.importance.fold(STEPS)
+        assert not one.pruner.importance.accepted[0]
+        other.pruner.importance.ipt[:] = one.pruner.importance.ipt
+    same(one, other)
+
+
+def test_every_mask_step_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second mask on the counts are there already: nothing else reads the averages."""
+    around = ops.bracket_around
+    monkeypatch.setattr(ops, "bracket_around", lambda threshold: around(threshold, octaves=4))
+    run = train(Training(schedule="constant"), range(16))
+    names = ("fold_", "sample", "count_", "pack_", "pack_around_", "masked_adamw_", "boundary_adamw_")
+    calls = {name: counted(name) for name in names}
+    made = {name: patched.start() for name, patched in calls.items()}
+    try:
+        train(run, range(16, 24))
+    finally:
+        for patched in calls.values():
+            patched.stop()
+    # masked_adamw_ also steps the biases; they are not pruned.
+    assert {name: mock.call_count for name, mock in made.items()} == {
+        **dict.fromkeys(names, 0),
+        "boundary_adamw_": 8,
+        "masked_adamw_": 8,
+    }
+
+
+@pytest.mark.parametrize("constant", ["CANDIDATES", "reach"])
+def test_a_full_bin_and_a_threshold_that_left_are_read_for_first(
+    monkeypatch: pytest.MonkeyPatch, constant: str
+) -> None:
+    if constant == "CANDIDATES":
+        monkeypatch.setitem(ops.bin_of.__globals__, "CANDIDATES", 0)
+    else:
+        around = ops.bracket_around
+        monkeypatch.setattr(ops, "bracket_around", lambda threshold: around(threshold, octaves=1e-6))
+    with counted("boundary_adamw_") as passes, counted("sample") as samples:
+        one = train(Training())
+    assert passes.called
+    assert samples.call_count > 2
+    if constant == "CANDIDATES":
+        assert all(call.kwargs["around"] is None for call in passes.call_args_list)
+    monkeypatch.undo()
+    with separately():
+        other = train(Training())
+    assert one.told == other.told
+
+
+def test_finalize_where_a_window_has_ended_keeps_the_last_mask() -> None:
+    """At the final ratio: that window was not to decide anything yet."""
+    run = train(Training(), range(24))
+    assert run.pruner.importance.ahead
+    assert run.pruner.masks.chosen_at(run.pruner.schedule.final_ratio)
+    before, cutoff = [bits.clone() for bits in run.pruner.masks.bits], run.pruner.masks.cutoff.clone()
+    run.pruner.finalize()
+    assert torch.equal(run.pruner.masks.cutoff, cutoff)
+    assert all(map(torch.equal, run.pruner.masks.bits, before))
+    with separately():
+        other = train(Training(), range(24))
+        other.pruner.finalize()
+    assert run.weights() == other.weights()
+
+
+@pytest.mark.parametrize("at", [8, 12, 13, 24])
+def test_a_checkpoint_between_windows_goes_on_to_the_same_bits(tmp_path: Path, at: int) -> None:
+    one = train(Training(), range(at))
+    one.pruner.save(tmp_path / "pruner.safetensors")
+    for resumes in (nullcontext, separately):
+        again = Training()
+        again.model.load_state_dict(one.model.state_dict())
+        again.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+        again.pruner.load(tmp_path / "pruner.safetensors")
+        whole = train(Training())
+        with resumes():
+            train(again, range(at, STEPS))
+        # Counts of the last mask are not kept.
+        assert [told[1:] for told in again.told] == [told[1:] for told in whole.told[at:]]
+
+
+def test_a_state_from_a_separate_pass_goes_on_in_one() -> None:
+    with separately():
+        one = train(Training(), range(12))
+    state = copy.deepcopy(one.pruner.state_dict())
+    train(one, range(12, STEPS))
+    two = Training()
+    with separately():
+        train(two, range(12))
+    two.pruner.load_state_dict(state)
+    train(two, range(12, STEPS))
+    same(one, two)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_interrupted_step_is_taken_again(where: str) -> None:
+    """An exception between the pass over pruned tensors and the end of the step, or before that pass."""
+    run, t = train(Training(), range(12)), 12
+    while not run.pruner.schedule.mask_due(t):
+        t += 1
+    name = "boundary_adamw_" if where == "before" else "masked_adamw_"
+    run.gradients(t)
+    with patch.object(torch.ops.pins_ext, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run.optimizer.step()
+    train(run, range(t, STEPS))
+    report = run.pruner.finalize()
+    assert report["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert run.pruner.step == STEPS - 12 + t
+    if where == "before":
+        for p, state in run.optimizer.state.items():
+            state["step"] = STEPS  # counted twice
+            assert p.isfinite().all()
+
+
+def test_skipped_steps_and_missing_gradients_take_separate_passes() -> None:
+    def training() -> Training:
+        run = Training()
+        for t in range(STEPS):
+            run.gradients(t)
+            run.optimizer.found_inf = torch.tensor([float(t in (11, 12))]) if 9 < t < 14 else None
+            if t in (16, 19, 20):
+                run.model[1].weight.grad = None
+            run.optimizer.step()
+            run.told.append((run.pruner.masks.counts(), run.pruner.masks.cutoff.tolist(), run.weights()))
+        return run
+
+    with counted("boundary_adamw_") as passes:
+        one = training()
+    assert passes.called
+    with separately():
+        other = training()
+    assert one.told == other.told
+
+
+def test_longer_windows_take_separate_passes() -> None:
+    """Measured: one pass that reads ipt beside the averages took as long as two."""
+    with counted("boundary_adamw_") as passes:
+        train(Training(delta_t=4))
+    assert not passes.called
+
+
+@pytest.mark.parametrize("way", ["score_gradients", "before_mask", "scope", "fixed", "momentum of some", "callable"])
+def test_other_ways_to_prune_choose_before(way: str) -> None:
+    def training() -> Training:
+        settings: dict[str, Any] = {"scope": "layer"} if way == "scope" else {}
+        if way == "callable":
+            settings["criterion"] = lambda p, g, lr: (p * g).abs()
+        run = Training("sgd" if way == "momentum of some" else "adamw", **settings)
+        if way == "momentum of some":
+            first = run.optimizer.param_groups[0]
+            run.optimizer.add_param_group({"params": [first["params"].pop(0)], "momentum": 0.9})
+        if way == "fixed":
+            with torch.no_grad():
+                run.model[0].weight[:7] = 0
+            run.pruner.detach()
+            run.pruner = Pruner.from_sparse(run.model, run.optimizer, run.config, STEPS)
+        if way == "score_gradients":
+            named = dict(run.model.named_parameters())
+            run.pruner.score_gradients = lambda: {name: p.grad for name, p in named.items() if p.grad is not None}
+        if way == "before_mask":
+            run.pruner.before_mask = lambda: None
+        return train(run)
+
+    name = "boundary_sgd_" if way == "momentum of some" else "boundary_adamw_"
+    with counted(name) as passes:
+        one = training()
+    chosen = [call for call in passes.call_args_list if call.kwargs["around"] is not None]
+    assert not chosen
+    with separately():
+        other = training()
+    assert one.told == other.told
