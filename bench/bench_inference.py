@@ -118,6 +118,8 @@ def _models(given: dict[str, Any]) -> dict[str, nn.Module]:
         from pins_ext.cli.export import load_or_refuse
 
         model, _ = load_or_refuse(Path(given["checkpoint"]))
+        # A cache of keys and values is of no use to one call, and torch.onnx can't export it.
+        model.config.use_cache = False
         return {Path(given["checkpoint"]).name: model.float()}
     sparsities = given.get("sparsity", [0.8, 0.9, 0.95])
     if not all(0.7 <= s < 1 for s in sparsities):
@@ -156,14 +158,15 @@ def table(case: dict[str, Any]) -> str:
     anchor = next(name for name in ("onnxruntime float32", "torch float32") if name in rows)
     head = f"{case['shape'][0]} x {case['shape'][1]} tokens, {case['threads']} thread(s); ratio to {anchor}"
     titles = f"{'p50 ms':>9}{'p95 ms':>9}{'cpu ms':>9}{'tokens/s':>11}{'ratio':>8}{'MB':>7}{'error':>9}"
-    lines = [head, f"  {'':<28}{titles}"]
+    names = max(28, *(len(name) + 1 for name in rows))
+    lines = [head, f"  {'':<{names}}{titles}"]
     lines += [
-        f"  {name:<28}{row['p50_ms']:>9.1f}{row['p95_ms']:>9.1f}{row['processor_ms']:>9.1f}"
+        f"  {name:<{names}}{row['p50_ms']:>9.1f}{row['p95_ms']:>9.1f}{row['processor_ms']:>9.1f}"
         f"{row['tokens_per_second']:>11,.0f}{rows[anchor][time] / row[time]:>8.2f}"
         f"{row['resident_mb']:>7,.0f}{row['error']:>9.0e}"
         for name, row in rows.items()
     ]
-    return "\n".join(lines + [f"  {name:<28}absent: {reason}" for name, reason in case["absent"].items()])
+    return "\n".join(lines + [f"  {name:<{names}}absent: {reason}" for name, reason in case["absent"].items()])
 
 
 def _figure(rows: int, height: float) -> Any:

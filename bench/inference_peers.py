@@ -61,7 +61,7 @@ def exported(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Path]:
     """The dense checkpoint as ONNX, by torch.onnx; zeros are numbers like any other there.
 
     Raises:
-        AbsentError: torch's exporter lacks its packages.
+        AbsentError: torch's exporter lacks its packages, or can't export this model.
     """
     try:
         import onnxscript  # noqa: F401
@@ -69,7 +69,11 @@ def exported(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Path]:
         raise AbsentError("onnxscript is not installed: pip install onnx onnxscript") from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        torch.onnx.export(model, (), file, kwargs=inputs, dynamo=True, external_data=False, verbose=False)
+        try:
+            torch.onnx.export(model, (), file, kwargs=inputs, dynamo=True, external_data=False, verbose=False)
+        except Exception as error:
+            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+            raise AbsentError(f"torch.onnx can't export {type(model).__name__}: {reason}") from error
         yield file
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_models import characters, decoder_config
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2LMHeadModel
 
 from pins_ext.bench import bench_inference, inference_peers
 from pins_ext.bench.inference_contest import Contest, first_output, measure, random_inputs
@@ -43,6 +44,56 @@ def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.Ca
             assert name in said
             assert "pip install" in reason
     assert file.with_suffix(".svg").is_file()
+
+
+def checkpoint(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(decoder_config())
+    for name, p in model.named_parameters():
+        if ".h." in name and p.dim() == 2:
+            p.data[torch.rand(p.shape) < 0.9] = 0
+    model.save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_that_torch_can_t_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+
+    def export(*_: object, **__: object) -> None:
+        raise RuntimeError("step 1/3") from ValueError("an operator is missing\nmore of it")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    folder = checkpoint(tmp_path / "a-checkpoint-with-a-name-that-is-long")
+    assert main(["bench-inference", str(folder), "--tokens", "5", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("1 x 5 tokens"))
+    table = [line for line in lines[begin + 1 :] if line.startswith("  ")]
+    *rows, absent = table
+    assert len({len(line) for line in rows}) == 1
+    assert sum(folder.name in line for line in rows) == 4
+    assert absent.endswith("absent: torch.onnx can't export GPT2LMHeadModel: an operator is missing")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_generates_takes_part(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    argv = [
+        str(checkpoint(tmp_path / "gpt2")),
+        "--tokens",
+        "2x5",
+        "--rounds",
+        "1",
+        "--output",
+        str(tmp_path / "a.json"),
+    ]
+    assert main(["bench-inference", *argv]) == 0
+    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert case["rows"]["onnxruntime float32"]["error"] < 1e-5
+    assert case["rows"]["pins_ext float32 gpt2"]["error"] < 1e-5
 
 
 def test_tokens_are_a_length_or_sequences_of_one() -> None:
