@@ -20,6 +20,7 @@ from .inference_contest import Contest, key, random_inputs
 from .machine import describe
 
 ROUNDS = 20
+TOKENS = ("1", "16", "128", "8x128")
 
 
 def run(given: dict[str, Any]) -> int:
@@ -27,7 +28,7 @@ def run(given: dict[str, Any]) -> int:
     threads = given.get("threads", 1)
     if given.get("curves"):
         return _curves(given, threads)
-    shapes = [_shape("--tokens", text) for text in given.get("tokens", ["1", "16", "128"])]
+    shapes = [_shape("--tokens", text) for text in given.get("tokens", TOKENS)]
     models = _models(given)
     torch.set_num_threads(threads)
     cases = []

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="pins-ext bench-inference", description=_ABOUT)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a pruned checkpoint (default: see above)")
     parser.add_argument("--sparsity", nargs="+", type=float, metavar="S", help="without CKPT (default: .8 .9 .95)")
-    parser.add_argument("--tokens", nargs="+", metavar="[B x]N", help="sequences x tokens (default: 1 16 128)")
+    parser.add_argument("--tokens", nargs="+", metavar="[B x]N", help="sequences x tokens (default: 1 16 128 8x128)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: 1)")
     parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20)")
     parser.add_argument(
