@@ -8,7 +8,7 @@ share, two in place of the all-gather. Each rank lists its own weights of the bi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,17 +19,20 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY
 from pins_ext.ops.select import Scored, position_of
 
-GATHERED = 1 << 18
-"""Most pairs of key and index that an all-gather brings to a rank, 4 MB: a bin's weights, times the ranks."""
+GATHERED = 1 << 17
+"""Most pairs of key and index that an all-gather brings to a rank, 2 MB: a bin's weights, times the ranks."""
 
 ROOM = 1024
 """Weights of a bin that are gathered however many ranks there are: a bin holds some hundred per rank of 70 G."""
 
-LISTED = 1 << 20
-"""Most weights of a bin that a rank lists for itself, 16 MB; where there are more, it reads its scores again."""
+LISTED = 1 << 18
+"""Most weights of a bin that a rank lists for itself, 4 MB; where there are more, it reads its scores again."""
 
-_SLICE = 1 << 19
+_SLICE = 1 << 14
 """Bytes of a mask whose ties are listed at a time."""
+
+_PAIR = 16
+"""Bytes of a key and an index."""
 
 _ALL_KEYS = (0, MAX_KEY, 16, 0, 0)
 
@@ -76,6 +79,33 @@ def select(
     return pins.cutoff(key, tie, n_prune, total, exact)
 
 
+def most_bytes(size: int, parts: Sequence[int], total: int) -> int:
+    """Bytes that a rank asks for in `select` where it asks for most: a key that very many weights share.
+
+    Usually they are three times the counts, 1.6 MB.
+
+    Args:
+        size: how many ranks.
+        parts: weights of each tensor on this rank.
+        total: weights of all ranks.
+    """
+    counts, here = 8 * (1 + BINS), sum(parts)
+    room = min(_room(size), total)
+    # What every rank sent, once more as gloo sent it and as it is ordered; this rank's own, with and without padding.
+    gathered = counts + _PAIR * (3 * size * room + room + min(room, here))
+    # The list, and while it is narrowed to a key a flag and a place of each weight, and those that remain.
+    listed = 2 * counts + (2 * _PAIR + 1 + 8) * min(LISTED, here)
+    # Counts of a range of indices, two masks of a tensor, and what becomes of a slice's bits: indices by steps.
+    indices = 3 * 8 * max(BINS, math.isqrt(total) + 1)
+    read = counts + indices + 2 * ops.mask_bytes(max(parts, default=0)) + 64 * min(8 * _SLICE, here)
+    return max(gathered, listed, read if here > LISTED else 0)
+
+
+def _room(size: int) -> int:
+    """How many weights of a bin are gathered at most."""
+    return max(ROOM, GATHERED // size)
+
+
 @dataclass(frozen=True)
 class _Bin:
     """The weights between two keys, among which is the one that is looked for.
@@ -104,7 +134,7 @@ class _Search:
 
     def __init__(self, ranks: Ranks, scored: Scored, layout: ops.Layout) -> None:
         self._ranks, self._scored, self._layout = ranks, scored, layout
-        self._room = max(ROOM, GATHERED // ranks.size)
+        self._room = _room(ranks.size)
 
     def settled(self, bracket: Tensor | None, counts: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
         """The bracket of one key, and the tie index, int64 [1], see `pins_ext::settle`."""
@@ -134,11 +164,7 @@ class _Search:
         """The key of the weight that is looked for, and the weights that share it."""
         if bool(found.bracket[0] == found.bracket[1]):
             return found
-        if found.listed is None:
-            counts = self._counts(found.bracket)
-        else:
-            bins = (found.listed[0] - found.bracket[0]) >> found.bracket[2]
-            counts = torch.nn.functional.pad(torch.bincount(bins, minlength=BINS), (1, 0))
+        counts = self._counts(found.bracket) if found.listed is None else _counted(found.listed[0], found.bracket)
         # The rank is one among the weights of the bin.
         counts[0] = 0
         key = self._narrowed(found.bracket, counts, found.bracket[3])
@@ -214,13 +240,18 @@ class _Search:
                 kept.append(torch.zeros(ops.mask_bytes(layout.numel(0)), dtype=torch.uint8, device=cutoff.device))
                 operands = (scored.a[i : i + 1], b, layout.places, layout.chunks, scored.score)
                 pins.pack_([kept[-1]], stats, *operands, cutoff, factors=own)
-            ties = kept[0] ^ kept[1]
-            for first in range(0, len(ties), _SLICE):
-                part = ties[first : first + _SLICE]
+            for first in range(0, len(kept[0]), _SLICE):
+                part = kept[0][first : first + _SLICE] ^ kept[1][first : first + _SLICE]
                 # Most bytes hold none.
                 bytes_ = part.nonzero().flatten()
                 bits = ops.unpack_bits(part[bytes_], (len(bytes_), 8)).nonzero()
                 yield layout.global_index(0, 8 * (first + bytes_[bits[:, 0]]) + bits[:, 1])
+
+
+def _counted(keys: Tensor, bracket: Tensor) -> Tensor:
+    """Counts of keys inside a bracket, see `pins_ext::count_`."""
+    counts = torch.bincount((keys - bracket[0]) >> bracket[2], minlength=BINS)
+    return torch.nn.functional.pad(counts, (1, 0))
 
 
 def _unresolved(bracket: Tensor) -> Tensor:

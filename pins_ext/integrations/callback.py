@@ -58,8 +58,7 @@ class PinsCallback(TrainerCallback):
     pins/teacher_weight.
 
     Works in one process, under DistributedDataParallel and under FSDP 2 (`accelerate launch`, torchrun): every rank
-    prunes, and the first writes. DeepSpeed and FSDP 1 are refused, and under FSDP 2 a teacher that is a copy of the
-    model.
+    prunes, and the first writes. DeepSpeed and FSDP 1 are refused.
 
     A Trainer doesn't tell its callbacks which checkpoint it resumes from: with one elsewhere than
     `output_dir/checkpoint-N`, pass `resume_from`. A stock Trainer removes old checkpoints before this callback writes
@@ -140,7 +139,7 @@ class PinsCallback(TrainerCallback):
         if self.frozen_base and self.config is not None:
             refuse_frozen_base(args, self.config)
         if self.self_regularizer is not None:
-            self.self_regularizer.teacher.refuse_sharded()
+            self.self_regularizer.teacher.refuse_flattened()
         if self._view is not None:
             self._view.detach()
         self._end_release()
@@ -148,9 +147,10 @@ class PinsCallback(TrainerCallback):
             self.pruner.detach()
         if self.config is not None:
             self.pruner = self.new_pruner(model, optimizer, state.max_steps)
-            self._view = EvaluationView(self.pruner)
-            if self.self_regularizer is not None:
-                self.self_regularizer.teacher.snapshots_in = self.pruner.masked_view
+            teacher = self.self_regularizer.teacher if self.self_regularizer is not None else None
+            self._view = EvaluationView(self.pruner, teacher)
+            if teacher is not None:
+                teacher.snapshots_in = self.pruner.masked_view
         if self.self_regularizer is not None:
             self.self_regularizer.set_total_steps(state.max_steps)
             if self.regularizes_forward:
@@ -356,11 +356,11 @@ class PinsCallback(TrainerCallback):
         origin = {"run": self._run, "step": step}
         if self.pruner is not None and (writes or not self.pruner.masks.ranks.alone):
             self.pruner.save(folder / PRUNER_FILE, origin)
-        if not writes:
-            return
-        if self.self_regularizer is not None:
-            self.self_regularizer.save(folder / TEACHER_FILE, origin)
-        write_file(folder / ORIGIN_FILE, json.dumps(origin))
+        regularizer = self.self_regularizer
+        if regularizer is not None and (writes or regularizer.teacher.ranks is not None):
+            regularizer.save(folder / TEACHER_FILE, origin)
+        if writes:
+            write_file(folder / ORIGIN_FILE, json.dumps(origin))
 
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         """Load from the checkpoint that the Trainer resumed from.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from pins_ext.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from pins_ext.regularization.teacher import Teacher
 
 
 class EvaluationView:
@@ -20,16 +23,17 @@ class EvaluationView:
 
     Args:
         pruner: whose model is watched.
+        teacher: whose answers are no evaluations, even where the model itself gives them.
     """
 
-    def __init__(self, pruner: Pruner) -> None:
+    def __init__(self, pruner: Pruner, teacher: Teacher | None = None) -> None:
         self.pruner = pruner
         self._stack = ExitStack()
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def before_forward(module: nn.Module, args: Any) -> None:
             # A copy of the model, as a teacher is, has this hook, too.
-            if module is not pruner.model:
+            if module is not pruner.model or (teacher is not None and teacher.answers):
                 return
             if module.training:
                 self.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pins_ext import ops
+from pins_ext.distributed import select
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import folds_at_once, state_bytes, state_size
@@ -68,7 +69,8 @@ class Memory:
         statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
         masks: one bit per pruned weight.
         teacher: the model's earlier self, for self-regularization.
-        selection: counts, candidates and work lists, and what patterns ask for while a mask is chosen.
+        selection: counts, candidates and work lists, and what patterns ask for, while a mask is chosen; over several
+            ranks where most is asked for, see `distributed.select.most_bytes`.
     """
 
     weights: int
@@ -155,7 +157,8 @@ def memory(
         statistics=sum(state_bytes(config, shape, size, frozen_base) for shape, size in shapes),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
-        selection=_selection(sizes) + _patterned(fits or {}, parameters, shards, config),
+        selection=_selection(sizes, ranks if shards > 1 else 1, sum(parameters[name].numel() for name in pruned))
+        + _patterned(fits or {}, parameters, shards, config),
     )
 
 
@@ -180,8 +183,17 @@ def _patterned(
     return units_bytes(list(fits.values()), [_local(parameters[name], shards) for name in fits], config)
 
 
-def _selection(sizes: list[int]) -> int:
-    """Counts of the pass that rides on the fold and of the one that does not, the sample, candidates, work lists."""
+def _selection(sizes: list[int], ranks: int, total: int) -> int:
+    """Counts of the pass that rides on the fold and of the one that does not, the sample, candidates, work lists.
+
+    Args:
+        sizes: weights of each tensor's part.
+        ranks: those that share the tensors.
+        total: weights of all of them.
+    """
     counts, sample, candidates = 2 * (1 + ops.BINS), 2 * ops.SAMPLES, 4 * ops.CANDIDATES
     chunks = sum(-(-n // ops.CHUNK) for n in sizes)
-    return 8 * (counts + sample + candidates) + _ROW * len(sizes) + _CHUNK * chunks
+    asked = 8 * (counts + sample + candidates)
+    if ranks > 1:
+        asked = 8 * (1 + ops.BINS) + select.most_bytes(ranks, sizes, total)
+    return asked + _ROW * len(sizes) + _CHUNK * chunks

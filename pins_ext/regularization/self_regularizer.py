@@ -382,12 +382,18 @@ class SelfRegularizer:
     def save(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Write the state to one safetensors file, aside and then renamed; contents are checked by hash on loading.
 
+        Of a model that is cut over ranks every rank calls this, and one writes.
+
         Args:
             path: where to.
             origin: what the file belongs to, such as a run and a step of it; `load` compares it.
         """
-        state = self.state_dict()
-        tensor_file.write(path, _FORMAT, state["meta"], state["tensors"], origin)
+        state, ranks = self.state_dict(), self.teacher.ranks
+        if ranks is None or ranks.writes:
+            tensor_file.write(path, _FORMAT, state["meta"], state["tensors"], origin)
+        if ranks is not None:
+            # The others may read it at once.
+            ranks.any(False)
 
     def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Read what `save` wrote.

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pins_ext.wrappers import is_sharded
+from pins_ext.distributed.ranks import Ranks
+from pins_ext.distributed.shards import forget_gathered, local
+from pins_ext.regularization.borrowed import Borrowed, parts_of
+from pins_ext.wrappers import is_flattened, is_sharded
 
 POLICIES = ("latest", "best", "ema", "none")
 
@@ -23,6 +26,8 @@ Source = str | os.PathLike[str] | nn.Module
 
 class Teacher:
     """A frozen copy of the model that the policy renews; it shares nothing with the model that could change.
+
+    Of a model that is cut over ranks each rank keeps a copy of its own parts, see `borrowed`.
 
     Args:
         model: the model that is trained.
@@ -39,6 +44,7 @@ class Teacher:
         snapshot_step: the step it is from.
         best_score: the dev score of the "best" one.
         seconds: wall time of its forward passes on the host so far; a GPU's own time is not in it.
+        answers: whether such a pass is under way.
 
     Raises:
         ValueError: a setting out of range, a teacher that can't be loaded or doesn't fit; the message says which.
@@ -56,6 +62,7 @@ class Teacher:
         self.snapshot_step: int | None = None
         self.best_score: float | None = None
         self.seconds = 0.0
+        self.answers = False
         self.snapshots_in: Callable[[], AbstractContextManager[None]] = nullcontext
         self._average: dict[str, Tensor] = {}
         if every is not None and every < 1:
@@ -80,8 +87,12 @@ class Teacher:
         assert self.module is not None
         self._follow_device()
         begin = time.perf_counter()
-        with _untouched_rng(next(self.module.parameters()).device):
-            outputs = self.module(*args, **kwargs)
+        self.answers = True
+        try:
+            with _untouched_rng(next(self.model.parameters()).device):
+                outputs = self.module(*args, **kwargs)
+        finally:
+            self.answers = False
         self.seconds += time.perf_counter() - begin
         return outputs
 
@@ -152,7 +163,9 @@ class Teacher:
         self.snapshot_step = self.steps
 
     def _copy(self) -> nn.Module:
-        self.refuse_sharded()
+        self.refuse_flattened()
+        if self._is_cut():
+            return Borrowed(self.model)
         teacher = copy.deepcopy(self.model)
         for name, module in teacher.named_modules():
             # A function is not copied; a bound method is.
@@ -165,45 +178,64 @@ class Teacher:
 
     def _pairs(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The teacher's parameters and buffers and the model's, by name, in the same order; tied ones once."""
-        self.refuse_sharded()
+        self.refuse_flattened()
         self._follow_device()
         assert self.module is not None
-        own, model = tensors_of(self.module), tensors_of(self.model)
+        if self._is_cut() and not isinstance(self.module, Borrowed):
+            # The one that it started with, whole so far.
+            self.module = Borrowed(self.model, parts_of(self.module))
+        own, model = parts_of(self.module), parts_of(self.model)
         _refuse_others(own, model, "the teacher")
         return own, {name: model[name] for name in own}
 
     def _follow_device(self) -> None:
         """Move after a model that was moved."""
         assert self.module is not None
+        if isinstance(self.module, Borrowed):
+            return
         device = next(self.model.parameters()).device
         if next(self.module.parameters()).device != device:
             self.module.to(device)
             self._average = {name: average.to(device) for name, average in self._average.items()}
 
-    def refuse_sharded(self) -> None:
-        """Raise RuntimeError where this teacher would be a copy of a model that is cut over several ranks."""
-        if self.policy not in ("fixed", "none") and is_sharded(self.model):
+    def _is_cut(self) -> bool:
+        """Whether the model is cut over ranks."""
+        forget_gathered(self.model)
+        return is_sharded(self.model)
+
+    def refuse_flattened(self) -> None:
+        """Raise RuntimeError where this teacher would be a copy of flat vectors, those of FSDP 1."""
+        if self.policy not in ("fixed", "none") and is_flattened(self.model):
             raise RuntimeError(
-                f"the model's parameters are sharded, and teacher={self.policy!r} is copied from whole ones: use a "
-                f"fixed teacher (a path), one device, or DistributedDataParallel"
+                f"FSDP 1 makes flat vectors of the weights, of which there is no teacher={self.policy!r}: use FSDP 2"
             )
 
     # ---- what is saved ----------------------------------------------------------------------------------------------
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that hold the teacher together; None where each has all of it."""
+        return self.module.ranks if isinstance(self.module, Borrowed) else None
+
     def nbytes(self) -> dict[str, int]:
         """Memory it takes, or will take, by what it is for."""
         source = self.module if self.policy == "fixed" and self.module is not None else self.model
-        weights = 0 if self.policy == "none" else sum(t.nbytes for t in tensors_of(source).values())
-        narrow = [p for p in self.model.parameters() if self.policy == "ema" and p.element_size() < 4]
+        weights = 0 if self.policy == "none" else sum(t.nbytes for t in parts_of(source).values())
+        narrow = [local(p) for p in self.model.parameters() if self.policy == "ema" and p.element_size() < 4]
         return {"teacher": weights, "running average": sum(4 * p.numel() for p in narrow)}
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain data, and tensors by parameter name: none for a fixed teacher; a 16-bit average in float32."""
+        """Plain data, and tensors by parameter name: none for a fixed teacher; a 16-bit average in float32.
+
+        Of a model that is cut over ranks they are put together; every rank calls it.
+        """
         meta = {"steps": self.steps, "snapshot_step": self.snapshot_step, "best_score": self.best_score}
         tensors: dict[str, Tensor] = {}
         if self.module is not None and self.policy != "fixed":
             stored = {name: self._average.get(name, t) for name, t in _persistent(self.module).items()}
             tensors = {name: tensor.detach().contiguous() for name, tensor in stored.items()}
+            if isinstance(self.module, Borrowed):
+                tensors = self.module.whole(tensors)
         return meta, tensors
 
     @torch.no_grad()
@@ -212,6 +244,8 @@ class Teacher:
         if self.policy != "fixed":
             module = (self.module or self._copy()) if tensors else None
             own = {} if module is None else _persistent(module)
+            if isinstance(module, Borrowed):
+                tensors = module.cut(tensors)
             _refuse_others(tensors, own, "the checkpoint's teacher")
             self._average = {}
             for name, tensor in own.items():
@@ -220,11 +254,6 @@ class Teacher:
                     self._average[name] = tensors[name].to(tensor.device, copy=True)
             self.module = module
         self.steps, self.snapshot_step, self.best_score = meta["steps"], meta["snapshot_step"], meta["best_score"]
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -270,8 +299,8 @@ def _without_cache(module: Any) -> Any:
 
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:
-    saved = module.state_dict().keys()
-    return {name: tensor for name, tensor in tensors_of(module).items() if name in saved}
+    saved = (module.model if isinstance(module, Borrowed) else module).state_dict().keys()
+    return {name: tensor for name, tensor in parts_of(module).items() if name in saved}
 
 
 def _untouched_rng(device: torch.device) -> AbstractContextManager[None]:

@@ -19,7 +19,6 @@ from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.patterns import fitted
 from pins_ext.pruning.plan import pattern_sizes
 from pins_ext.pruning.scopes import Scopes
-from pins_ext.regularization.teacher import POLICIES
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request
 
@@ -93,7 +92,7 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
         "",
         *set_ups(model.to(torch.bfloat16), set(pruned), pruning),
         *_mixed_precision(request, model, ranks > replicas),
-        *_notes(request, fixed["teacher"], ranks > replicas),
+        *_notes(request),
     ]
     if ranks > replicas or any(n and n > 1 for n in needed.values()):
         lines.append(f"note      FSDP gathers a block at a time: the largest is {_gb(largest_block(model))}")
@@ -205,10 +204,8 @@ def _fits(total: int, needed: Mapping[int, int | None], shards: int) -> Iterable
         yield f"{size:>4} GB  {answer}"
 
 
-def _notes(request: Request, teacher: str, sharded: bool) -> Iterable[str]:
-    """What training on several ranks does with these flags that a reader of the numbers may not expect."""
-    if sharded and teacher in POLICIES and teacher != "none":
-        yield f"note      --teacher {teacher} copies whole weights, which sharded ranks don't have: --teacher none"
+def _notes(request: Request) -> Iterable[str]:
+    """What training with these flags does that a reader of the numbers may not expect."""
     if "8bit" in (request.run.moment_dtype, request.pruning.state_dtype if request.pruning else None):
         yield "note      8 bits run on the CPU so far: on a GPU they are refused"
 

@@ -60,7 +60,6 @@ def test_flags_change_what_they_say(large: str, capsys: pytest.CaptureFixture[st
     assert "8 copies of the model, 2 ranks each (HSDP)" in page("--ranks", "16", "--replicas", "8")
     assert "buckets 282.21 GB" in page("--ranks", "2", "--replicas", "2")
     assert "in 240 tensors" in page("--exclude", "*.self_attn.*")
-    assert "--teacher latest copies whole weights" in page("--ranks", "2")
     assert "plan with --dtype float32" in page("--ranks", "2", "--dtype", "bfloat16", "--bf16")
 
 

@@ -59,10 +59,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(ranks: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.slow
-def test_a_teacher_that_would_be_a_copy_is_refused_by_name(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("teacher", ["latest", "best", "ema"])
+def test_a_teacher_of_parts_is_that_of_one_process(ranks: list[dict[str, Any]], teacher: str, tmp_path: Path) -> None:
+    alone = fsdp_job.train(tmp_path, True, teacher=teacher)
     for told in ranks:
-        for said, teacher in zip(told["refused"], ("latest", "best", "ema"), strict=True):
-            assert f"teacher='{teacher}' is copied from whole ones" in said
+        assert told[teacher]["weights"] != told["fused"]["weights"]
+        for part in ("masks", "weights", "final", "at end"):
+            assert told[teacher][part] == alone[part], part
+
+
+@pytest.mark.slow
+def test_a_teacher_of_parts_goes_on_from_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
+    for told in ranks:
+        assert len(told["latest killed"]["masks"]) == 10
+        assert told["latest resumed"]["masks"] == told["latest"]["masks"][8:]
+        assert told["latest resumed"]["weights"] == told["latest"]["weights"][8:]
 
 
 def outputs(sharded: bool) -> list[list[list[float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from allocations import allocated
 from ranks import run
 from sharded import counted_collectives
 from torch import Tensor
@@ -165,3 +167,36 @@ def test_one_all_reduce_and_one_all_gather() -> None:
         assert narrow == {"all_reduce": 2}
         # The key takes one more, and the tie among 80,000 two in place of the gathering.
         assert many == unlisted == {"all_reduce": 4}
+
+
+def tied(weights: int, count: int) -> Tensor:
+    """Scores of which so many are one, in the middle, and no other is met twice."""
+    made = torch.arange(1.0, weights + 1) / weights
+    made[torch.arange(count) * (weights // count)] = 0.5
+    return made.reshape(-1, 512)
+
+
+def asked_for(limits: dict[str, int]) -> list[tuple[int, int]]:
+    """Bytes that a rank asks for in selections of every kind, and what is planned."""
+    mesh, size, told = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_world_size(), []
+    with limited(limits):
+        room = max(SELECT.ROOM, SELECT.GATHERED // size)
+        weights = 3 * size * SELECT.LISTED
+        # In turn: few, as many as are gathered, more, as many as a rank lists (on each with one more), and all.
+        for count in (16, room - size, room + size, size * (SELECT.LISTED - 2), weights):
+            tensor = distribute_tensor(tied(weights, count), mesh, [Shard(0)])
+            layout = ops.Layout.of([local(tensor)], [shard_of("0", tensor)])
+            ranks, n = Ranks([tensor]), int((tensor.full_tensor() < 0.5).sum()) + count // 2
+            for bracket in (None, ops.bracket_around(torch.tensor([0xBF000000, 0]))):
+                search = partial(chosen, ranks, [local(tensor)], layout, n, weights, bracket=bracket)
+                told.append((allocated(search), SELECT.most_bytes(size, [local(tensor).numel()], weights)))
+    return told
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_a_rank_asks_for_is_planned(size: int) -> None:
+    """Within 5 %: gloo frees its copy of what was sent, 4 % of that, when it likes to."""
+    told = run(size, asked_for, {})
+    planned = told[0][0][1]
+    assert all(asked <= 1.05 * planned for each in told for asked, _ in each)
+    assert max(asked for each in told for asked, _ in each) >= 0.95 * planned

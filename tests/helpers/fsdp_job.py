@@ -76,15 +76,18 @@ def train(
     resume: bool = False,
     kind: type[Doubled] = Doubled,
     max_norm: float = 0.0,
+    teacher: str = "none",
 ) -> dict[str, Any]:
     """One run, to its end or until it dies."""
     changes: dict[str, Any] = {"max_grad_norm": max_norm, "logging_steps": 1} | ({} if fused else {"optim": "sgd"})
     args = launched(folder, eval_strategy="steps", eval_steps=5, **changes)
-    callback = PinsCallback(CONFIG)
+    net = model(**WITHOUT_DROPOUT)
+    regularizer = SelfRegularizer(net, teacher, every=3) if teacher != "none" else None
+    callback = PinsCallback(CONFIG, regularizer)
     digests = Digests(callback, until)
     options: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer(args)} if fused else {}
     trainer = kind(
-        model(**WITHOUT_DROPOUT), args, callbacks=[callback, digests], eval_dataset=data(8), data_collator=collate,
+        net, args, callbacks=[callback, digests], eval_dataset=data(8), data_collator=collate,
         **options,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
@@ -112,18 +115,8 @@ def everything(folder: Path) -> dict[str, Any]:
         "clipped hooked": train(folder / "clipped-hooked", False, max_norm=MAX_NORM),
         "clipped in pass": train(folder / "clipped-in-pass", True, kind=Clipped, max_norm=MAX_NORM),
         "killed": train(folder / "killed", True, until=10),
+        "latest killed": train(folder / "latest", True, until=10, teacher="latest"),
     }
-    return told | {"resumed": train(folder / "killed", True, resume=True), "refused": refused(folder / "refused")}
-
-
-def refused(folder: Path) -> list[str]:
-    """What a teacher that is a copy says."""
-    said = []
-    for teacher in ("latest", "best", "ema"):
-        net = model()
-        trainer = Doubled(net, launched(folder), callbacks=[PinsCallback(CONFIG, SelfRegularizer(net, teacher))])
-        try:
-            trainer.train()
-        except RuntimeError as error:
-            said.append(str(error))
-    return said
+    told["latest resumed"] = train(folder / "latest", True, resume=True, teacher="latest")
+    told |= {name: train(folder / name, True, teacher=name) for name in ("latest", "best", "ema")}
+    return told | {"resumed": train(folder / "killed", True, resume=True)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from allocations import allocated, storages
 from models import Network, train
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -17,18 +18,6 @@ from pins_ext import PruneConfig, Pruner, SelfRegularizer
 from pins_ext.optim import PinsAdamW
 from pins_ext.pruning.memory import MOMENTS, OPTIMIZERS, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
-
-
-def storages() -> dict[int, int]:
-    """Bytes by address of all memory that torch tensors hold."""
-    found = {}
-    for thing in gc.get_objects():
-        # Subclasses are left out: a compiler's fake tensors have no memory.
-        if type(thing) in (Tensor, nn.Parameter) and thing.device.type == "cpu" and thing.layout == torch.strided:
-            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-            if thing.is_leaf and thing.grad is not None:
-                found[thing.grad.untyped_storage().data_ptr()] = thing.grad.untyped_storage().nbytes()
-    return found
 
 
 @pytest.mark.parametrize(
@@ -96,18 +85,6 @@ def test_every_criterion_keeps_what_is_counted(options: dict[str, Any]) -> None:
     kept = [t for tensors in pruner.importance.tensors().values() for t in tensors]
     assert counted.statistics == sum(t.nbytes for t in kept)
     assert counted.masks == sum(t.nbytes for t in pruner.masks.bits)
-
-
-def allocated(f: Callable[[], object]) -> int:
-    """The most bytes that tensors made inside hold at a time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        f()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize(
@@ -188,7 +165,8 @@ def test_ranks_divide_what_is_sharded() -> None:
     # 13 rows of four bytes each over four ranks: four rows on the first. 26 rows: seven. 3 rows: one.
     rows = {13: 4, 26: 7, 3: 1}
     assert cut.weights == sum(rows[p.shape[0]] * 4 * (p.shape[1] if p.dim() == 2 else 1) for p in model.parameters())
-    assert memory(model, names, config, ranks=8, replicas=2) == cut
+    hybrid = memory(model, names, config, ranks=8, replicas=2)
+    assert dataclasses.replace(hybrid, selection=cut.selection) == cut
     narrow = Network().bfloat16()
     assert memory(narrow, names, config, teacher="ema").teacher == 3 * memory(narrow, names, config).weights
     assert ranks_needed(lambda n: n >= 5) == 8

@@ -147,8 +147,15 @@ def test_sharded_parameters_are_refused() -> None:
     reg = SelfRegularizer(model, fixed, score_gradient="task")
     with pytest.raises(RuntimeError, match=r"whole parameters.*are sharded: use score_gradient='joint'"):
         reg(model(**batch(1)), batch(1))
-    with pytest.raises(RuntimeError, match="parameters are sharded, and teacher='latest'"):
-        SelfRegularizer(model, every=1).step()
+
+
+class FullyShardedDataParallel(Net):
+    """A stand-in for FSDP 1, known by its name."""
+
+
+def test_a_teacher_of_flat_vectors_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="of which there is no teacher='latest': use FSDP 2"):
+        SelfRegularizer(FullyShardedDataParallel(), every=1).step()
 
 
 def _rank(rank: int, folder: str) -> None:
