@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext.optim.fused import FusedOptimizer
-from pins_ext.pruning.attachment import FusedSlot, Slot
+from pins_ext.pruning.attachment import Slot
+from pins_ext.pruning.fused import FusedSlot
 from pins_ext.pruning.hooked import HookedSlot, hooked_by_pruner
 from pins_ext.wrappers import unwrapped_optimizer
 

@@ -12,7 +12,7 @@ from bert import CONFIG, arguments, assert_at_target, model, pins, stock, weight
 from pins_ext.integrations.callback import PinsCallback
 from pins_ext.integrations.optimizer import optimizer
 from pins_ext.optim import PinsAdamW, PinsSGD
-from pins_ext.pruning.attachment import FusedSlot
+from pins_ext.pruning.fused import FusedSlot
 
 ADAMW = {"optim": "adamw_torch_fused", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=True", "learning_rate": 0.02}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner, ops
 from pins_ext.optim import PinsAdamW
-from pins_ext.pruning.attachment import FusedSlot
+from pins_ext.pruning.fused import FusedSlot
 from pins_ext.pruning.selection import Selection
 
 STEPS = 24

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner, ops
 from pins_ext.optim import PinsAdamW, PinsSGD
-from pins_ext.pruning.attachment import FusedSlot
+from pins_ext.pruning.fused import FusedSlot
 
 STEPS = 26
 pins = torch.ops.pins_ext
