@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-class NonFiniteError(RuntimeError):
-    """A loss, a gradient norm or a weight is NaN or infinite; the message says which, and at which step."""
+from pins_ext.optim.step import NonFiniteError
 
 
 class FiniteWatch:

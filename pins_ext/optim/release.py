@@ -12,7 +12,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.step import Scaling
+from pins_ext.optim.step import NonFiniteError, Scaling
 
 Clip = Literal["previous", "tensor"]
 
@@ -174,7 +174,7 @@ class GradientRelease:
             if self._squares:
                 device = self._squares[-1].device
                 if bool(torch.stack([_on(skip, device) for skip in self._skips]).any()):
-                    raise RuntimeError(
+                    raise NonFiniteError(
                         "a gradient is not finite: its tensor has not moved, others of this step have, as their "
                         "gradients were used before it came. Start again from the last checkpoint, with a lower "
                         "learning rate or other data"

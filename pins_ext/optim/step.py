@@ -17,6 +17,10 @@ from pins_ext.distributed.shards import is_dtensor, local
 Rate = float | Tensor
 
 
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient or a weight is NaN or infinite; the message says which."""
+
+
 @dataclass(frozen=True)
 class Scaling:
     """Device scalars, float32 [1], that make the gradient to use of the stored one; None where there is none.

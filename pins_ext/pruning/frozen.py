@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointFunction
 
 from pins_ext import ops
-from pins_ext.optim.step import Scaling
+from pins_ext.optim.step import NonFiniteError, Scaling
 from pins_ext.pruning import sparse_start
 from pins_ext.pruning.attachment import Slots, Step
 from pins_ext.pruning.config import PruneConfig
@@ -177,11 +177,11 @@ class BaseSlot(HookedSlot):
         """See Slot. One synchronisation.
 
         Raises:
-            RuntimeError: a gradient of the base was not finite.
+            NonFiniteError: a gradient of the base was not finite.
         """
         skips, self._skips = self._skips, []
         if skips and bool(torch.stack(skips).any()):
-            raise RuntimeError(
+            raise NonFiniteError(
                 "a gradient of the frozen base is not finite: its tensor's importance has left it out. Start again "
                 "from the last checkpoint, with a lower learning rate, other data, or without a GradScaler"
             )

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pins_ext.distributed.first import on_first
 from pins_ext.files.atomic import SaveError, newest_complete
-from pins_ext.integrations.finite import NonFiniteError
 from pins_ext.integrations.logs import EVALUATED_ZEROS
+from pins_ext.optim.step import NonFiniteError
 from pins_ext.runs import adapters
 from pins_ext.runs.errors import CommandError, StoppedError, UsageError
 from pins_ext.runs.folder import RunFolder

@@ -14,7 +14,9 @@ from transformers import Trainer
 
 from pins_ext.cli.main import main
 from pins_ext.files.atomic import newest_complete
-from pins_ext.integrations.finite import FiniteWatch, NonFiniteError, check_weights
+from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.finite import FiniteWatch, check_weights
+from pins_ext.optim.step import NonFiniteError
 
 Harm = Callable[[Trainer, torch.Tensor], torch.Tensor]
 
@@ -66,6 +68,46 @@ def test_training_stops_and_keeps_what_is_finite(
     assert not output.exists()
     assert main(["train", "--output-dir", str(output), "--resume"]) == 0
     assert_same(output, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--release-gradients", "--max-grad-norm", "0"), "has diverged: a gradient is not finite"),
+        pytest.param(
+            ("--lora", "2", "--criterion", "platon"),
+            "has diverged: a gradient of the frozen base is not finite",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_gradients_that_are_used_inside_backward_are_looked_at_too(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    asked: tuple[str, ...], said: str,
+) -> None:  # fmt: skip
+    new = PinsCallback.new_pruner
+    came: list[int] = []
+
+    def bad(gradient: torch.Tensor) -> torch.Tensor:
+        came.append(1)
+        return gradient * math.inf if len(came) == 8 else gradient
+
+    def harmed(self: PinsCallback, *args: Any) -> Any:
+        pruner = new(self, *args)
+        pruner.parameters[3].register_hook(bad)
+        return pruner
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PinsCallback, "new_pruner", harmed)
+        assert main(["train", *flags(tiny, tmp_path / "run", *asked, "--teacher", "none")]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert f"{tmp_path / 'run.unfinished' / 'checkpoint-6'} is the last checkpoint, and finite" in error
+    assert "RuntimeError" not in error
+    if "--lora" not in asked:
+        assert main(["train", "--output-dir", str(tmp_path / "run"), "--resume"]) == 0
+        assert main(["train", *flags(tiny, tmp_path / "whole", *asked, "--teacher", "none")]) == 0
+        assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_gpu_s_numbers_are_read_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
