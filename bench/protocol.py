@@ -141,6 +141,7 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
 def measure(
     cases: Sequence[Case],
     device: torch.device,
@@ -148,7 +149,7 @@ def measure(
     tick: Callable[[str], None] = lambda name: None,
     neighbours: Neighbours | None = None,
 ) -> dict[str, Timing]:
-    """Time the cases, interleaved.
+    """Time the cases, interleaved; under no_grad, as an optimizer's step runs.
 
     Args:
         tick: called before each call of a case, with its name.

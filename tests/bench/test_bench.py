@@ -190,6 +190,14 @@ def test_operators_are_counted() -> None:
     assert found["two"].calls == 2
 
 
+def test_operators_run_as_in_an_optimizer_step() -> None:
+    """With gradients enabled every output is looked up whether autograd records it."""
+    enabled: list[bool] = []
+    measure([Case("asks", lambda turn: enabled.append(torch.is_grad_enabled()))], CPU, FEW)
+    assert enabled
+    assert not any(enabled)
+
+
 def test_bandwidth_buffers_exceed_the_cache() -> None:
     copy, read, *_ = bandwidth_cases(CPU)
     assert copy.weights * 4 >= 4 * memory.last_level_cache(CPU)
