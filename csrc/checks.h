@@ -78,11 +78,9 @@ inline std::string device_name(const Device& device) {
 
 using Dtypes = std::initializer_list<ScalarType>;
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16};
-constexpr Dtypes kMomentDtypes = {ScalarType::Float, ScalarType::BFloat16};
-// 8-bit storage, criterion.inl: Byte where nothing is negative, Char with a sign. On the CPU alone.
-constexpr Dtypes kCpuStateDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
-constexpr Dtypes kCpuFirstMomentDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char};
+// 8-bit storage, criterion.inl: Byte where nothing is negative, Char with a sign.
+constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
+constexpr Dtypes kFirstMomentDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char};
 constexpr Dtypes kReadableDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 constexpr Dtypes kReadableFirstDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char};
 

@@ -49,6 +49,11 @@ PINS_HD int64_t global_index(const Place& place, int64_t i) {
 // Groups of a row of 8-bit storage.
 PINS_HD int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 
+// Groups of a tensor that begin before its local weight i.
+PINS_HD int64_t groups_before(int64_t columns, int64_t i) {
+  return i / columns * groups_of(columns) + groups_of(i % columns);
+}
+
 // The first local weight from i on that begins a group.
 PINS_HD int64_t next_group(int64_t columns, int64_t i) {
   const int64_t column = i % columns, next = groups_of(column) * kGroup;

@@ -58,7 +58,8 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def("cutoff(Tensor bracket, Tensor tie, Tensor n_prune, int total, bool exact) -> Tensor");
   m.def(
       "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "
-      "Tensor? factors=None, Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None) -> Tensor");
+      "Tensor? factors=None, Tensor? bracket=None, Tensor? counts=None, Tensor? pointers=None, int? total=None) -> "
+      "Tensor");
   // N:M: the scores of what can be pruned, float32; the N best of a group are NaN, beyond every cutoff. groups int64
   // [n, 3]: N, M, and how far apart the weights of a group lie. nans int64 [n]: scores that were NaN.
   m.def(

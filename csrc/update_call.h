@@ -34,7 +34,6 @@ inline int check_update(const UpdateCall& call, const Device& device) {
     check_list(list.name, list.tensors, n, device, dtypes);
     check_numel(list.name, list.tensors, numel);
   };
-  const bool cpu = device.type() == DeviceType::CPU;
   const auto check_like_params = [&](const List& list) {
     check_operand(list, kParamDtypes);
     check_same_dtype(list.name, list.tensors, "params", call.params);
@@ -44,14 +43,14 @@ inline int check_update(const UpdateCall& call, const Device& device) {
     // SGD without momentum has no buffer, otherwise one stored as its weights; AdamW has both moments.
     if (call.moments.size() == 2) {
       const bool first = &moment == &call.moments[0];
-      check_operand(moment, !cpu ? kMomentDtypes : first ? kCpuFirstMomentDtypes : kCpuStateDtypes);
+      check_operand(moment, first ? kFirstMomentDtypes : kStateDtypes);
       if (!first) check_moments(call.moments[0].tensors, moment.tensors);
     } else if (moment.given()) {
       check_like_params(moment);
     }
   }
   if (!call.shadow.empty()) check_like_params({"shadow", call.shadow});
-  if (!call.ipt.empty()) check_operand({"ipt", call.ipt}, cpu ? kCpuStateDtypes : kStateDtypes);
+  if (!call.ipt.empty()) check_operand({"ipt", call.ipt}, kStateDtypes);
   if (!call.masks.empty()) {
     check_list("masks", call.masks, n, device, {ScalarType::Byte});
     check_masks(call.masks, numel);

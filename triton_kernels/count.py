@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .criterion import score_of
-from .layout import load_float
+from .layout import GROUP, GROUPS, load_float
 
 BINS = 65536
 """Bins of a counting pass; pins_ext/ops/select.py says the same."""
@@ -44,15 +44,19 @@ def factor_of(factors_ptr, tensor):
 
 @triton.jit
 def load_score(
-    a, b, factor, first, left,
+    operands, first, left,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scores, float32 [BLOCK_SIZE], of stored states at addresses a and b; B is None where the score has no b."""
-    x = load_float(a, first, left, A, BLOCK_SIZE, VECTOR)
+    """Scores, float32 [BLOCK_SIZE], of stored states; B is None where the score has no b.
+
+    `operands`: addresses of a and b, weights of a row, factor.
+    """
+    a, b, columns, factor = operands
+    x = load_float(a, first, left, columns, A, BLOCK_SIZE, VECTOR)
     if B is None:
         return score_of(x, x, factor, SCORE)
     else:
-        return score_of(x, load_float(b, first, left, B, BLOCK_SIZE, VECTOR), factor, SCORE)
+        return score_of(x, load_float(b, first, left, columns, B, BLOCK_SIZE, VECTOR), factor, SCORE)
 
 
 @triton.jit
@@ -68,6 +72,7 @@ def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, VECTOR
 
     Bytes from the lowest: below, at lo, at the special key, at hi. Sums over a chunk's blocks fit: 16384 / BLOCK_SIZE.
     """
+    SIZE: tl.constexpr = GROUPS * GROUP if BLOCK_SIZE is None else BLOCK_SIZE
     lo, width, special, shift = bracket
     # Distance past lo + 1: the keys inside are those below `width - 1`, and lo itself wraps around.
     past = key - lo - 1
@@ -78,11 +83,12 @@ def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, VECTOR
     unit = tl.where(key < lo, 1, unit)
     past = tl.where(is_special, NOWHERE, past)
     if not VECTOR:
-        valid = tl.arange(0, BLOCK_SIZE) < left
+        # A tile of groups comes with what is there.
+        valid = left if BLOCK_SIZE is None else tl.arange(0, SIZE) < left
         unit = tl.where(valid, unit, 0)
         past = tl.where(valid, past, NOWHERE)
     # Any order will do, and so the compiler need not move the keys to the places it prefers for atomics.
-    past = tl.reshape(past, [BLOCK_SIZE // THREADS, THREADS], can_reorder=True)
+    past = tl.reshape(past, [SIZE // THREADS, THREADS], can_reorder=True)
     bins = ((past + 1) >> shift).to(tl.int32)
     one = tl.full(bins.shape, 1, tl.int64)
     tl.atomic_add(counts_ptr + 1 + bins, one, mask=past < tl.maximum(width, 1) - 1, sem="relaxed")

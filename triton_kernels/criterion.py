@@ -169,6 +169,53 @@ def float_of_fp16(x):
     return x.to(tl.float16, bitcast=True).to(tl.float32)
 
 
+# ---- 8-bit storage -------------------------------------------------------------------------------
+
+LEVELS = tl.constexpr(254)
+NAN_CODE = tl.constexpr(255)
+SIGNED_LEVELS = tl.constexpr(127)
+SIGNED_NAN_CODE = tl.constexpr(-128)
+
+
+@triton.jit
+def bf16_above(x):
+    """x >= 0 and finite to bfloat16 bits, uint32, away from zero, but never to infinity."""
+    return tl.minimum((bits_of(x) + 0xFFFF) >> 16, 0x7F7F)
+
+
+@triton.jit
+def level_of(magnitude, scale, levels: tl.constexpr, part):
+    """`part`: .5 rounds to nearest, a random part of 1 stochastically."""
+    q = tl.div_rn(magnitude, tl.where(scale > 0.0, scale, 1.0))
+    level = (tl.div_rn(q * (2.0 * levels), 1.0 + q) + part).to(tl.int32)
+    return tl.minimum(level, levels)
+
+
+@triton.jit
+def code_of(x, root, scale, part):
+    level = level_of(root, scale, LEVELS, part)
+    return tl.where((level == 0) & (x > 0.0), 1, level)
+
+
+@triton.jit
+def signed_code_of(x, magnitude, scale, part):
+    level = level_of(magnitude, scale, SIGNED_LEVELS, part)
+    return tl.where(x < 0.0, 0 - level, level)
+
+
+@triton.jit
+def float_of_code(code, scale):
+    root = tl.div_rn(code.to(tl.float32), ((0 - code) + 2 * LEVELS).to(tl.float32)) * scale
+    return tl.where(code == NAN_CODE, float_of(tl.full(code.shape, 0x7FC00000, tl.uint32)), root * root)
+
+
+@triton.jit
+def float_of_signed_code(code, scale):
+    level = tl.where(code < 0, 0 - code, code)
+    x = tl.div_rn(code.to(tl.float32), ((0 - level) + 2 * SIGNED_LEVELS).to(tl.float32)) * scale
+    return tl.where(code == SIGNED_NAN_CODE, float_of(tl.full(code.shape, 0x7FC00000, tl.uint32)), x)
+
+
 @triton.jit
 def random_bits(global_index, key0, key1):
     """32 random bits of one weight at one step, uint32: a keyed hash of its int64 index (C. Wellons' lowbias32)."""

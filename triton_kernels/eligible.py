@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .count import factor_of, load_score
 from .criterion import eligible_score, order_key, score_of
-from .layout import address_of, chunk_of, store
+from .layout import address_of, chunk_of, columns_of, store
 from .select import check_scores, gather
 from .table import check_like, check_list, check_outputs, check_shape, check_tables, launch_chunks, pointer_table
 
@@ -34,7 +34,9 @@ def _eligible_kernel(
         keep = tl.load(groups_ptr + 3 * tensor).to(tl.int32)
         of = tl.load(groups_ptr + 3 * tensor + 1)
         stride = tl.load(groups_ptr + 3 * tensor + 2)
+        columns = columns_of(places_ptr, tensor)
         factor = factor_of(factors_ptr, tensor)
+        operands = a, b, columns, factor
         nans = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, length, BLOCK_SIZE):
             lane = tl.arange(0, BLOCK_SIZE)
@@ -42,14 +44,14 @@ def _eligible_kernel(
             at = offset + start + lane
             position = at // stride % of
             first = at - position * stride
-            score = load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, False)
+            score = load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, False)
             key = order_key(score)
             above = tl.zeros([BLOCK_SIZE], tl.int32)
             for i in range(of.to(tl.int32)):
-                x = gather(a, first + i * stride, valid, A)
+                x = gather(a, first + i * stride, columns, valid, A)
                 y = x
                 if B is not None:
-                    y = gather(b, first + i * stride, valid, B)
+                    y = gather(b, first + i * stride, columns, valid, B)
                 other = order_key(score_of(x, y, factor, SCORE))
                 above += ((other > key) | ((other == key) & (i > position))).to(tl.int32)
             store(scores, offset + start, length - start, eligible_score(score, above < keep), BLOCK_SIZE, False)

@@ -21,21 +21,28 @@ from .criterion import (
     smooth_unc,
 )
 from .layout import (
+    GROUPS,
     TAIL,
     address_of,
     chunk_of,
+    columns_of,
     float_from,
+    groups_before,
     load,
     load_float,
     place_of,
     run_index,
     run_of,
     store,
+    store_codes,
+    tile_of,
     vector_end,
     walk_block,
 )
 from .table import (
+    FIRST_MOMENTS,
     FLOATS,
+    SECOND_MOMENTS,
     STATES,
     check_like,
     check_list,
@@ -62,20 +69,23 @@ def _accumulate_block(
     CRITERION: tl.constexpr, DTYPE: tl.constexpr, STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     ipt, params, grads = addresses
-    n, lr, key0, key1 = scalars
-    g = load_float(grads, first, left, DTYPE, BLOCK_SIZE, VECTOR)
+    n, lr, key0, key1, columns = scalars
+    g = load_float(grads, first, left, columns, DTYPE, BLOCK_SIZE, VECTOR)
     if grad_scale is not None:
         g = tl.div_rn(g, grad_scale)
     if clip is not None:
         g = g * clip
     p = g
     if CRITERION != "precomputed":
-        p = load_float(params, first, left, DTYPE, BLOCK_SIZE, VECTOR)
+        p = load_float(params, first, left, columns, DTYPE, BLOCK_SIZE, VECTOR)
     c = instant_score(p, p, g, lr, CRITERION)
-    new = next_ipt(load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR), c, n, CRITERION)
-    if STATE == "bfloat16":
-        new = bf16_of(new, random_bits(index, key0, key1))
-    store(ipt, first, left, new, BLOCK_SIZE, VECTOR)
+    new = next_ipt(load_float(ipt, first, left, columns, STATE, BLOCK_SIZE, VECTOR), c, n, CRITERION)
+    if STATE == "uint8":
+        store_codes(ipt, first, left, new)
+    else:
+        if STATE == "bfloat16":
+            new = bf16_of(new, random_bits(index, key0, key1))
+        store(ipt, first, left, new, BLOCK_SIZE, VECTOR)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
@@ -101,27 +111,36 @@ def _accumulate_kernel(
         params = address_of(pointers_ptr, n_tensors, 1, tensor)
         grads = address_of(pointers_ptr, n_tensors, 2, tensor)
         addresses = ipt, params, grads
-        scalars = n, tl.load(lr_ptr + tensor), key0, key1
-        vectors = vector_end(ipt | params | grads, length, BLOCK_SIZE)
-        if STATE == "bfloat16":
-            origin = run_of(places_ptr, tensor)
-            vectors = tl.where(origin >= 0, vectors, 0)
-        for start in range(0, vectors, BLOCK_SIZE):
-            index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
-            _accumulate_block(
-                addresses, offset + start, length - start, index, scalars, grad_scale, clip,
-                CRITERION, DTYPE, STATE, BLOCK_SIZE, True,
-            )  # fmt: skip
-        if STATE == "bfloat16":
-            place = place_of(places_ptr, tensor, origin, offset + vectors)
-        for start in range(vectors, length, TAIL):
-            index = None
+        columns = columns_of(places_ptr, tensor)
+        scalars = n, tl.load(lr_ptr + tensor), key0, key1, columns
+        if STATE == "uint8":
+            last = groups_before(columns, offset + length)
+            for group in range(groups_before(columns, offset), last, GROUPS):
+                weights, valid = tile_of(columns, group, last)
+                _accumulate_block(
+                    addresses, weights, valid, None, scalars, grad_scale, clip, CRITERION, DTYPE, STATE, None, False
+                )
+        else:
+            vectors = vector_end(ipt | params | grads, length, BLOCK_SIZE)
             if STATE == "bfloat16":
-                index, place = walk_block(places_ptr, tensor, place)
-            _accumulate_block(
-                addresses, offset + start, length - start, index, scalars, grad_scale, clip,
-                CRITERION, DTYPE, STATE, TAIL, False,
-            )  # fmt: skip
+                origin = run_of(places_ptr, tensor)
+                vectors = tl.where(origin >= 0, vectors, 0)
+            for start in range(0, vectors, BLOCK_SIZE):
+                index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
+                _accumulate_block(
+                    addresses, offset + start, length - start, index, scalars, grad_scale, clip,
+                    CRITERION, DTYPE, STATE, BLOCK_SIZE, True,
+                )  # fmt: skip
+            if STATE == "bfloat16":
+                place = place_of(places_ptr, tensor, origin, offset + vectors)
+            for start in range(vectors, length, TAIL):
+                index = None
+                if STATE == "bfloat16":
+                    index, place = walk_block(places_ptr, tensor, place)
+                _accumulate_block(
+                    addresses, offset + start, length - start, index, scalars, grad_scale, clip,
+                    CRITERION, DTYPE, STATE, TAIL, False,
+                )  # fmt: skip
 
 
 def accumulate(
@@ -168,6 +187,41 @@ def accumulate(
 
 
 @triton.jit
+def _load_average(address, first, left, columns, STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+    """An average as it is stored; of 8-bit storage, float32."""
+    if STATE == "uint8":
+        return load_float(address, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
+    else:
+        ELEMENT: tl.constexpr = tl.uint16 if STATE == "bfloat16" else tl.float32
+        return load(address, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+
+
+@triton.jit
+def _plain(x, STATE: tl.constexpr):
+    """float32 of what `_load_average` loaded."""
+    return x if STATE == "uint8" else float_from(x, STATE)
+
+
+@triton.jit
+def _store_average(
+    address, first, left, x, old, bits, accepted,
+    STATE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Store an average, unless no gradients were accepted; float32 of what is there then."""
+    if STATE == "uint8":
+        # The interpreter keeps a scalar comparison as a float, which it can't combine by `&`.
+        there = tl.where(accepted, first[2], False)
+        new = store_codes(address, (first[0], first[1], there), tl.where(accepted, left, False), x)
+        return tl.where(accepted, new, old)
+    else:
+        new = bf16_of(x, bits) if STATE == "bfloat16" else x
+        if not VECTOR:
+            new = tl.where(accepted, new, old)
+        store(address, first, left, new, BLOCK_SIZE, VECTOR)
+        return float_from(new, STATE)
+
+
+@triton.jit
 def _fold_block(
     addresses, first, left, index, scalars, factors,
     STATE: tl.constexpr, UNC: tl.constexpr, DTYPE: tl.constexpr, MOMENT: tl.constexpr,
@@ -175,35 +229,29 @@ def _fold_block(
 ):  # fmt: skip
     """Fold one block; the order keys of what it stored. The VECTOR path takes it that gradients were accepted."""
     exp_avg_ipt, exp_avg_unc, ipt, exp_avg, exp_avg_sq = addresses
-    accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1 = scalars
-    ELEMENT: tl.constexpr = tl.uint16 if STATE == "bfloat16" else tl.float32
+    accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1, columns = scalars
     if MOMENT is None:
-        x = load_float(ipt, first, left, STATE, BLOCK_SIZE, VECTOR)
+        x = load_float(ipt, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
     else:
-        p = load_float(ipt, first, left, DTYPE, BLOCK_SIZE, VECTOR)
-        mean = load_float(exp_avg, first, left, MOMENT, BLOCK_SIZE, VECTOR)
-        square = load_float(exp_avg_sq, first, left, MOMENT, BLOCK_SIZE, VECTOR)
+        SECOND: tl.constexpr = "uint8" if MOMENT == "int8" else MOMENT
+        p = load_float(ipt, first, left, columns, DTYPE, BLOCK_SIZE, VECTOR)
+        mean = load_float(exp_avg, first, left, columns, MOMENT, BLOCK_SIZE, VECTOR)
+        square = load_float(exp_avg_sq, first, left, columns, SECOND, BLOCK_SIZE, VECTOR)
         lr, factor, factor_sq = factors
         x = score_moments(p, mean, square, lr, factor, factor_sq)
-    old_a = load(exp_avg_ipt, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
+    bits = random_bits(index, key0, key1) if STATE == "bfloat16" else None
+    old = _load_average(exp_avg_ipt, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
     if UNC:
-        old_b = load(exp_avg_unc, first, left, ELEMENT, BLOCK_SIZE, VECTOR)
-    if STATE == "bfloat16":
-        bits = random_bits(index, key0, key1)
-    mean = smooth_ipt(float_from(old_a, STATE), x, beta1, one_minus_beta1)
-    a = bf16_of(mean, bits) if STATE == "bfloat16" else mean
-    if not VECTOR:
-        a = tl.where(accepted, a, old_a)
-    store(exp_avg_ipt, first, left, a, BLOCK_SIZE, VECTOR)
+        old_unc = _load_average(exp_avg_unc, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
+    mean = smooth_ipt(_plain(old, STATE), x, beta1, one_minus_beta1)
+    a = _store_average(exp_avg_ipt, first, left, mean, old, bits, accepted, STATE, BLOCK_SIZE, VECTOR)
     if UNC:
-        unc = smooth_unc(float_from(old_b, STATE), x, mean, beta2, one_minus_beta2)
-        b = bf16_of(unc, bits >> 16) if STATE == "bfloat16" else unc
-        if not VECTOR:
-            b = tl.where(accepted, b, old_b)
-        store(exp_avg_unc, first, left, b, BLOCK_SIZE, VECTOR)
-        return order_key(score_of(float_from(a, STATE), float_from(b, STATE), None, "product"))
+        unc = smooth_unc(_plain(old_unc, STATE), x, mean, beta2, one_minus_beta2)
+        bits = bits >> 16 if STATE == "bfloat16" else None
+        b = _store_average(exp_avg_unc, first, left, unc, old_unc, bits, accepted, STATE, BLOCK_SIZE, VECTOR)
+        return order_key(score_of(a, b, None, "product"))
     else:
-        return order_key(score_of(float_from(a, STATE), x, None, "identity"))
+        return order_key(score_of(a, x, None, "identity"))
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
@@ -220,7 +268,6 @@ def _fold_kernel(
     """
     accepted = tl.load(accepted_ptr) != 0
     key0, key1 = tl.load(rng_ptr).to(tl.uint32), tl.load(rng_ptr + 1).to(tl.uint32)
-    scalars = accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1
     end = n_chunks
     if bracket_ptr is None:
         end = tl.where(accepted, n_chunks, 0)
@@ -241,33 +288,45 @@ def _fold_kernel(
             row = factors_ptr + 3 * tensor
             factors = tl.load(row), tl.load(row + 1), tl.load(row + 2)
         addresses = exp_avg_ipt, exp_avg_unc, ipt, exp_avg, exp_avg_sq
-        vectors = tl.where(accepted, vector_end(streams, length, BLOCK_SIZE), 0)
-        if STATE == "bfloat16":
-            origin = run_of(places_ptr, tensor)
-            vectors = tl.where(origin >= 0, vectors, 0)
-        units = tl.zeros([BLOCK_SIZE], tl.int32)
-        for start in range(0, vectors, BLOCK_SIZE):
-            index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
-            key = _fold_block(
-                addresses, offset + start, length - start, index, scalars, factors,
-                STATE, UNC, DTYPE, MOMENT, BLOCK_SIZE, True,
-            )  # fmt: skip
-            if bracket_ptr is not None:
-                units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
-        if bracket_ptr is not None:
-            tally = add_units(tally, units)
-        if STATE == "bfloat16":
-            place = place_of(places_ptr, tensor, origin, offset + vectors)
-        for start in range(vectors, length, TAIL):
-            index = None
+        columns = columns_of(places_ptr, tensor)
+        scalars = accepted, beta1, one_minus_beta1, beta2, one_minus_beta2, key0, key1, columns
+        if STATE == "uint8":
+            last = groups_before(columns, offset + length)
+            for group in range(groups_before(columns, offset), last, GROUPS):
+                weights, valid = tile_of(columns, group, last)
+                key = _fold_block(
+                    addresses, weights, valid, None, scalars, factors, STATE, UNC, DTYPE, MOMENT, None, False
+                )
+                if bracket_ptr is not None:
+                    tally = add_units(tally, count_block(key, valid, bracket, counts_ptr, None, False))
+        else:
+            vectors = tl.where(accepted, vector_end(streams, length, BLOCK_SIZE), 0)
             if STATE == "bfloat16":
-                index, place = walk_block(places_ptr, tensor, place)
-            key = _fold_block(
-                addresses, offset + start, length - start, index, scalars, factors,
-                STATE, UNC, DTYPE, MOMENT, TAIL, False,
-            )  # fmt: skip
+                origin = run_of(places_ptr, tensor)
+                vectors = tl.where(origin >= 0, vectors, 0)
+            units = tl.zeros([BLOCK_SIZE], tl.int32)
+            for start in range(0, vectors, BLOCK_SIZE):
+                index = run_index(origin, offset + start, BLOCK_SIZE) if STATE == "bfloat16" else None
+                key = _fold_block(
+                    addresses, offset + start, length - start, index, scalars, factors,
+                    STATE, UNC, DTYPE, MOMENT, BLOCK_SIZE, True,
+                )  # fmt: skip
+                if bracket_ptr is not None:
+                    units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
             if bracket_ptr is not None:
-                tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
+                tally = add_units(tally, units)
+            if STATE == "bfloat16":
+                place = place_of(places_ptr, tensor, origin, offset + vectors)
+            for start in range(vectors, length, TAIL):
+                index = None
+                if STATE == "bfloat16":
+                    index, place = walk_block(places_ptr, tensor, place)
+                key = _fold_block(
+                    addresses, offset + start, length - start, index, scalars, factors,
+                    STATE, UNC, DTYPE, MOMENT, TAIL, False,
+                )  # fmt: skip
+                if bracket_ptr is not None:
+                    tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
     if bracket_ptr is not None:
         commit(tally, bracket, counts_ptr)
 
@@ -322,11 +381,14 @@ def fold_moments(
     """`pins_ext::fold_moments_`: the same with the score of the optimizer's moments in place of ipt."""
     state = _check_fold(exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, factors, bracket, counts)
     dtype = check_list("params", params, FLOATS, places)
-    moment = check_list("exp_avg", exp_avg, FLOATS, places)
-    check_list("exp_avg_sq", exp_avg_sq, FLOATS, places)
+    moment = check_list("exp_avg", exp_avg, FIRST_MOMENTS, places)
+    second = check_list("exp_avg_sq", exp_avg_sq, SECOND_MOMENTS, places)
+    if second != {"int8": "uint8"}.get(moment, moment):
+        needs = " needs uint8" if moment == "int8" else ""
+        raise RuntimeError(f"exp_avg_sq must have the dtype of exp_avg ({moment}{needs}), got {second}")
     check_like("params", params, "exp_avg_ipt", exp_avg_ipt, dtype=False)
-    check_like("exp_avg", exp_avg, "exp_avg_ipt", exp_avg_ipt, dtype=False)
-    check_like("exp_avg_sq", exp_avg_sq, "exp_avg", exp_avg)
+    check_like("exp_avg", exp_avg, "params", params, dtype=False)
+    check_like("exp_avg_sq", exp_avg_sq, "params", params, dtype=False)
     check_shape("factors", factors, torch.float32, (len(places), 3), places)
     table = pointer_table(pointers, places, exp_avg_ipt, exp_avg_unc, params, exp_avg, exp_avg_sq)
     if bracket is not None and counts is not None:

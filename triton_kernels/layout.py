@@ -8,13 +8,31 @@ which promises that alignment. What is left of it, and misaligned chunks, take t
 import triton
 import triton.language as tl
 
-from .criterion import float_of_bf16, float_of_fp16
+from .criterion import (
+    NAN_CODE,
+    abs_of,
+    bf16_above,
+    bits_of,
+    code_of,
+    float_of,
+    float_of_bf16,
+    float_of_code,
+    float_of_fp16,
+    float_of_signed_code,
+)
 
 CHUNK = tl.constexpr(16384)
 ROW = tl.constexpr(14)
 
 TAIL = tl.constexpr(512)
 """Block of the masked path: four weights a thread, so that it needs no more registers than the VECTOR path."""
+
+GROUP = tl.constexpr(32)
+GROUP_BYTES = tl.constexpr(34)
+"""Of 8-bit storage: a byte for each of 32 weights of a row, and a bfloat16 scale."""
+
+GROUPS = tl.constexpr(16)
+"""Groups of a tile, where 8-bit storage is written: as many weights as in a block of TAIL."""
 
 
 # ---- chunks and pointers -------------------------------------------------------------------------
@@ -53,12 +71,18 @@ def block_ptr(address, first, ELEMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr, V
 
 @triton.jit
 def load(address, first, left, ELEMENT: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
-    """Elements first .. first + BLOCK_SIZE - 1 of a stream; on the masked path 0 from the `left`-th on."""
-    pointer = block_ptr(address, first, ELEMENT, BLOCK_SIZE, VECTOR)
-    if VECTOR:
-        return tl.load(pointer)
+    """Elements first .. first + BLOCK_SIZE - 1 of a stream; on the masked path 0 from the `left`-th on.
+
+    Without BLOCK_SIZE those of a tile of groups: `first` and `left` are what `tile_of` says.
+    """
+    if BLOCK_SIZE is None:
+        return tl.load(address.to(tl.pointer_type(ELEMENT)) + first[0], mask=left, other=0)
     else:
-        return tl.load(pointer, mask=tl.arange(0, BLOCK_SIZE) < left, other=0)
+        pointer = block_ptr(address, first, ELEMENT, BLOCK_SIZE, VECTOR)
+        if VECTOR:
+            return tl.load(pointer)
+        else:
+            return tl.load(pointer, mask=tl.arange(0, BLOCK_SIZE) < left, other=0)
 
 
 @triton.jit
@@ -84,9 +108,93 @@ def float_from(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_float(address, first, left, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
-    ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
-    return float_from(load(address, first, left, ELEMENT, BLOCK_SIZE, VECTOR), DTYPE)
+def load_float(address, first, left, columns, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+    """float32 of the elements that `load` loads; `columns`: weights of a row, read for 8-bit storage alone."""
+    if DTYPE == "uint8" or DTYPE == "int8":
+        return load_codes(address, first, left, columns, DTYPE, BLOCK_SIZE, VECTOR)
+    else:
+        ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
+        return float_from(load(address, first, left, ELEMENT, BLOCK_SIZE, VECTOR), DTYPE)
+
+
+# ---- 8-bit storage -------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns_of(places_ptr, tensor):
+    """Weights of a row of the local tensor, int64."""
+    return tl.load(places_ptr + ROW * tensor + 13)
+
+
+@triton.jit
+def decoded(address, group, lane, valid, DTYPE: tl.constexpr):
+    """float32 of weights, each by the first byte of its group and its place in it."""
+    bytes_ptr = address.to(tl.pointer_type(tl.uint8)) + group
+    code = tl.load(bytes_ptr + lane, mask=valid, other=0)
+    low = tl.load(bytes_ptr + GROUP, mask=valid, other=0).to(tl.uint32)
+    high = tl.load(bytes_ptr + (GROUP + 1), mask=valid, other=0).to(tl.uint32)
+    scale = float_of((low << 16) | (high << 24))
+    if DTYPE == "int8":
+        return float_of_signed_code(code.to(tl.int8, bitcast=True).to(tl.int32), scale)
+    else:
+        return float_of_code(code.to(tl.int32), scale)
+
+
+@triton.jit
+def load_codes(address, first, left, columns, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+    """float32 of weights stored in 8 bits: those that `load` would load."""
+    if BLOCK_SIZE is None:
+        return decoded(address, first[1] + tl.zeros(left.shape, tl.int64), tl.arange(0, GROUP)[None, :], left, DTYPE)
+    else:
+        row, column = first // columns, first % columns
+        steps = tl.arange(0, BLOCK_SIZE).to(tl.uint32)
+        wraps = wraps_of(column, columns, steps, 2 * BLOCK_SIZE).to(tl.int64)
+        column += steps.to(tl.int64) - wraps * columns
+        group = (row + wraps) * ((columns + (GROUP - 1)) // GROUP) + (column >> 5)
+        valid = tl.full([BLOCK_SIZE], True, tl.int1) if VECTOR else tl.arange(0, BLOCK_SIZE) < left
+        return decoded(address, group * GROUP_BYTES, column & (GROUP - 1), valid, DTYPE)
+
+
+@triton.jit
+def groups_before(columns, i):
+    """How many groups of a tensor begin before its local weight i, int64."""
+    return i // columns * ((columns + (GROUP - 1)) // GROUP) + (i % columns + (GROUP - 1)) // GROUP
+
+
+@triton.jit
+def tile_of(columns, group, end):
+    """The groups group .. group + GROUPS - 1 of a tensor, those before `end`: their weights, and which are there.
+
+    Weights as (local index [GROUPS, 32], first byte of the group [GROUPS, 1], whether the group is there [GROUPS, 1]).
+    """
+    of_row = (columns + (GROUP - 1)) // GROUP
+    row, at = group // of_row, group % of_row
+    steps = tl.arange(0, GROUPS)
+    wraps = wraps_of(at, of_row, steps.to(tl.uint32), 2 * GROUPS).to(tl.int64)
+    column = (at + steps - wraps * of_row) * GROUP
+    lane = tl.arange(0, GROUP)
+    there = (group + steps < end)[:, None]
+    weights = ((row + wraps) * columns + column)[:, None] + lane[None, :]
+    first = weights, (group + steps)[:, None] * GROUP_BYTES, there
+    return first, (lane[None, :] < (columns - column)[:, None]) & there
+
+
+@triton.jit
+def store_codes(address, first, valid, x):
+    """Store a tile of values in 8 bits without sign, rounded to nearest; what they are then, float32 [GROUPS, 32]."""
+    odd = ((bits_of(x) & 0x7FFFFFFF) >= 0x7F800000) | (x < 0.0)
+    root = tl.sqrt_rn(abs_of(tl.where(odd, 0.0, x)))
+    # Of numbers that are not negative the bits have their order.
+    largest = tl.max(tl.where(valid, bits_of(root), 0).to(tl.int32, bitcast=True), 1)
+    stored = bf16_above(float_of(largest.to(tl.uint32, bitcast=True)))[:, None]
+    scale = float_of(stored << 16)
+    code = tl.where(odd, NAN_CODE, code_of(x, root, scale, 0.5))
+    bytes_ptr = address.to(tl.pointer_type(tl.uint8)) + first[1]
+    tl.store(bytes_ptr + tl.arange(0, GROUP)[None, :], code.to(tl.uint8), mask=valid)
+    half = tl.arange(0, 2)[None, :]
+    byte = ((stored >> (8 * half).to(tl.uint32)) & 0xFF).to(tl.uint8)
+    tl.store(bytes_ptr + (half + GROUP), byte, mask=first[2])
+    return float_of_code(code, scale)
 
 
 # ---- global indices ------------------------------------------------------------------------------

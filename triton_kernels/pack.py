@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .count import factor_of, load_score
 from .criterion import order_key
-from .layout import CHUNK, TAIL, address_of, chunk_of, load, local_rank, store, vector_end
+from .layout import CHUNK, TAIL, address_of, chunk_of, columns_of, load, local_rank, store, vector_end
 from .select import check_scores
-from .table import check_list, check_outputs, check_shape, check_tables, launch_chunks, pointer_table
+from .table import CODED, check_list, check_outputs, check_shape, check_tables, launch_chunks, pointer_table
 
 BLOCK_SIZE = 1024
 """Weights of the VECTOR path at a time, as in importance.py: 32 words of mask."""
@@ -59,12 +59,12 @@ def _pack_kernel(
         pruned = local_rank(places_ptr, tensor, tie) - offset
         first_kept = tl.where(pruned <= 0, 0, tl.where(pruned >= CHUNK, CHUNK, pruned.to(tl.int32)))
         # After the divisions, where registers are few: before them ptxas spills for 16-bit operands on sm_90.
-        factor = factor_of(factors_ptr, tensor)
+        operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
         vectors = vector_end(masks | a | b, length, BLOCK_SIZE)
         changes = tl.zeros([BLOCK_SIZE // 32], tl.int32)
         nans = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
-            score = load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True)
+            score = load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True)
             key = order_key(score)
             keep = (key > threshold) | ((key == threshold) & (tl.arange(0, BLOCK_SIZE) >= first_kept - start))
             changes += _pack_block(masks, offset + start, length - start, keep, 32, BLOCK_SIZE, True)
@@ -74,7 +74,7 @@ def _pack_kernel(
         for start in range(vectors, length, TAIL):
             lane = tl.arange(0, TAIL)
             valid = lane < length - start
-            score = load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False)
+            score = load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False)
             key = order_key(score)
             keep = (key > threshold) | ((key == threshold) & (lane >= first_kept - start))
             changes8 = _pack_block(masks, offset + start, length - start, keep & valid, 8, TAIL, False)
@@ -104,6 +104,11 @@ def pack(
     dtype_a, dtype_b = check_scores(a, b, score, places, factors)
     check_list("masks", masks, (torch.uint8,), places)
     for i, (mask, x) in enumerate(zip(masks, a, strict=True)):
+        if x.dtype in CODED:
+            # Of how many weights it is the places say, on the device.
+            if x.dim() < 2 or x.shape[-1] != 34 or mask.numel() > -(-x.numel() // 34 * 32 // 64) * 8:
+                raise RuntimeError(f"masks[{i}] has {mask.numel()} bytes, too many for {tuple(x.shape)} in 8 bits")
+            continue
         size = -(-x.numel() // 64) * 8
         if mask.numel() != size:
             raise RuntimeError(f"masks[{i}] must have {size} bytes for {x.numel()} weights, got {mask.numel()}")

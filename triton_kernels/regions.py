@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .count import ZERO_KEY, add_units, commit, count_block, factor_of, load_score, no_tally
 from .criterion import order_key
-from .layout import TAIL, address_of, chunk_of, place_of, run_index, run_of, vector_end, walk_block
+from .layout import TAIL, address_of, chunk_of, columns_of, place_of, run_index, run_of, vector_end, walk_block
 from .select import BLOCK_SIZE, check_scores
 from .table import check_outputs, check_shape, check_tables, launch_chunks, pointer_table
 
@@ -21,7 +21,7 @@ NOWHERE = tl.constexpr(-1)
 
 @triton.jit
 def _count_keys(
-    counts_ptr, row, a, b, factor, offset, length,
+    counts_ptr, row, operands, offset, length,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Add a chunk's keys to the counts of its region, int64 [1 + bins]."""
@@ -29,21 +29,21 @@ def _count_keys(
     width = tl.load(row + 1).to(tl.uint32) - lo
     zero = tl.full([], ZERO_KEY, tl.uint32) - lo
     bracket = lo, width, tl.where(zero < width, zero, width >> 1), tl.load(row + 2).to(tl.uint32)
-    vectors = vector_end(a | b, length, BLOCK_SIZE)
+    vectors = vector_end(operands[0] | operands[1], length, BLOCK_SIZE)
     units = tl.zeros([BLOCK_SIZE], tl.int32)
     for start in range(0, vectors, BLOCK_SIZE):
-        key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+        key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
         units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
     tally = add_units(no_tally(), units)
     for start in range(vectors, length, TAIL):
-        key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False))
+        key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
         tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
     commit(tally, bracket, counts_ptr)
 
 
 @triton.jit
 def _count_ties(
-    counts_ptr, row, places_ptr, tensor, a, b, factor, offset, length,
+    counts_ptr, row, places_ptr, tensor, operands, offset, length,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of the region's key in a chunk, by global index, to the counts of the region."""
@@ -53,11 +53,11 @@ def _count_ties(
     place = place_of(places_ptr, tensor, run, offset)
     below = tl.full([], 0, tl.int64)
     for start in range(0, length, TAIL):
+        key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
+        equal = (key == tie) & (tl.arange(0, TAIL) < length - start)
         index, place = walk_block(places_ptr, tensor, place)
         if run >= 0:
             index = run_index(run, offset + start, TAIL)
-        key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False))
-        equal = (key == tie) & (tl.arange(0, TAIL) < length - start)
         below += tl.sum((equal & (index < lo)).to(tl.int64))
         inside = equal & (index >= lo) & (index <= hi)
         bins = tl.where(inside, (index - lo) >> shift, NOWHERE)
@@ -85,12 +85,12 @@ def _count_regions_kernel(
         if stage <= TIES:
             a = address_of(pointers_ptr, n_tensors, 0, tensor)
             b = address_of(pointers_ptr, n_tensors, 1, tensor)
-            factor = factor_of(factors_ptr, tensor)
+            operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
             own = counts_ptr + region * columns
             if stage == KEYS:
-                _count_keys(own, row, a, b, factor, offset, length, SCORE, A, B, BLOCK_SIZE)
+                _count_keys(own, row, operands, offset, length, SCORE, A, B, BLOCK_SIZE)
             else:
-                _count_ties(own, row, places_ptr, tensor, a, b, factor, offset, length, SCORE, A, B)
+                _count_ties(own, row, places_ptr, tensor, operands, offset, length, SCORE, A, B)
 
 
 def count_regions(

@@ -10,7 +10,20 @@ from torch import Tensor
 from ..criteria import SCORES
 from .count import BINS, add_units, commit, count_block, factor_of, load_bracket, load_score, no_tally
 from .criterion import order_key, random_bits, score_of
-from .layout import TAIL, address_of, chunk_of, float_from, place_of, run_of, vector_end
+from .layout import (
+    GROUP,
+    GROUP_BYTES,
+    ROW,
+    TAIL,
+    address_of,
+    chunk_of,
+    columns_of,
+    decoded,
+    float_from,
+    place_of,
+    run_of,
+    vector_end,
+)
 from .table import (
     FLOATS,
     STATES,
@@ -40,7 +53,7 @@ def check_scores(
         raise RuntimeError(f"factors must be {'given' if factors is None else 'left out'} for the score '{score}'")
     if score == "fisher":
         check_shape("factors", factors, torch.float32, (len(places),), places)
-        dtypes = check_list("a", a, FLOATS, places), check_list("b", b, FLOATS, places)
+        dtypes = check_list("a", a, FLOATS, places), check_list("b", b, (*FLOATS, torch.uint8), places)
         check_like("b", b, "a", a, dtype=False)
         return dtypes
     if score in ("product", "deviation"):
@@ -49,30 +62,36 @@ def check_scores(
         return dtype_a, dtype_b
     if b:
         raise RuntimeError(f"b must be empty for the score '{score}', got {len(b)} tensors")
-    return check_list("a", a, FLOATS, places), None
+    return check_list("a", a, (*FLOATS, torch.uint8) if score == "identity" else FLOATS, places), None
 
 
 # ---- sample --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def gather(addresses, local, active, DTYPE: tl.constexpr):
+def gather(addresses, local, columns, active, DTYPE: tl.constexpr):
     """float32 of one weight of each address."""
-    ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
-    return float_from(tl.load(addresses.to(tl.pointer_type(ELEMENT)) + local, mask=active, other=0), DTYPE)
+    if DTYPE == "uint8":
+        row, column = local // columns, local % columns
+        group = row * ((columns + (GROUP - 1)) // GROUP) + (column >> 5)
+        return decoded(addresses, group * GROUP_BYTES, column & (GROUP - 1), active, DTYPE)
+    else:
+        ELEMENT: tl.constexpr = tl.float32 if DTYPE == "float32" else tl.uint16
+        return float_from(tl.load(addresses.to(tl.pointer_type(ELEMENT)) + local, mask=active, other=0), DTYPE)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "total", "size"])
+@triton.jit(do_not_specialize=["n_tensors", "size"])
 def _sample_kernel(
-    keys_ptr, pointers_ptr, ends_ptr, factors_ptr, n_tensors, total, size,
+    keys_ptr, pointers_ptr, places_ptr, ends_ptr, factors_ptr, n_tensors, size,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Keys int64 [size] of the weights at hashed places in `size` equal strata of the `total` local weights.
+    """Keys int64 [size] of the weights at hashed places in `size` equal strata of all local weights.
 
     ends_ptr: int64 [n_tensors], running sum of the tensors' local weights.
     """
     stratum = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE).to(tl.int64)
     active = stratum < size
+    total = tl.load(ends_ptr + n_tensors - 1)
     first = stratum * total // size
     span = (stratum + 1) * total // size - first
     jitter = (random_bits(stratum, 0x243F6A88, 0x85A308D3) >> 8).to(tl.int64)
@@ -87,10 +106,11 @@ def _sample_kernel(
         low = tl.where(open & before, middle + 1, low)
         high = tl.where(open & before, high, middle)
     local = position - tl.load(ends_ptr + low - 1, mask=active & (low > 0), other=0)
-    x = gather(tl.load(pointers_ptr + low, mask=active, other=0), local, active, A)
+    columns = tl.load(places_ptr + ROW * low + 13, mask=active, other=1)
+    x = gather(tl.load(pointers_ptr + low, mask=active, other=0), local, columns, active, A)
     y = x
     if B is not None:
-        y = gather(tl.load(pointers_ptr + n_tensors + low, mask=active, other=0), local, active, B)
+        y = gather(tl.load(pointers_ptr + n_tensors + low, mask=active, other=0), local, columns, active, B)
     factor = None if factors_ptr is None else tl.load(factors_ptr + low, mask=active, other=0)
     tl.store(keys_ptr + stratum, order_key(score_of(x, y, factor, SCORE)).to(tl.int64), mask=active)
 
@@ -112,13 +132,12 @@ def sample(
     table = pointer_table(pointers, places, a, b)
     if size < 1:
         raise RuntimeError(f"size must be at least 1, got {size}")
-    total = sum(x.numel() for x in a)
-    if not total:
+    if not sum(x.numel() for x in a):
         return places.new_zeros(size)
     keys = places.new_empty(size)
     ends = places[:, 5:9].prod(1).cumsum(0)
     launch(
-        _sample_kernel, places, triton.cdiv(size, SAMPLE_BLOCK), keys, table, ends, factors, len(places), total, size,
+        _sample_kernel, places, triton.cdiv(size, SAMPLE_BLOCK), keys, table, places, ends, factors, len(places), size,
         SCORE=score, A=dtype_a, B=dtype_b, BLOCK_SIZE=SAMPLE_BLOCK,
     )  # fmt: skip
     return keys
@@ -140,15 +159,15 @@ def _count_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        factor = factor_of(factors_ptr, tensor)
+        operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
         vectors = vector_end(a | b, length, BLOCK_SIZE)
         units = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
-            key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+            key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
             units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
         tally = add_units(tally, units)
         for start in range(vectors, length, TAIL):
-            key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False))
+            key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
             tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
     commit(tally, bracket, counts_ptr)
 
@@ -184,18 +203,18 @@ def count(
 
 @triton.jit
 def _inside_chunk(
-    a, b, factor, offset, length, lo, hi,
+    operands, offset, length, lo, hi,
     SCORE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """How many keys of a chunk lie from lo to hi, both uint32; int32."""
-    vectors = vector_end(a | b, length, BLOCK_SIZE)
+    vectors = vector_end(operands[0] | operands[1], length, BLOCK_SIZE)
     inside = tl.zeros([BLOCK_SIZE], tl.int32)
     for start in range(0, vectors, BLOCK_SIZE):
-        key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
+        key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
         inside += (key - lo <= hi - lo).to(tl.int32)
     total = tl.sum(inside)
     for start in range(vectors, length, TAIL):
-        key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False))
+        key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
         total += tl.sum(((key - lo <= hi - lo) & (tl.arange(0, TAIL) < length - start)).to(tl.int32))
     return total
 
@@ -216,8 +235,8 @@ def _collect_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        factor = factor_of(factors_ptr, tensor)
-        total = _inside_chunk(a, b, factor, offset, length, lo, hi, SCORE, A, B, BLOCK_SIZE)
+        operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
+        total = _inside_chunk(operands, offset, length, lo, hi, SCORE, A, B, BLOCK_SIZE)
         # Few chunks hold candidates, few of them each: those chunks are read a second time, and walked one by one.
         if total > 0:
             slot = tl.atomic_add(found_ptr, total.to(tl.int64), sem="relaxed")
@@ -225,7 +244,7 @@ def _collect_kernel(
                 run = run_of(places_ptr, tensor)
                 for start in range(0, length, TAIL):
                     lane = tl.arange(0, TAIL)
-                    key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, TAIL, False))
+                    key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
                     left = tl.where((key - lo <= hi - lo) & (lane < length - start), lane, TAIL)
                     first = tl.min(left)
                     while first < TAIL:
@@ -282,8 +301,8 @@ def _tie_count_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        factor = factor_of(factors_ptr, tensor)
-        total = _inside_chunk(a, b, factor, offset, length, tie, tie, SCORE, A, B, BLOCK_SIZE)
+        operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
+        total = _inside_chunk(operands, offset, length, tie, tie, SCORE, A, B, BLOCK_SIZE)
         tl.store(ties_ptr + chunk, total.to(tl.int64))
 
 
@@ -303,12 +322,12 @@ def _tie_locate_kernel(
         tensor, offset, length = chunk_of(chunks_ptr, places_ptr, chunk)
         a = address_of(pointers_ptr, n_tensors, 0, tensor)
         b = address_of(pointers_ptr, n_tensors, 1, tensor)
-        factor = factor_of(factors_ptr, tensor)
+        operands = a, b, columns_of(places_ptr, tensor), factor_of(factors_ptr, tensor)
         before = tl.load(ends_ptr + chunk - 1, mask=chunk > 0, other=0)
         found = tl.full([], -1, tl.int64)
         for start in range(0, length, BLOCK_SIZE):
             lane = tl.arange(0, BLOCK_SIZE)
-            key = order_key(load_score(a, b, factor, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, False))
+            key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, False))
             ties = ((key == tie) & (lane < length - start)).to(tl.int64)
             is_it = (ties == 1) & (before + tl.cumsum(ties) == rank + 1)
             found = tl.maximum(found, tl.max(tl.where(is_it, offset + start + lane, -1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STATES = (torch.float32, torch.bfloat16)
+STATES = (torch.float32, torch.bfloat16, torch.uint8)
+FIRST_MOMENTS = (*FLOATS, torch.int8)
+SECOND_MOMENTS = (*FLOATS, torch.uint8)
+CODED = (torch.uint8, torch.int8)
+"""8-bit storage: of every 32 weights of a row their bytes and a bfloat16 scale, [.., groups of a row, 34]."""
 
 MAX_REGISTERS = 80
 """A bound, not a wish: free to choose, ptxas spills a few bytes of some kernels to fit 64, and takes 120 for others."""
@@ -22,6 +26,13 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": MAX_REGISTERS}
 PROGRAMS_PER_MULTIPROCESSOR = 6
 """As many programs of 128 threads as are resident at 80 registers. A program takes every grid-th chunk, so a counting
 pass commits once per program, and a pass that is not needed is one wave of empty programs."""
+
+READS_CODED = 168, 3
+WRITES_CODED = 255, 2
+"""The same two of kernels that read 8-bit storage, and of those that write it: fewer registers would spill."""
+
+CODED_BLOCK_SIZE = 256
+"""Their weights at a time: two a thread. Hardly any of their accesses is 16 bytes wide, so more would save nothing."""
 
 INTERPRETED_PROGRAMS = 3
 
@@ -84,6 +95,18 @@ def check_list(name: str, tensors: list[Tensor], dtypes: Sequence[torch.dtype], 
     return name_of(dtype)
 
 
+def check_coded(name: str, x: Tensor, weights: int) -> None:
+    """Check that a tensor is 8-bit storage of so many weights in rows of one length."""
+    fits = x.dim() >= 2 and x.shape[-1] == 34
+    if fits and weights:
+        rows = x.shape[:-2].numel()
+        fits = rows > 0 and weights % rows == 0 and -(-weights // rows // 32) == x.shape[-2]
+    if not fits:
+        raise RuntimeError(
+            f"{name} must be [.., groups of a row, 34] for {weights} weights in 8 bits, got {tuple(x.shape)}"
+        )
+
+
 def check_like(name: str, tensors: list[Tensor], like_name: str, like: list[Tensor], *, dtype: bool = True) -> None:
     """Check that a list has the sizes, and the dtype unless not asked, of another; either may be empty."""
     if not tensors or not like:
@@ -92,7 +115,11 @@ def check_like(name: str, tensors: list[Tensor], like_name: str, like: list[Tens
         want, got = name_of(like[0].dtype), name_of(tensors[0].dtype)
         raise RuntimeError(f"{name} must have the dtype of {like_name} ({want}), got {got}")
     for i, (x, y) in enumerate(zip(tensors, like, strict=True)):
-        if x.numel() != y.numel():
+        if x.dtype in CODED and y.dtype not in CODED:
+            check_coded(f"{name}[{i}]", x, y.numel())
+        elif y.dtype in CODED and x.dtype not in CODED:
+            check_coded(f"{like_name}[{i}]", y, x.numel())
+        elif x.numel() != y.numel():
             raise RuntimeError(f"{name}[{i}] must have {y.numel()} elements, got {x.numel()}")
 
 
@@ -154,10 +181,29 @@ def pointer_table(pointers: Tensor | None, places: Tensor, *lists: list[Tensor])
         return torch.tensor(rows, dtype=torch.int64, pin_memory=True).view(shape).to(places.device, non_blocking=True)
 
 
-def launch(kernel: Any, places: Tensor, grid: int, *args: object, **constants: object) -> None:
+def is_coded(constants: Mapping[str, object]) -> bool:
+    """Whether a kernel with these compile-time arguments reads or writes 8-bit storage."""
+    return any(value in ("uint8", "int8") for value in constants.values())
+
+
+def shares_of(constants: Mapping[str, object]) -> tuple[int, int]:
+    """Registers of a thread, and programs of a multiprocessor, for a kernel with these compile-time arguments."""
+    if constants.get("STATE") == "uint8":
+        return WRITES_CODED
+    return READS_CODED if is_coded(constants) else (MAX_REGISTERS, PROGRAMS_PER_MULTIPROCESSOR)
+
+
+def options_of(constants: Mapping[str, object]) -> dict[str, Any]:
+    """Options of a launch with these compile-time arguments."""
+    return OPTIONS | {"maxnreg": shares_of(constants)[0]}
+
+
+def launch(kernel: Any, places: Tensor, grid: int, *args: object, **constants: Any) -> None:
     """Launch on the tables' device and its current stream."""
+    if is_coded(constants):
+        constants["BLOCK_SIZE"] = min(constants["BLOCK_SIZE"], CODED_BLOCK_SIZE)
     with _on(places.device):
-        kernel[(grid,)](*args, **constants, **OPTIONS)
+        kernel[(grid,)](*args, **constants, **options_of(constants))
 
 
 def launch_chunks(kernel: Any, places: Tensor, chunks: Tensor, *args: object, **constants: object) -> None:
@@ -166,6 +212,5 @@ def launch_chunks(kernel: Any, places: Tensor, chunks: Tensor, *args: object, **
         return
     programs = INTERPRETED_PROGRAMS
     if places.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(places.device)
-        programs = PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+        programs = shares_of(constants)[1] * torch.cuda.get_device_properties(places.device).multi_processor_count
     launch(kernel, places, min(len(chunks), programs), *args, len(places), len(chunks), **constants)

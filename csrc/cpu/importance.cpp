@@ -14,7 +14,7 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   const Work work = check_work(places, chunks);
   const size_t n = work.tensors();
   const int kind = option("criterion", criterion, kCriteria);
-  check_list("ipt", ipt, n, kCpu, kCpuStateDtypes);
+  check_list("ipt", ipt, n, kCpu, kStateDtypes);
   check_list("grads", grads, n, kCpu, kParamDtypes);
   if (!check_optional_list("params", params, n, kCpu, kParamDtypes)) {
     PINS_CHECK(n == 0 || criterion == "precomputed", "params may be empty only for the criterion 'precomputed', got '",
@@ -65,8 +65,8 @@ struct FoldCall {
 
 Work check_fold(const FoldCall& call, const Tensor* factors) {
   const Work work = check_work(call.places, call.chunks);
-  check_list("exp_avg_ipt", call.exp_avg_ipt, work.tensors(), kCpu, kCpuStateDtypes);
-  check_optional_list("exp_avg_unc", call.exp_avg_unc, work.tensors(), kCpu, kCpuStateDtypes);
+  check_list("exp_avg_ipt", call.exp_avg_ipt, work.tensors(), kCpu, kStateDtypes);
+  check_optional_list("exp_avg_unc", call.exp_avg_unc, work.tensors(), kCpu, kStateDtypes);
   check_same_dtype("exp_avg_unc", call.exp_avg_unc, "exp_avg_ipt", call.exp_avg_ipt);
   check_numel("exp_avg_ipt", call.exp_avg_ipt, work.numel);
   check_numel("exp_avg_unc", call.exp_avg_unc, work.numel);
@@ -127,7 +127,7 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
            const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
   const FoldCall call{exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, beta1, beta2, bracket, counts};
   const Work work = check_fold(call, nullptr);
-  check_list("ipt", ipt, work.tensors(), kCpu, kCpuStateDtypes);
+  check_list("ipt", ipt, work.tensors(), kCpu, kStateDtypes);
   check_same_dtype("ipt", ipt, "exp_avg_ipt", exp_avg_ipt);
   check_numel("ipt", ipt, work.numel);
   const Operand ipt_at(work, ipt);

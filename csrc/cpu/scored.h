@@ -22,7 +22,7 @@ inline Scored check_scores(const Work& work, const Tensors& a, const Tensors& b,
   const int kind = option("score", score, kScores);
   const bool states = score == "product" || score == "deviation", fisher = score == "fisher";
   check_list("a", a, work.tensors(), kCpu,
-             states                ? kCpuStateDtypes
+             states                ? kStateDtypes
              : score == "identity" ? kReadableDtypes
                                    : kParamDtypes);
   PINS_CHECK(factors.has_value() == fisher, "factors must be ", fisher ? "given" : "left out", " for the score '",
@@ -31,7 +31,7 @@ inline Scored check_scores(const Work& work, const Tensors& a, const Tensors& b,
     check_list("b", b, work.tensors(), kCpu, kReadableDtypes);
     check_shape("factors", *factors, {static_cast<int64_t>(work.tensors())}, ScalarType::Float, kCpu);
   } else if (states) {
-    check_list("b", b, work.tensors(), kCpu, kCpuStateDtypes);
+    check_list("b", b, work.tensors(), kCpu, kStateDtypes);
     check_same_dtype("b", b, "a", a);
   } else {
     PINS_CHECK(b.empty(), "b must be empty for the score '", score, "', got ", b.size(), " tensors");

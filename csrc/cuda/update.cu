@@ -17,6 +17,8 @@ namespace {
 
 #include "update.cuh"
 
+#include "update_coded.cuh"
+
 // ---- kernels ----------------------------------------------------------------------------------------------------
 
 // Small blocks end evenly, and every thread makes at least 16 accesses of a full chunk.
@@ -35,6 +37,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, S, M>)
   update_chunk<Step, P, S, M>(arguments, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
+template <typename Step>
+__global__ void __launch_bounds__(kThreads)
+    coded_update_kernel(const __grid_constant__ UpdateArguments arguments, const __grid_constant__ Stored stored) {
+  if (arguments.found_inf != nullptr && arguments.found_inf[0] != 0.0f) return;
+  const Chunk& chunk = arguments.work.chunks[blockIdx.x];
+  const int thread = static_cast<int>(threadIdx.x);
+  CodedUpdate<Step>(arguments, stored, chunk).run(chunk, thread / 32, kThreads / 32, thread % 32);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) apply_mask_kernel(const __grid_constant__ Work work) {
   apply_mask_chunk<T>(work, blockIdx.x, threadIdx.x, blockDim.x);
@@ -44,7 +55,17 @@ __global__ void __launch_bounds__(kThreads) apply_mask_kernel(const __grid_const
 
 struct Storage {
   ScalarType params, state, moments;
+
+  bool coded() const { return is_coded(state) || is_coded(moments); }
 };
+
+Kind kind_of(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Kind::bfloat16
+         : dtype == ScalarType::Half   ? Kind::float16
+         : dtype == ScalarType::Byte   ? Kind::code8
+         : dtype == ScalarType::Char   ? Kind::signed8
+                                       : Kind::float32;
+}
 
 template <typename Step, typename P, typename M>
 void (*kernel_for(ScalarType state))(UpdateArguments) {
@@ -71,6 +92,13 @@ void (*kernel_for(const Storage& storage))(UpdateArguments) {
 
 template <typename Step>
 void update(const UpdateArguments& arguments, const Storage& storage, unsigned blocks, cudaStream_t stream) {
+  if (storage.coded()) {
+    const ScalarType second = storage.moments == ScalarType::Char ? ScalarType::Byte : storage.moments;
+    const Stored stored{kind_of(storage.params), kind_of(storage.state), {kind_of(storage.moments), kind_of(second)}};
+    coded_update_kernel<Step><<<blocks, kThreads, 0, stream>>>(arguments, stored);
+    PINS_LAUNCH_CHECK(coded_update_kernel);
+    return;
+  }
   kernel_for<Step>(storage)<<<blocks, kThreads, 0, stream>>>(arguments);
   PINS_LAUNCH_CHECK(update_kernel);
 }

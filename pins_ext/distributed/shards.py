@@ -177,8 +177,8 @@ def check_codes(option: str, name: str, tensor: Tensor) -> None:
         name: what to call the tensor.
         tensor: a parameter.
     """
-    if local(tensor).device.type != "cpu":
-        raise ValueError(f"{option} is there on the CPU alone, and {name} is on {tensor.device}: use bfloat16")
+    if local(tensor).device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{option} is there on the CPU and on CUDA, and {name} is on {tensor.device}: use bfloat16")
     shard = shard_of(name, tensor)
     if shard is not None:
         ops.check_cut(name, local(tensor).shape, shard)

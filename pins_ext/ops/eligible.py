@@ -30,7 +30,7 @@ def eligible_(
         scores: float32 [n tensors]; written.
         nans: int64 [n], scores of each tensor that were NaN; written.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 13], `Layout.places`.

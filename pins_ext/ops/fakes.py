@@ -57,7 +57,19 @@ def cutoff(bracket, tie, n_prune, total, exact):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("pins_ext::select")
 def select(  # type: ignore[no-untyped-def]
-    a, b, places, chunks, score, n_prune, exact=True, *, factors=None, bracket=None, counts=None, pointers=None
+    a,
+    b,
+    places,
+    chunks,
+    score,
+    n_prune,
+    exact=True,
+    *,
+    factors=None,
+    bracket=None,
+    counts=None,
+    pointers=None,
+    total=None,
 ):
     _check_devices(a, b, places, chunks, n_prune, factors, bracket, counts, pointers)
     return places.new_empty(2)

@@ -31,7 +31,7 @@ def accumulate_(
     2022), of movement -p g (Sanh et al., NeurIPS 2020).
 
     Args:
-        ipt: float32, bfloat16 or, on the CPU, uint8 as `encode` stores it [n tensors],
+        ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors],
             mean score of the window; written.
         params: float32, bfloat16 or float16 [n tensors], weights before the step; empty for the criterion precomputed.
         grads: [n tensors], gradients in the dtype of params.
@@ -90,7 +90,7 @@ def fold_(
     `count_` counts them: of exp_avg_ipt times exp_avg_unc, or of exp_avg_ipt alone where exp_avg_unc is empty.
 
     Args:
-        exp_avg_ipt: float32, bfloat16 or, on the CPU, uint8 as `encode` stores it [n tensors],
+        exp_avg_ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors],
             average of the score; written.
         exp_avg_unc: [n tensors], average of its deviation, in the dtype of exp_avg_ipt; written. Empty for none.
         ipt: [n tensors], mean score of the window, in the dtype of exp_avg_ipt.
@@ -151,7 +151,7 @@ def fold_moments_(
     then follow Zhang et al., PLATON, ICML 2022, as in `fold_`.
 
     Args:
-        exp_avg_ipt: float32, bfloat16 or, on the CPU, uint8 as `encode` stores it [n tensors],
+        exp_avg_ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors],
             average of the score; written.
         exp_avg_unc: [n tensors], average of its deviation, in the dtype of exp_avg_ipt; written. Empty for none.
         params: float32, bfloat16 or float16 [n tensors], weights.

@@ -86,7 +86,7 @@ def pack_(
         masks: uint8 [n tensors of `mask_bytes`]; written.
         stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.

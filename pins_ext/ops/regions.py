@@ -50,7 +50,7 @@ def count_regions_(
     Args:
         counts: int64 [r, 1 + bins]; written. The row of a settled bracket is zero.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.

@@ -155,9 +155,11 @@ def select(
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
+    total: int | None = None,
 ) -> Tensor:
     """`pins_ext::select` on every device, without a host sync on a GPU."""
-    total = weights_in(a, places)
+    if total is None:
+        total = weights_in(a, places)
     if total == 0:
         return torch.zeros(2, dtype=torch.int64, device=places.device)
     if pointers is None and not places.is_cpu:
@@ -169,7 +171,10 @@ def select(
 
 
 def weights_in(states: list[Tensor], places: Tensor) -> int:
-    """How many weights these tensors are the states of; 8-bit ones, on the CPU alone, have more bytes than weights."""
+    """How many weights these tensors are the states of; 8-bit ones have more bytes than weights.
+
+    How long their rows are is where the places are: a GPU is waited for.
+    """
     if states and not states[0].is_floating_point():
         return int(places[:, 5:9].prod(1).sum())
     return sum(tensor.numel() for tensor in states)

@@ -27,7 +27,7 @@ def sample(
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.
@@ -67,7 +67,7 @@ def count_(
     Args:
         counts: int64 [1 + BINS]; written.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.
@@ -107,7 +107,7 @@ def collect_(
         found: int64 [1], how many weights are inside, or, where more than m are, some number above m; written.
         candidates: int64 [2, m], their keys and global indices; written. What it held before stays in places left over.
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.
@@ -152,7 +152,7 @@ def tie_index(
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.
@@ -278,14 +278,15 @@ def select(
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
     pointers: Tensor | None = None,
+    total: int | None = None,
 ) -> Tensor:
     """The threshold below which exactly `n_prune` weights of all tensors lie.
 
-    On a GPU the host does not wait for the device.
+    On a GPU the host does not wait for the device, unless it has to count weights in 8 bits.
 
     Args:
         a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
-            float16; on the CPU also a state in 8 bits, see `encode`.
+            float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
         places: int64 [n, 14], `Layout.places`.
@@ -299,6 +300,8 @@ def select(
         counts: int64 [1 + BINS], already counted against that bracket, see `fold_`; None to count.
         pointers: int64 [2, n], on a GPU: addresses of a and b; None to look them up, except while a CUDA graph is
             captured.
+        total: how many weights the tensors have; None to count them, for which a GPU's places are read where `a` is in
+            8 bits.
 
     Returns:
         int64 [2], (order key, tie index): a weight is pruned if its (key, global index) lies before.
@@ -318,4 +321,5 @@ def select(
         bracket=bracket,
         counts=counts,
         pointers=pointers,
+        total=total,
     )

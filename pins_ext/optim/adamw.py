@@ -35,7 +35,7 @@ class PinsAdamW(FusedOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, as a share of the learning rate.
         moment_dtype: storage of both moments, whatever that of the weights: "float32", or "bfloat16" with stochastic
-            rounding, half of its memory, or, on the CPU, "8bit": a byte each, rounded stochastically,
+            rounding, half of its memory, or "8bit": a byte each, rounded stochastically,
             and a scale for every 32 weights. A loaded state is converted to it.
 
     Raises:

@@ -107,7 +107,7 @@ class PruneConfig:
     )
     state_dtype: str = _option(
         "float32",
-        "storage of the importance states: bfloat16 halves it, with stochastic rounding; 8bit, on the CPU, takes a "
+        "storage of the importance states: bfloat16 halves it, with stochastic rounding; 8bit takes a "
         "quarter: a byte each and a scale for every 32 weights",
         STORAGES,
     )

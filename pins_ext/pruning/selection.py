@@ -144,6 +144,7 @@ class Selection:
             bracket=bracket,
             counts=counts,
             pointers=self._pointers.of("select", layout.places, a, b),
+            total=sum(self.scopes.sizes),
         )
 
 

@@ -207,7 +207,7 @@ def _fits(total: int, needed: Mapping[int, int | None], shards: int) -> Iterable
 def _notes(request: Request) -> Iterable[str]:
     """What training with these flags does that a reader of the numbers may not expect."""
     if "8bit" in (request.run.moment_dtype, request.pruning.state_dtype if request.pruning else None):
-        yield "note      8 bits run on the CPU so far: on a GPU they are refused"
+        yield "note      8 bits on a GPU have run as emulated PTX alone so far, never on a GPU"
 
 
 def _range(column: tuple[int, ...]) -> str:

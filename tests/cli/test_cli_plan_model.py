@@ -56,7 +56,7 @@ def test_flags_change_what_they_say(large: str, capsys: pytest.CaptureFixture[st
     assert "teacher 282.21 GB" in page()
     assert "moments" not in page("--optimizer", "sgd").split("fits")[0]
     for small in ("--state-dtype", "--moment-dtype"):
-        assert "on a GPU they are refused" in page(small, "8bit", "--dtype", "bfloat16")
+        assert "never on a GPU" in page(small, "8bit", "--dtype", "bfloat16")
     assert "8 copies of the model, 2 ranks each (HSDP)" in page("--ranks", "16", "--replicas", "8")
     assert "buckets 282.21 GB" in page("--ranks", "2", "--replicas", "2")
     assert "in 240 tensors" in page("--exclude", "*.self_attn.*")

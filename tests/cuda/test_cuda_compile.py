@@ -21,7 +21,7 @@ MOMENTS = {"AdamWStep": 2, "SgdStep": 1}
 FUSED = {"AdamWStep": 3, "SgdStep": 4}
 # 65536 registers for 7 blocks of 128 threads where everything is float32, for 6 where the weights are, for 5 or, with
 # small moments too, 4 otherwise; the mask alone fills the multiprocessor with 2048 threads.
-REGISTERS = {"apply_mask_kernel": 32, "write_addresses_kernel": 32}
+REGISTERS = {"apply_mask_kernel": 32, "write_addresses_kernel": 32, "coded_update_kernel": 128}
 
 
 def registers_of(kernel: Kernel) -> int:
@@ -116,7 +116,8 @@ def test_every_kernel_is_there(sass: dict[tuple[str, Kernel], str]) -> None:
     updates = {Kernel("update_kernel", ("AdamWStep", p, s, m)) for p in storage for s in state for m in state}
     updates |= {Kernel("update_kernel", ("SgdStep", p, s, p)) for p in storage for s in state}
     masks = {Kernel("apply_mask_kernel", (p,)) for p in storage[:2]}
-    assert kernels == updates | masks | {Kernel("write_addresses_kernel", ())}
+    coded = {Kernel("coded_update_kernel", (step,)) for step in MOMENTS}
+    assert kernels == updates | masks | coded | {Kernel("write_addresses_kernel", ())}
     assert set(sass) == {(architecture, kernel) for architecture in ARCHITECTURES for kernel in kernels}
 
 
@@ -141,8 +142,8 @@ def test_accesses_are_global_and_sixteen_bytes_wide(sass: dict[tuple[str, Kernel
         opcodes = Counter(re.findall(r"\b(?:LDG|STG|LD|ST|LDL|STL)\.[\w.]+", code))
         case = (kernel, architecture, dict(opcodes))
         assert not [opcode for opcode in opcodes if re.match(r"(LD|ST|LDL|STL)\.", opcode)], case
-        if kernel.name == "write_addresses_kernel":
-            continue
+        if kernel.name in ("write_addresses_kernel", "coded_update_kernel"):
+            continue  # a group of 8-bit storage is 34 bytes
         if kernel.name == "apply_mask_kernel":
             reads, writes = 1, 1
         else:
@@ -155,12 +156,13 @@ def test_accesses_are_global_and_sixteen_bytes_wide(sass: dict[tuple[str, Kernel
 
 
 def test_arithmetic_is_ieee_and_uncontracted(ptx: dict[Kernel, str]) -> None:
-    assert len(ptx) == 21
+    assert len(ptx) == 23
     for kernel, code in ptx.items():
         assert not re.findall(r"\S*(?:\.ftz|\.approx|div\.full)\S*", code), kernel
         fused = len(re.findall(r"\bfma\.rn\.f32\b", code))
         # Once per weight of an access, and once for a lone weight.
-        expected = FUSED[kernel.types[0]] * (kernel.width + 1) if kernel.name == "update_kernel" else 0
+        of_weight = FUSED[kernel.types[0]] if "update" in kernel.name else 0
+        expected = of_weight * (kernel.width + 1 if kernel.name == "update_kernel" else 1)
         assert fused == expected, kernel
 
 

@@ -25,6 +25,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "PinsSGD": lambda p, lr: PinsSGD(p, lr, momentum=0.9),
     "AdamW": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
 }
+SMALL: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "PinsAdamW in 8 bits": lambda p, lr: PinsAdamW(p, lr, moment_dtype="8bit"),
+}
 MOST_CALLS = {"in a window": 25, "a window's end": 150, "cool-down": 150}
 """Operator calls of a step, the optimizer's included; with --ptx those of the launchers, too."""
 
@@ -59,7 +62,7 @@ class Steps:
         torch.manual_seed(0)
         self.watch = watch
         self.model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(n)))
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr=lr)
+        self.optimizer = (OPTIMIZERS | SMALL)[optimizer](self.model.parameters(), lr=lr)
         settings = {"sparsity": 0.7, "warmup": 4, "cooldown": 6, "delta_t": 4, "include": ["*.weight"], **config}
         self.pruner = Pruner(self.model, self.optimizer, PruneConfig(**settings), total_steps=STEPS)
         self.calls: list[int] = []
@@ -118,6 +121,14 @@ def test_no_step_reads_a_device_value(watch: Watch, optimizer: str, policy: str,
 )
 def test_no_criterion_reads_a_device_value(watch: Watch, optimizer: str, config: dict[str, Any]) -> None:
     Steps(watch, optimizer, 3, **config).run()
+    assert not watch.reads
+
+
+@pytest.mark.parametrize("config", [{}, {"scope": "layer"}, {"criterion": "moments"}, {"beta2": 0.0}], ids=str)
+@pytest.mark.parametrize("optimizer", SMALL)
+def test_no_step_in_8_bits_reads_a_device_value(watch: Watch, optimizer: str, config: dict[str, Any]) -> None:
+    """Nor asks the device how many weights there are, which 8-bit storage doesn't tell."""
+    Steps(watch, optimizer, 3, state_dtype="8bit", **config).run()
     assert not watch.reads
 
 

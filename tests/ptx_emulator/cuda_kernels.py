@@ -20,6 +20,7 @@ from .session import SESSION, Ranges, extent
 ROOT = Path(__file__).parents[2]
 CRITERIA = ("pins", "pins-signed", "pins-update", "platon", "movement", "precomputed")
 NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+KINDS = [*NAMES, torch.uint8, torch.int8]  # csrc/cuda/update_coded.cuh Kind
 THREADS = 128
 GROUPED_THREADS = 512  # csrc/cuda/grouped.cu kThreads
 GROUPED_BLOCKS = 2
@@ -110,6 +111,12 @@ class CudaKernels:
         ranges += [extent(x) for tensors in lists for x in tensors]
         state = "BFloat16" if ipt and ipt[0].dtype == torch.bfloat16 else "float"
         moments = lists[1][0].dtype if lists[1] else params[0].dtype
+        stored = [params[0].dtype, ipt[0].dtype if ipt else torch.float32, moments]
+        stored.append(torch.uint8 if moments == torch.int8 else moments)
+        if not {torch.uint8, torch.int8}.isdisjoint(stored):
+            blob += struct.pack("<4i", *map(KINDS.index, stored))  # update_coded.cuh Stored
+            self._launch(("coded_update_kernel", step), blob, len(chunks), THREADS, ranges)
+            return
         key = ("update_kernel", step, NAMES[params[0].dtype], state, NAMES[moments])
         self._launch(key, blob, len(chunks), THREADS, ranges)
 

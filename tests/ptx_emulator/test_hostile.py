@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -284,7 +285,9 @@ def test_past_2_to_the_31_weights(emulated: Emulated, dtype: torch.dtype, shift:
         assert torch.equal(x, y)
 
 
-def trained(make: Any, dtype: torch.dtype, policy: str, steps: int = 12) -> tuple[list[Tensor], list[Tensor]]:
+def trained(
+    make: Any, dtype: torch.dtype, policy: str, steps: int = 12, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and masks of a small model that a Pruner took to 80 %."""
     torch.manual_seed(1)
     first, second, last = torch.nn.Linear(48, 99), torch.nn.Linear(99, 37), torch.nn.Linear(37, 5)
@@ -292,7 +295,8 @@ def trained(make: Any, dtype: torch.dtype, policy: str, steps: int = 12) -> tupl
     x, y = torch.randn(64, 48, dtype=dtype), torch.randint(0, 5, (64,))
     optimizer = make(model.parameters(), lr=1e-2)
     state = str(BF16 if dtype == BF16 else F32).removeprefix("torch.")
-    config = PruneConfig(sparsity=0.8, delta_t=2, warmup=2, cooldown=3, mask_policy=policy, state_dtype=state)
+    options = {"state_dtype": state} | options
+    config = PruneConfig(sparsity=0.8, delta_t=2, warmup=2, cooldown=3, mask_policy=policy, **options)
     pruner = Pruner(model, optimizer, config, total_steps=steps)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -302,14 +306,27 @@ def trained(make: Any, dtype: torch.dtype, policy: str, steps: int = 12) -> tupl
     return [p.detach().clone() for p in model.parameters()], [m.clone() for m in pruner.masks.bits]
 
 
+def check_run(emulated: Emulated, *case: Any, **options: Any) -> None:
+    results = []
+    for kernels in (emulated, nullcontext):
+        with kernels():
+            results.append(trained(*case, **options))
+    (weights, masks), (expected_weights, expected_masks) = results
+    assert_all_same(weights, expected_weights)
+    assert all(torch.equal(x, y) for x, y in zip(masks, expected_masks, strict=True))
+
+
 @pytest.mark.parametrize("policy", ["strict", "reference"])
 @pytest.mark.parametrize("dtype", STATES, ids=str)
 @pytest.mark.parametrize("make", [PinsAdamW, lambda p, lr: PinsSGD(p, lr, momentum=0.9), torch.optim.AdamW])
 def test_a_whole_run(emulated: Emulated, make: Any, dtype: torch.dtype, policy: str) -> None:
-    results = []
-    for kernels in (emulated, nullcontext):
-        with kernels():
-            results.append(trained(make, dtype, policy))
-    (weights, masks), (expected_weights, expected_masks) = results
-    assert_all_same(weights, expected_weights)
-    assert all(torch.equal(x, y) for x, y in zip(masks, expected_masks, strict=True))
+    check_run(emulated, make, dtype, policy)
+
+
+@pytest.mark.parametrize("criterion", ["pins", "moments", "fisher"])
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_whole_run_in_8_bits(emulated: Emulated, scope: str, dtype: torch.dtype, criterion: str) -> None:
+    state = {} if criterion == "fisher" else {"state_dtype": "8bit"}
+    make = partial(PinsAdamW, moment_dtype="8bit")
+    check_run(emulated, make, dtype, "reference", criterion=criterion, scope=scope, **state)

@@ -14,7 +14,7 @@ import torch
 from operator_calls import CALLS
 from operator_refusals import REFUSED, overlaps, refuse_overlap
 
-from pins_ext import ops, triton_kernels
+from pins_ext import ops, reference, triton_kernels
 
 ROOT = Path(__file__).parents[2]
 # Refused on the CPU for what is in a table. On a GPU reading it would wait for the device.
@@ -75,16 +75,32 @@ def test_constants_are_those_of_ops() -> None:
 
 
 def test_criterion_mirrors_the_header() -> None:
-    """The same functions in the same order, but for 8-bit states, what only writes parameters, and Triton's own."""
+    """The same functions in the same order, but for what only writes parameters, and Triton's own."""
     header = (ROOT / "csrc" / "criterion.inl").read_text()
     source = (ROOT / "triton_kernels" / "criterion.py").read_text()
     there = list(dict.fromkeys(re.findall(r"^PINS_HD \w+ (\w+)\(", header, re.MULTILINE)))
     here = re.findall(r"^def (\w+)\(", source, re.MULTILINE)
     assert here.pop(here.index("negative_of"))
     there.remove("fp16_of")
-    coded = header[header.index("// ---- 8-bit storage") : header.index("// Low half rounds")]
-    there = [name for name in there if f" {name}(" not in re.sub(r"^ .*", "", coded, flags=re.MULTILINE)]
     assert here == there
+    numbers = re.search(
+        r"kLevels = (\d+), kNanCode = (\d+);\nconstexpr int kSignedLevels = (\d+), .* = (-\d+);", header
+    )
+    assert numbers is not None
+    names = ("LEVELS", "NAN_CODE", "SIGNED_LEVELS", "SIGNED_NAN_CODE")
+    assert [re.search(rf"^{name} = tl.constexpr\((.*)\)", source, re.MULTILINE)[1] for name in names] == list(
+        numbers.groups()
+    )
+
+
+def test_all_spellings_mean_the_same_groups() -> None:
+    from pins_ext.triton_kernels import layout
+
+    header = (ROOT / "csrc" / "layout.inl").read_text()
+    assert f"kGroup = {reference.GROUP};" in header
+    assert (layout.GROUP.value, layout.GROUP_BYTES.value) == (ops.GROUP, ops.GROUP + 2)
+    shapes = [(), (1,), (70,), (5, 33), (4, 0), (0, 3), (6, 5, 3, 3), (64, 64, 3, 3), (3, 5, 31), (2, 40, 64)]
+    assert [ops.coded_shape(shape) for shape in shapes] == [reference.coded_shape(shape) for shape in shapes]
 
 
 @pytest.mark.parametrize("case", REFUSED_BY_TRITON)
