@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,16 @@ def openvino(file: Path, inputs: dict[str, Tensor], threads: int, precision: str
 def openvino_int8(file: Path, inputs: dict[str, Tensor], threads: int) -> Call:
     """OpenVINO with weights and activations quantized by nncf, calibrated on the input itself."""
     try:
-        import nncf
+        # What it says and its progress are none of the table's.
+        with redirect_stdout(sys.stderr):
+            import nncf
         import openvino
     except ModuleNotFoundError as error:
         raise AbsentError("nncf is not installed: pip install openvino nncf") from error
     feed: dict[str, Any] = {name: tensor.numpy() for name, tensor in inputs.items()}
     core = openvino.Core()
-    model = nncf.quantize(core.read_model(str(file)), nncf.Dataset([feed]), model_type=nncf.ModelType.TRANSFORMER)
+    with redirect_stdout(sys.stderr):
+        model = nncf.quantize(core.read_model(str(file)), nncf.Dataset([feed]), model_type=nncf.ModelType.TRANSFORMER)
     hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(model, "CPU", hints).create_infer_request()
     return lambda: request.infer(feed)

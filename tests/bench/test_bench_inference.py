@@ -25,6 +25,7 @@ def test_every_runtime_that_is_here_takes_part(tmp_path: Path, capsys: pytest.Ca
     assert main(["bench-inference", *argv]) == 0
     said = capsys.readouterr().out
     assert "2 x 5 tokens, 1 thread(s)" in said
+    assert all(line.startswith(("  ", "2 x 5 tokens")) for line in said.splitlines())
     cases = json.loads(file.read_text())["cases"]
     assert [case["shape"] for case in cases] == [[2, 5]]
     for case in cases:

@@ -166,6 +166,7 @@ def test_a_stored_shape_that_does_not_fit_is_refused_before_the_model_is_touched
 
 def test_dtype_and_int8_change_what_is_stored_and_nothing_else(tmp_path: Path) -> None:
     model = pruned(bert())
+    weights_of = {name: p.detach().clone() for name, p in model.named_parameters()}
     full = save_sparse(model, tmp_path / "full")
     half = save_sparse(model, tmp_path / "half", dtype=torch.bfloat16)
     codes = save_sparse(model, tmp_path / "codes", int8=True)
@@ -186,6 +187,10 @@ def test_dtype_and_int8_change_what_is_stored_and_nothing_else(tmp_path: Path) -
         ).bool()
         assert torch.equal(weights[present], expected)
         assert not weights[~present].any()
+        # The codes and scales that were made of the weights, each of them.
+        made = encode(weights_of[name], plan(weights_of[name], True))
+        assert found.keys() == made.keys()
+        assert all(torch.equal(found[kind], made[kind]) for kind in made)
 
 
 def test_shards_are_cut_where_they_would_grow_too_large(tmp_path: Path) -> None:
