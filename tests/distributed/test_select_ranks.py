@@ -112,7 +112,7 @@ def collectives() -> list[dict[str, int]]:
         tell(full, total // 2, cutoff, bracket)
     tell(full, 9 * total // 10, wide, ROOM=1, GATHERED=2)
     zeros = [torch.zeros(100, 200) for _ in SHAPES]
-    for limits in ({}, {"GATHERED": 1 << 15}, {"GATHERED": 1 << 15, "LISTED": 1 << 14}):
+    for limits in ({"GATHERED": 1 << 18}, {"GATHERED": 1 << 15}, {"GATHERED": 1 << 15, "LISTED": 1 << 14}):
         tell(zeros, 23_123, [1 << 31, 23_123], **limits)
     return told
 
