@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from pins_ext.optim import FusedOptimizer
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import folds_at_once
+from pins_ext.pruning.kept import folds_at_once
 from pins_ext.wrappers import unwrapped_optimizer
 
 if TYPE_CHECKING:

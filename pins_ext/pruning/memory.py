@@ -13,7 +13,7 @@ from pins_ext import ops
 from pins_ext.distributed import select
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import folds_at_once, state_bytes, state_size
+from pins_ext.pruning.kept import folds_at_once, state_bytes, state_size
 from pins_ext.pruning.units import units_bytes
 from pins_ext.wrappers import named_parameters
 

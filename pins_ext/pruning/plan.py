@@ -12,7 +12,7 @@ from pins_ext import ops
 from pins_ext.patterns import Fit
 from pins_ext.pruning.attachment import Slot
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import state_bytes
+from pins_ext.pruning.kept import state_bytes
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.units import units_bytes
