@@ -201,7 +201,7 @@ class Slot(ABC):
         self.reset()
         self.step, self.scaling = step, Scaling.of(self.optimizer)
         self._scored = any(self._score_gradient(i) is not None for i in self.indices)
-        rule = self.importance.config.rule
+        rule = self.importance.rule
         if rule.reads_moments:
             check_moments(rule.name, self.names[self.indices[0]], self.parameters[self.indices[0]], self.optimizer)
         if not self._scores_in_pass and not self.importance.scores_after_step:
@@ -274,7 +274,7 @@ class Slot(ABC):
             return
         if not self.importance.ipt:
             # The optimizer's moments are the window: it is enough to know that they took this gradient in.
-            self._in_window |= self.importance.config.rule.reads_moments
+            self._in_window |= self.importance.rule.reads_moments
             return
         rates = self.learning_rates()
         lr, grads = [rates[i] for i in indices], [self._gradient(i) for i in indices]

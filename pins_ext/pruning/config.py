@@ -227,12 +227,12 @@ class PruneConfig:
         self._check(all(isinstance(p, str) for p in patterns), name, "name patterns (strings)", value)
         return patterns
 
-    @functools.cached_property
+    @property
     def rule(self) -> Criterion:
         """What is known of the criterion; a user's function arrives at the operators as precomputed scores."""
         return CRITERIA[self.criterion] if isinstance(self.criterion, str) else PRECOMPUTED
 
-    @functools.cached_property
+    @property
     def smoothed(self) -> bool:
         """Whether the score is built from running averages."""
         return self.rule.smoothed
@@ -248,7 +248,7 @@ class PruneConfig:
         """Whether a pruned weight's last unmasked value is kept, so that it can score above zero and return."""
         return self.mask_policy == "strict" and self.regrow == "shadow" and self.rule.zero_at_zero
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """Storage of the importance states; uint8 for 8 bits, see ops.encode."""
         import torch

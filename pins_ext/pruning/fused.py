@@ -57,7 +57,7 @@ class FusedSlot(Slot):
             return False
         if not (self.importance.folds_in_pass and self.masks.selection.packs) or self.optimizer.release is not None:
             return False
-        if self.importance.config.dtype in ops.CODED or self.optimizer.coded(self.parameters):
+        if self.importance.dtype in ops.CODED or self.optimizer.coded(self.parameters):
             return False
         return Scaling.of(self.optimizer).found_inf is None and all(p.grad is not None for p in self.parameters)
 
@@ -92,7 +92,7 @@ class FusedSlot(Slot):
         if not importance.scored_before_step or importance.scores_after_step or not importance.in_pass:
             config = importance.config
             which = "a function as criterion" if callable(config.criterion) else f"criterion={config.criterion!r}"
-            which += " with beta2=0" if config.smoothed and config.beta2 == 0 else ""
+            which += " with beta2=0" if importance.smoothed and config.beta2 == 0 else ""
             raise RuntimeError(
                 f"{which} needs all gradients of a step for its mask, and released ones are gone by then: use another "
                 "criterion, such as pins, or train without release_gradients"

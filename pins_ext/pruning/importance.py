@@ -89,6 +89,9 @@ class Importance:
         seen: bool [1], whether any step has brought a gradient that was not skipped.
         folded: bool [1], whether a window with such a step has ended; before that every average is zero.
         moments: reads the optimizers' moments, for criteria that are made of them.
+        rule: what is known of the criterion.
+        smoothed: whether the score is made of running averages.
+        dtype: storage of the states.
         ahead: whether the last step's pass has ended the window already, so that the next `fold` has nothing to do.
     """
 
@@ -104,6 +107,8 @@ class Importance:
         frozen_base: bool = False,
     ) -> None:
         self.config, self.layout, self.ranks = config, layout, ranks
+        # Worked out once: a step asks often.
+        self.rule, self.smoothed, self.dtype = config.rule, config.smoothed, config.dtype
         self.at_once = frozen_base and folds_at_once(config)
         self._names = state_names(config, frozen_base)
         self.parameters = list(parameters)
@@ -126,18 +131,17 @@ class Importance:
         kept = self._names
         self._check_storage()
         # Where a part lies matters to 8 bits alone.
-        coded = self.config.dtype in ops.CODED
+        coded = self.dtype in ops.CODED
         shards = [shard_of(str(i), p) if coded else None for i, p in enumerate(self.parameters)]
         states = {
-            name: [ops.new_state(p, self.config.dtype, shard) for p, shard in zip(parts, shards, strict=True)]
-            for name in kept
+            name: [ops.new_state(p, self.dtype, shard) for p, shard in zip(parts, shards, strict=True)] for name in kept
         }
         states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
         self._write_bars(states)
         return states
 
     def _check_storage(self) -> None:
-        if self.config.dtype not in ops.CODED:
+        if self.dtype not in ops.CODED:
             return
         for p in self.parameters:
             check_codes("state_dtype='8bit'", "a pruned parameter", p)
@@ -160,9 +164,9 @@ class Importance:
         if self._barred is None:
             return
         values = {"exp_avg_ipt": -math.inf, "exp_avg_unc": math.inf, "shadow": 0.0}
-        if not self.config.smoothed:
+        if not self.smoothed:
             values["ipt"] = -math.inf
-        coded = self.config.dtype in ops.CODED
+        coded = self.dtype in ops.CODED
         for i, (p, bits) in enumerate(zip(self.parameters, self._barred, strict=True)):
             pruned = ~ops.unpack_bits(bits, local(p).shape)
             # masked_fill_ takes several times as long as an OR with bytes of ones.
@@ -196,19 +200,19 @@ class Importance:
     @property
     def criterion(self) -> str:
         """Name that the operators know."""
-        return self.config.rule.name
+        return self.rule.name
 
     @property
     def scored_before_step(self) -> bool:
         """Whether the score at a step is known before its gradient: the mask can then ride on the optimizer's pass."""
-        if self.config.smoothed:
+        if self.smoothed:
             return self.config.beta2 != 0
-        return not self.config.rule.instant
+        return not self.rule.instant
 
     @property
     def scores_after_step(self) -> bool:
         """Whether the criterion reads the updated weights."""
-        return self.config.rule.reads_update
+        return self.rule.reads_update
 
     @property
     def in_pass(self) -> bool:
@@ -218,27 +222,27 @@ class Importance:
     @property
     def constant_in_window(self) -> bool:
         """Whether the score changes only when a window ends."""
-        return self.config.rule.reads_moments or (self.config.smoothed and self.config.beta2 != 0)
+        return self.rule.reads_moments or (self.smoothed and self.config.beta2 != 0)
 
     @property
     def known(self) -> Tensor:
         """Bool [1], where the states are: whether the score tells weights apart; until then it is zero everywhere."""
-        if not self.config.rule.instant and not self.config.rule.reads_moments:
+        if not self.rule.instant and not self.rule.reads_moments:
             return torch.ones_like(self.seen)
-        return self.folded if self.config.smoothed else self.seen
+        return self.folded if self.smoothed else self.seen
 
     def score(self) -> Operands:
         """What the score that the selection reads is made of."""
         return self._score()._replace(shapes=[local(p).shape for p in self.parameters])
 
     def _score(self) -> Operands:
-        rule = self.config.rule
-        if not self.config.smoothed and not rule.instant:
+        rule = self.rule
+        if not self.smoothed and not rule.instant:
             moments = self.moments() if rule.reads_moments else None
             second, factors = (moments.exp_avg_sq, moments.factors[:, 2].contiguous()) if moments else ([], None)
             weights = list(self.shadow) or [local(p) for p in self.parameters]
             return Operands(rule.name, weights, second, factors)
-        if not self.config.smoothed:
+        if not self.smoothed:
             return Operands("identity", self.ipt, [])
         if self.config.beta2 == 1:
             return Operands("identity", self.exp_avg_ipt, [])
@@ -316,8 +320,8 @@ class Importance:
             skipped: float32 [1], 1 where the gradient is not finite: the averages stay as they are.
         """
         p = self.parameters[i]
-        shard = shard_of(str(i), p) if self.config.dtype in ops.CODED else None
-        ipt = [ops.new_state(local(p), self.config.dtype, shard)]
+        shard = shard_of(str(i), p) if self.dtype in ops.CODED else None
+        ipt = [ops.new_state(local(p), self.dtype, shard)]
         self._accumulate(ipt, [i], layout, [grad], [0.0], part, step, Scaling(found_inf=skipped))
         mean, unc = [self.exp_avg_ipt[i]], [self.exp_avg_unc[i]] if self.exp_avg_unc else []
         rng, betas = self.rng(step + 1, stream=_FOLD), (self.config.beta1, self.config.beta2)
@@ -349,7 +353,7 @@ class Importance:
     @property
     def folds_in_pass(self) -> bool:
         """Whether an optimizer's pass over all tensors can end their window: on the CPU, of one process."""
-        averaged = self.config.smoothed and self.config.beta2 != 0 and self.config.rule.instant
+        averaged = self.smoothed and self.config.beta2 != 0 and self.rule.instant
         return averaged and self.in_pass and len(self.parts) == 1 and self.ranks.alone and self.layout.places.is_cpu
 
     def fold_keys(self, step: int) -> Tensor:
@@ -402,7 +406,7 @@ class Importance:
         tables = (layout.places, layout.chunks)
         rest = (accepted, self.rng(step, stream=_FOLD), self.config.beta1, self.config.beta2)
         use = ("fold", indices[0] if indices else None)
-        if not self.config.rule.reads_moments:
+        if not self.rule.reads_moments:
             ipt = [self.ipt[i] for i in indices]
             pointers = self._pointers.of(use, layout.places, *averages, ipt)
             torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts, pointers=pointers)
@@ -426,7 +430,7 @@ class Importance:
             rounds: whether something else is, in the same pass.
             stream: which of the step's passes.
         """
-        if self.config.dtype != torch.bfloat16 and not rounds:
+        if self.dtype != torch.bfloat16 and not rounds:
             return self._no_rounding
         return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 

@@ -214,7 +214,7 @@ class Pruner:
         self._settled = True
         t, importance, masks = self.step, self.importance, self.masks
         gradients = self.score_gradients() if self.score_gradients is not None else None
-        if gradients is not None and self.config.rule.reads_moments:
+        if gradients is not None and self.importance.rule.reads_moments:
             raise ValueError(
                 f"criterion={self.config.criterion!r} reads the optimizer's moments, which are of the joint gradient: "
                 f"use score_gradient='joint', or another criterion"
@@ -223,7 +223,7 @@ class Pruner:
         one_pass = alone and gradients is None and self.before_mask is None and self.slots[0].one_pass
         if not masks.frozen:
             counted = None
-            if self.config.smoothed and t % self.config.delta_t == 0:
+            if importance.smoothed and t % self.config.delta_t == 0:
                 counting = due and importance.constant_in_window and alone and not importance.at_once
                 counted = importance.fold(t, masks.counting() if counting else None)
             if due and importance.scored_before_step:
