@@ -58,6 +58,7 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_torch_can_t_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ class Small(nn.Module):
         return nn.functional.cross_entropy(self.net(x.to(self.net.embed.weight.dtype)), y)
 
 
+@pytest.mark.slow
 def test_goals_in_bytes_of_a_pruned_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_states, "Sentence", Small)
     goals = {

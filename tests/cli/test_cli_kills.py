@@ -86,7 +86,12 @@ os.rename = dying
 
 
 @pytest.mark.parametrize(
-    ("setup", "newest"), [(_KILL_IN_STEP, 6), (_KILL_WHILE_SAVING, 3), (_KILL_WHILE_PUBLISHING, 12)]
+    ("setup", "newest"),
+    [
+        pytest.param(_KILL_IN_STEP, 6, marks=pytest.mark.slow),
+        (_KILL_WHILE_SAVING, 3),
+        pytest.param(_KILL_WHILE_PUBLISHING, 12, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_weights(
     tiny: Path, tmp_path: Path, unbroken: Path, setup: str, newest: int
@@ -164,6 +169,7 @@ def test_ctrl_c_before_training_leaves_nothing(tiny: Path, tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny: Path, tmp_path: Path, unbroken: Path) -> None:
     output = tmp_path / "run"
     # No file may grow past 30 kB once training is over: the model does not fit any more.

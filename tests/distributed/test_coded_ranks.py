@@ -39,7 +39,7 @@ def several(cases: list[tuple[str, str, dict[str, Any], int]]) -> list[dict[str,
     return [sharded_pruner.pruned(*case) for case in cases]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_masks_and_weights_in_8_bits_are_those_of_one_process(size: int) -> None:
     here = [case[1:] for case in CASES if case[0] == size]
     told = run(size, several, here)
@@ -52,7 +52,7 @@ def test_masks_and_weights_in_8_bits_are_those_of_one_process(size: int) -> None
                 assert rank[i][part] == alone[part], (how, optimizer, options, part)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_checkpoint_in_8_bits_goes_on_on_other_ranks(before: int, after: int, tmp_path: Path) -> None:
     run(before, checkpoints.first_half, "rows", "PinsAdamW8", EIGHT, tmp_path)
     expected = checkpoints.unbroken("PinsAdamW8", EIGHT)

@@ -106,6 +106,7 @@ def outputs(sharded: bool) -> list[list[list[float]]]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:finalize pruned in one go")
 def test_weights_that_are_gathered_already_are_gathered_anew() -> None:
     alone = outputs(False)

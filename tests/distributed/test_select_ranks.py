@@ -151,7 +151,12 @@ def test_the_cutoff_is_that_of_one_process(size: int, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "how", "listed"),
-    [(2, "columns", 1 << 20), (2, "rows", 0), (4, "mesh", 500), pytest.param(6, "mesh", 50, marks=pytest.mark.slow)],
+    [
+        (2, "columns", 1 << 20),
+        (2, "rows", 0),
+        pytest.param(4, "mesh", 500, marks=pytest.mark.slow),
+        pytest.param(6, "mesh", 50, marks=pytest.mark.slow),
+    ],
 )
 def test_the_cutoff_where_too_many_weights_are_in_a_bin(size: int, how: str, listed: int) -> None:
     expected = expectations()

@@ -50,7 +50,7 @@ def agree(cases: list[tuple[int, str, str, dict[str, Any]]], size: int) -> None:
         assert len(alone["masks"]) == STEPS + 1
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_masks_and_weights_are_those_of_one_process(size: int) -> None:
     agree(CASES, size)
 

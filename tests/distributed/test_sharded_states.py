@@ -65,7 +65,10 @@ def rehearsed() -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(("before", "how", "after", "then"), [(4, "both", 2, "rows"), (1, "whole", 2, "parallel")])
+@pytest.mark.parametrize(
+    ("before", "how", "after", "then"),
+    [pytest.param(4, "both", 2, "rows", marks=pytest.mark.slow), (1, "whole", 2, "parallel")],
+)
 def test_training_goes_on_on_other_ranks(before: int, how: str, after: int, then: str, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     half("whole", tmp_path / "whole", False)

@@ -25,7 +25,14 @@ def assert_it_worked(printed: str) -> None:
     assert accuracy > 1.5 * constant
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "trainer", "release_loop", "frozen_base"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_loop",
+        "trainer",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("release_loop", "frozen_base")),
+    ],
+)
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "frozen_base":
         pytest.importorskip("peft")
@@ -33,6 +40,7 @@ def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_it_worked(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_it_runs_in_two_processes() -> None:
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -59,7 +59,10 @@ def test_an_import_that_lacks_an_extra_says_which(missing: str, code: str) -> No
     assert found.stderr.splitlines()[-1] == f"ModuleNotFoundError: {missing} is not installed: {install(missing)}"
 
 
-@pytest.mark.parametrize("missing", ["rich", "datasets", "transformers", "sklearn", "yaml"])
+@pytest.mark.parametrize(
+    "missing",
+    [*(pytest.param(p, marks=pytest.mark.slow) for p in ("rich", "datasets", "sklearn")), "transformers", "yaml"],
+)
 def test_the_command_says_which_extra_it_lacks(missing: str, tiny: Path, tmp_path: Path) -> None:
     asked = ["train", "--model", f"{tiny}/model", "--train-file", f"{tiny}/train.csv", "--max-steps", "2"]
     (tmp_path / "flags.yaml").write_text(f"output-dir: {tmp_path}/run")

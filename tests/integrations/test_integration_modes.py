@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, teacher: bool) ->
     ("backend", "fused"),
     [
         ("eager", True),
-        ("eager", False),
+        pytest.param("eager", False, marks=pytest.mark.slow),
         pytest.param("aot_eager", True, marks=pytest.mark.slow),
         pytest.param("inductor", True, marks=pytest.mark.slow),
     ],

@@ -178,6 +178,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_of_distributed_data_parallel_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]

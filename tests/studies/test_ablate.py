@@ -241,6 +241,7 @@ def test_a_failing_cell_is_reported_and_stops_no_other(
     assert (tmp_path / "out" / "ablation.md").read_text() == document
 
 
+@pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own_stops_on_a_signal_and_resumes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,9 +193,9 @@ def check_selection(device: str, score: str, a: list[Tensor], b: list[Tensor], l
 @pytest.mark.parametrize(
     ("score", "values"),
     [
-        ("product", "normal"),
+        pytest.param("product", "normal", marks=pytest.mark.slow),
         ("product", "special"),
-        ("product", "zeros"),
+        pytest.param("product", "zeros", marks=pytest.mark.slow),
         ("deviation", "special"),
         ("identity", "zeros"),
     ],
