@@ -12,7 +12,7 @@ from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW
 from pins_ext.reference import EagerPins
 
-STEPS = 200
+STEPS = 140
 SIZES: dict[type, dict[str, int]] = {torch.optim.AdamW: {}, PinsAdamW: {"width": 16, "classes": 16}}
 
 
