@@ -56,7 +56,7 @@ def boundary_adamw_(
         exp_avg_ipt: [n tensors], running averages of importance, in the dtype of ipt; written with `fold_rng`.
         exp_avg_unc: [n tensors], running averages of its uncertainty, likewise. Empty where exp_avg_ipt is the score.
         grads: [n tensors], gradients in the dtype of params.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         hyper: float32 [n, 8], see `masked_adamw_`.
         accepted: float32 [1], gradients accepted in this window before this one.
@@ -153,7 +153,7 @@ def boundary_sgd_(
         exp_avg_ipt: [n tensors], running averages of importance, in the dtype of ipt; written with `fold_rng`.
         exp_avg_unc: [n tensors], running averages of its uncertainty, likewise. Empty where exp_avg_ipt is the score.
         grads: [n tensors], gradients in the dtype of params.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         hyper: float32 [n, 8], see `masked_sgd_`.
         accepted: float32 [1], gradients accepted in this window before this one.

@@ -33,7 +33,7 @@ def eligible_(
             float16; also a state in 8 bits, see `encode`.
         b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
             otherwise empty.
-        places: int64 [n, 13], `Layout.places`.
+        places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         score: one of `SCORES`.
         groups: int64 [n, 3], of each tensor: N, M (at most 32), and how many weights lie from one of a group to the

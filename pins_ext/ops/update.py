@@ -36,11 +36,10 @@ def masked_adamw_(
 
     Args:
         params: float32, bfloat16 or float16 [n tensors], weights; written.
-        exp_avg: float32, bfloat16 or, on the CPU, int8 as `encode` stores it [n tensors],
-            m; written.
+        exp_avg: float32, bfloat16 or int8 as `encode` stores it [n tensors], m; written.
         exp_avg_sq: [n tensors], v, in the dtype of exp_avg, uint8 for int8; written.
-        ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors],
-            mean score of the window; written. Empty for a step without importance.
+        ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors], mean score of the window; written. Empty for
+            a step without importance.
         shadow: [n tensors], unmasked weights, in the dtype of params, which the score reads instead of params; written.
             Empty for none.
         grads: [n tensors], gradients in the dtype of params.
@@ -114,8 +113,8 @@ def masked_sgd_(
     Args:
         params: float32, bfloat16 or float16 [n tensors], weights; written.
         momentum_buffer: [n tensors], b, in the dtype of params; written. Empty where no tensor has momentum.
-        ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors],
-            mean score of the window; written. Empty for a step without importance.
+        ipt: float32, bfloat16 or uint8 as `encode` stores it [n tensors], mean score of the window; written. Empty for
+            a step without importance.
         shadow: [n tensors], unmasked weights, in the dtype of params, which the score reads instead of params; written.
             Empty for none.
         grads: [n tensors], gradients in the dtype of params.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.listener import PruningArguments
-from pins_ext.optim.step import Scaling, host_rate, rates_on
+from pins_ext.optim.step import host_rate, rates_on
 from pins_ext.storage import STORAGES
 
 MOMENT_DTYPES = dict(zip(STORAGES, (torch.float32, torch.bfloat16, torch.int8), strict=True))
@@ -94,68 +93,12 @@ class PinsAdamW(FusedOptimizer):
         columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -step_size, bias_sqrt, eps]
         return torch.stack(columns, 1).float()
 
+    @property
+    def _name(self) -> str:
+        return "adamw"
+
     def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
         return (moments["exp_avg"], moments["exp_avg_sq"])
-
-    def _kernel(
-        self,
-        parameters: list[Tensor],
-        moments: dict[str, list[Tensor]],
-        grads: list[Tensor],
-        hyper: Tensor,
-        pruning: PruningArguments,
-        scaling: Scaling,
-        pointers: Tensor | None,
-    ) -> None:
-        if (boundary := pruning.boundary) is not None:
-            torch.ops.pins_ext.boundary_adamw_(
-                parameters,
-                moments["exp_avg"],
-                moments["exp_avg_sq"],
-                pruning.ipt,
-                pruning.shadow,
-                pruning.masks,
-                boundary.exp_avg_ipt,
-                boundary.exp_avg_unc,
-                grads,
-                pruning.layout.places,
-                pruning.layout.chunks,
-                hyper,
-                pruning.accepted,
-                pruning.rng,
-                pruning.criterion,
-                pruning.clear_state,
-                clip=scaling.clip,
-                around=boundary.around,
-                stats=boundary.stats,
-                threshold=boundary.threshold,
-                fold_rng=boundary.fold_rng,
-                beta1=boundary.beta1,
-                beta2=boundary.beta2,
-                bracket=boundary.bracket,
-                counts=boundary.counts,
-            )
-            return
-        torch.ops.pins_ext.masked_adamw_(
-            parameters,
-            moments["exp_avg"],
-            moments["exp_avg_sq"],
-            pruning.ipt,
-            pruning.shadow,
-            grads,
-            pruning.masks,
-            pruning.layout.places,
-            pruning.layout.chunks,
-            hyper,
-            pruning.accepted,
-            pruning.rng,
-            pruning.criterion,
-            pruning.clear_state,
-            grad_scale=scaling.grad_scale,
-            clip=scaling.clip,
-            found_inf=scaling.found_inf,
-            pointers=pointers,
-        )
 
 
 def _adamw_row(lr: float, decay: float, beta1: float, beta2: float, eps: float, step: float) -> tuple[float, ...]:

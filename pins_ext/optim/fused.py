@@ -323,13 +323,14 @@ class FusedOptimizer(Optimizer):
                 self._initialise(p, names)
             self._count(parameters, scaling.found_inf if released is None else None)
         moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
-        lists = (parts, *self._operands(moments), pruning.ipt, pruning.shadow, grads, pruning.masks)
+        operands = self._operands(moments)
+        lists = (parts, *operands, pruning.ipt, pruning.shadow, grads, pruning.masks)
         # By the first parameter: batches of one step differ in it, and one that changes replaces its own table; and by
         # what is wanted: masks come and go. A compiled step has no addresses to look at.
         use = (id(parameters[0]), *map(bool, lists))
         compiling = torch.compiler.is_compiling()
         pointers = None if compiling else self._pointers.of(use, pruning.layout.places, *lists)
-        self._kernel(parts, moments, grads, self._hyper(parameters, owners), pruning, scaling, pointers)
+        self._kernel(operands, parts, grads, self._hyper(parameters, owners), pruning, scaling, pointers)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
@@ -377,6 +378,48 @@ class FusedOptimizer(Optimizer):
         packed["state"] = {key: state for key, state in exported.items() if state}
         return packed
 
+    def _kernel(
+        self,
+        moments: tuple[list[Tensor], ...],
+        parameters: list[Tensor],
+        grads: list[Tensor],
+        hyper: Tensor,
+        pruning: PruningArguments,
+        scaling: Scaling,
+        pointers: Tensor | None,
+    ) -> None:
+        """Run the operator: the one for a window's boundary where there is one."""
+        before = (parameters, *moments, pruning.ipt, pruning.shadow)
+        tables = (pruning.layout.places, pruning.layout.chunks, hyper)
+        after = (*tables, pruning.accepted, pruning.rng, pruning.criterion, pruning.clear_state)
+        if (ends := pruning.boundary) is not None:
+            boundary = getattr(torch.ops.pins_ext, f"boundary_{self._name}_")
+            boundary(
+                *before,
+                pruning.masks,
+                ends.exp_avg_ipt,
+                ends.exp_avg_unc,
+                grads,
+                *after,
+                clip=scaling.clip,
+                around=ends.around,
+                stats=ends.stats,
+                threshold=ends.threshold,
+                fold_rng=ends.fold_rng,
+                beta1=ends.beta1,
+                beta2=ends.beta2,
+                bracket=ends.bracket,
+                counts=ends.counts,
+            )
+            return
+        masked = getattr(torch.ops.pins_ext, f"masked_{self._name}_")
+        masked(*before, grads, pruning.masks, *after, **vars(scaling), pointers=pointers)
+
+    @property
+    @abstractmethod
+    def _name(self) -> str:
+        """Of the algorithm, as the operators are called."""
+
     @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors that a step of this group needs."""
@@ -392,19 +435,6 @@ class FusedOptimizer(Optimizer):
     @abstractmethod
     def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
         """The lists of moments that the operator takes, in order; empty where there is none."""
-
-    @abstractmethod
-    def _kernel(
-        self,
-        parameters: list[Tensor],
-        moments: dict[str, list[Tensor]],
-        grads: list[Tensor],
-        hyper: Tensor,
-        pruning: PruningArguments,
-        scaling: Scaling,
-        pointers: Tensor | None,
-    ) -> None:
-        """Run the operator."""
 
 
 def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:

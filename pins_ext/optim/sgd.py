@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.listener import PruningArguments
-from pins_ext.optim.step import Scaling, host_rate, rates_on
+from pins_ext.optim.step import host_rate, rates_on
 
 
 class PinsSGD(FusedOptimizer):
@@ -68,63 +67,9 @@ class PinsSGD(FusedOptimizer):
             hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64), device) - skipped <= 1
         return hyper
 
+    @property
+    def _name(self) -> str:
+        return "sgd"
+
     def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
         return (moments.get("momentum_buffer", []),)
-
-    def _kernel(
-        self,
-        parameters: list[Tensor],
-        moments: dict[str, list[Tensor]],
-        grads: list[Tensor],
-        hyper: Tensor,
-        pruning: PruningArguments,
-        scaling: Scaling,
-        pointers: Tensor | None,
-    ) -> None:
-        if (boundary := pruning.boundary) is not None:
-            torch.ops.pins_ext.boundary_sgd_(
-                parameters,
-                moments.get("momentum_buffer", []),
-                pruning.ipt,
-                pruning.shadow,
-                pruning.masks,
-                boundary.exp_avg_ipt,
-                boundary.exp_avg_unc,
-                grads,
-                pruning.layout.places,
-                pruning.layout.chunks,
-                hyper,
-                pruning.accepted,
-                pruning.rng,
-                pruning.criterion,
-                pruning.clear_state,
-                clip=scaling.clip,
-                around=boundary.around,
-                stats=boundary.stats,
-                threshold=boundary.threshold,
-                fold_rng=boundary.fold_rng,
-                beta1=boundary.beta1,
-                beta2=boundary.beta2,
-                bracket=boundary.bracket,
-                counts=boundary.counts,
-            )
-            return
-        torch.ops.pins_ext.masked_sgd_(
-            parameters,
-            moments.get("momentum_buffer", []),
-            pruning.ipt,
-            pruning.shadow,
-            grads,
-            pruning.masks,
-            pruning.layout.places,
-            pruning.layout.chunks,
-            hyper,
-            pruning.accepted,
-            pruning.rng,
-            pruning.criterion,
-            pruning.clear_state,
-            grad_scale=scaling.grad_scale,
-            clip=scaling.clip,
-            found_inf=scaling.found_inf,
-            pointers=pointers,
-        )
