@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +108,32 @@ def test_masks_grow_to_the_target_and_nothing_else_moves(change: dict[str, Any],
     assert not any(p.requires_grad or p._post_accumulate_grad_hooks for p in pruner.parameters)
 
 
-def test_the_importance_is_that_of_an_optimizer_that_does_not_move_the_base() -> None:
-    """To the last bit, up to the first mask and in it."""
-    model, optimizer, pruner, _ = start()
-    other, _ = frozen()
-    rest = adapters(other)
-    base = [p for p in other.parameters() if not p.requires_grad]
+def step(model: nn.Module, optimizers: list[Any], x: Tensor, y: Tensor) -> None:
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    for each in optimizers:
+        each.step()
+
+
+def beside_an_unmoved_base(config: PruneConfig) -> tuple[Pruner, Callable[[Tensor, Tensor], None]]:
+    """The pruner of a base that SGD steps at a rate of 0 while AdamW moves the adapters, and a step of both."""
+    model, _ = frozen()
+    rest = adapters(model)
+    base = [p for p in model.parameters() if not p.requires_grad]
     for p in base:
         p.requires_grad_(True)
     still = torch.optim.SGD(base, lr=0.0)
     moving = torch.optim.AdamW(rest, lr=1e-2)
-    ordinary = Pruner(other, still, CONFIG, STEPS)
+    return Pruner(model, still, config, STEPS), partial(step, model, [still, moving])
+
+
+def test_the_importance_is_that_of_an_optimizer_that_does_not_move_the_base() -> None:
+    """To the last bit, up to the first mask and in it."""
+    model, optimizer, pruner, _ = start()
+    ordinary, step_ordinary = beside_an_unmoved_base(CONFIG)
     for i, (x, y) in enumerate(batches(11)):
-        for net, own in ((model, [optimizer]), (other, [still, moving])):
-            net.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            for each in own:
-                each.step()
+        step(model, [optimizer], x, y)
+        step_ordinary(x, y)
         if i < 10:
             for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
                 pairs = zip(pruner.importance.tensors()[kind], ordinary.importance.tensors()[kind], strict=True)
@@ -341,22 +352,12 @@ def test_a_window_of_one_step_needs_no_mean(stored: str, beta2: float) -> None:
     """The averages are a step ahead of those that fold a kept mean, to the last bit, and the masks are the same."""
     config = PruneConfig(**AT_ONCE, state_dtype=stored, beta2=beta2)
     model, optimizer, pruner, _ = start(config)
-    other, _ = frozen()
-    rest = adapters(other)
-    base = [p for p in other.parameters() if not p.requires_grad]
-    for p in base:
-        p.requires_grad_(True)
-    still = torch.optim.SGD(base, lr=0.0)
-    moving = torch.optim.AdamW(rest, lr=1e-2)
-    ordinary = Pruner(other, still, config, STEPS)
+    ordinary, step_ordinary = beside_an_unmoved_base(config)
     assert set(pruner.importance.tensors()) == set(ordinary.importance.tensors()) - {"ipt"}
     ahead: dict[str, list[Tensor]] = {}
     for i, (x, y) in enumerate(batches(7)):
-        for net, own in ((model, [optimizer]), (other, [still, moving])):
-            net.zero_grad()
-            nn.functional.cross_entropy(net(x), y).backward()
-            for each in own:
-                each.step()
+        step(model, [optimizer], x, y)
+        step_ordinary(x, y)
         for kind, tensors in ahead.items():
             pairs = zip(tensors, ordinary.importance.tensors()[kind], strict=True)
             assert all(torch.equal(a, b) for a, b in pairs), (i, kind)
