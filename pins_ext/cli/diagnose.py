@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.errors import EXIT_OK, CommandError, UsageError
 from pins_ext.studies.diagnosis.options import DiagnosisOptions
 
@@ -45,14 +45,14 @@ _HELP = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = requests.parser("pins-ext diagnose", _ABOUT, _EXAMPLES, _WITHOUT)
+    parser = command_line.parser("pins-ext diagnose", _ABOUT, _EXAMPLES, _WITHOUT)
     parser.add_fields("diagnosis", DiagnosisOptions)
     parser.retell(_HELP)
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
-        print(requests.help_text(parser, everything="help_all" in asked))
+        print(command_line.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
-    request = _checked(requests.parse(parser, argv))
+    request = _checked(command_line.parse(parser, argv))
     given = vars(parser.parse_known_args(request.tokens)[0])
     names = {each.name for each in dataclasses.fields(DiagnosisOptions)}
     try:

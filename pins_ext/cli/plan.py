@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.plan_page import recipe_page, regularization_line
+from pins_ext.runs.request import Request
 
 _ABOUT = """Says what train would do with the same flags: data, prunable tensors, memory, the schedule, conflicts.
 Loads data and model, trains nothing, writes nothing.
@@ -32,7 +33,7 @@ _WITHOUT = ("compare", "output_dir", "overwrite", "resume", "resume_from_checkpo
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 2 when train would refuse."""
-    parser = requests.parser("pins-ext plan", _ABOUT, _EXAMPLES, _WITHOUT)
+    parser = command_line.parser("pins-ext plan", _ABOUT, _EXAMPLES, _WITHOUT)
     group = parser.add_argument_group("a model without data")
     group.add_argument("--ranks", type=int, metavar="N", help="processes, each with a GPU of its own [1]")
     group.add_argument(
@@ -46,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
     )
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
-        print(requests.help_text(parser, everything="help_all" in asked))
+        print(command_line.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
-    request = requests.parse(parser, argv)
+    request = command_line.parse(parser, argv)
     if request.pruning is None:
         raise UsageError("nothing to plan: the sparsity is 0")
     data = {"task", "data_dir", "train_file", "recipe"} & request.given
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _plan(request: requests.Request) -> None:
+def _plan(request: Request) -> None:
     """Load data and model, and print what would be done with them."""
     from torch import nn
 

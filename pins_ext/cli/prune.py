@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pins_ext.pruning.config import TRAINING_ONLY, PruneConfig
+from pins_ext.runs.command_line import PRUNING_PARSERS
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.options import Parser, normalised
-from pins_ext.runs.request import PRUNING_PARSERS, RunOptions
+from pins_ext.runs.request import RunOptions
 from pins_ext.tasks.arguments import TaskArguments
 from pins_ext.tasks.load import refuse_out_of_reach
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.options import Parser
+from pins_ext.runs.request import NEWEST, Request
 from pins_ext.tasks.load import refuse_out_of_reach
 
 _ABOUT = """Fine-tunes a language model with the Hugging Face Trainer and prunes it on the way: for classification and
@@ -36,12 +37,12 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
-    parser = requests.parser("pins-ext train", _ABOUT, _EXAMPLES)
+    parser = command_line.parser("pins-ext train", _ABOUT, _EXAMPLES)
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:
-        print(requests.help_text(parser, everything="help_all" in asked))
+        print(command_line.help_text(parser, everything="help_all" in asked))
         return EXIT_OK
-    request = requests.parse(parser, argv, early=refuse_out_of_reach)
+    request = command_line.parse(parser, argv, early=refuse_out_of_reach)
 
     from pins_ext.distributed.first import leave
     from pins_ext.runs.compare import compare
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _continued(request: requests.Request, parser: Parser, argv: Sequence[str]) -> requests.Request:
+def _continued(request: Request, parser: Parser, argv: Sequence[str]) -> Request:
     """A request to resume, with the flags that the run was started with beside those typed now.
 
     Raises:
@@ -78,8 +79,8 @@ def _continued(request: requests.Request, parser: Parser, argv: Sequence[str]) -
     folder = RunFolder(Path(request.run.output_dir).absolute())
     remembered = folder.remembered()
     if remembered:
-        return requests.parse(parser, [*remembered, *argv])
-    if request.resume == requests.NEWEST:
+        return command_line.parse(parser, [*remembered, *argv])
+    if request.resume == NEWEST:
         parts = three(request).values() if request.compares else ()
         places = [folder, *(RunFolder(Path(part.run.output_dir).absolute()) for part in parts)]
         if not any(place.begun for place in places):
@@ -87,7 +88,7 @@ def _continued(request: requests.Request, parser: Parser, argv: Sequence[str]) -
     return request
 
 
-def _joined(request: requests.Request) -> tuple[requests.Request, int]:
+def _joined(request: Request) -> tuple[Request, int]:
     """Find the processes that torchrun or accelerate launch has started beside this one.
 
     Returns:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from pins_ext.files import tensor_file
 from pins_ext.regularization import heads
+from pins_ext.regularization.plain_loss import PlainLoss, mean_of_rows, plain_loss
 from pins_ext.regularization.task_gradient import TaskGradient
 from pins_ext.regularization.teacher import Source, Teacher
 from pins_ext.wrappers import unwrapped, unwrapped_optimizer
@@ -27,13 +28,6 @@ from pins_ext.wrappers import unwrapped, unwrapped_optimizer
 SCORE_GRADIENTS = ("joint", "task")
 
 _FORMAT = "pins_ext.teacher"
-
-_CHECKED_BATCHES = 3
-"""Batches whose loss `attach` compares with the model's: a batch of one class alone can't show class weights."""
-
-_OWN_LOSS = (
-    "compute such a loss yourself beside reg(outputs, inputs), which takes plain labels, or train without attach"
-)
 
 _BATCHES_BEFORE_A_WARNING = 500
 """No usual training accumulates so many batches in one optimizer step."""
@@ -122,7 +116,7 @@ class SelfRegularizer:
         self._batches_without_step = 0
         self._task_gradient = TaskGradient(self.model)
         self._handles: list[Any] = []
-        self._unchecked = 0
+        self._plain: PlainLoss | None = None
         if total_steps is not None:
             self.set_total_steps(total_steps)
 
@@ -161,7 +155,7 @@ class SelfRegularizer:
         rows = heads.rows(self.head, outputs, inputs)
         if self.teacher.module is None:
             self._notice_missing_steps()
-            task = self._task(self.head, rows, num_items)
+            task = plain_loss(self.head, rows, num_items)
             self.last = Losses(task.detach(), task.detach())
             return task
         teachers = heads.row_logits(self.head, self.teacher(args, kwargs))
@@ -173,10 +167,6 @@ class SelfRegularizer:
         self._task_gradient.refuse_sharded()
         return self._task_gradient.watch(task, total)
 
-    @staticmethod
-    def _task(head: str, rows: list[heads.Rows], num_items: Any) -> Tensor:
-        return torch.stack([_mean(heads.task_loss(head, row), row.valid, num_items) for row in rows]).mean()
-
     def _parts(self, head: str, row: heads.Rows, teacher: Tensor, num_items: Any) -> tuple[Tensor, ...]:
         """Task loss, joint loss, mean distance and mean weight of one list of rows."""
         task = heads.task_loss(head, row)
@@ -187,8 +177,8 @@ class SelfRegularizer:
         else:
             a = torch.full_like(task.detach(), self.weight)
             joint = task + a * distance
-        means = (_mean(x.detach(), row.valid) for x in (distance, a))
-        return _mean(task, row.valid, num_items), _mean(joint, row.valid, num_items), *means
+        means = (mean_of_rows(x.detach(), row.valid) for x in (distance, a))
+        return mean_of_rows(task, row.valid, num_items), mean_of_rows(joint, row.valid, num_items), *means
 
     # ---- attachment -------------------------------------------------------------------------------------------------
 
@@ -210,11 +200,7 @@ class SelfRegularizer:
                 "attach was given another model than the constructor: a SelfRegularizer belongs to one model"
             )
         self.detach()
-        for name, module in self.model.named_modules():
-            weighted = isinstance(module, nn.modules.loss._WeightedLoss) and module.weight is not None
-            if weighted or getattr(module, "label_smoothing", False):
-                raise ValueError(f"{name} ({type(module).__name__}) has class weights or label smoothing: {_OWN_LOSS}")
-        self._unchecked = _CHECKED_BATCHES
+        self._plain = PlainLoss(self.model)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -245,8 +231,8 @@ class SelfRegularizer:
         positional = tuple(None if name in heads.LABELS else x for name, x in zip(inputs, args, strict=False))
         num_items = inputs.get("num_items_in_batch")
         loss = self._loss(outputs, inputs, positional, _without_labels(kwargs), num_items)
-        if self._unchecked:
-            self._check_plain(outputs, inputs, num_items)
+        if self._plain is not None and self.head is not None:
+            self._plain.check(self.head, outputs, inputs, num_items)
         if isinstance(outputs, MutableMapping):
             outputs["loss"] = loss
         elif isinstance(outputs, Tensor | tuple):
@@ -257,22 +243,6 @@ class SelfRegularizer:
         else:
             outputs.loss = loss
         return outputs
-
-    def _check_plain(self, outputs: Any, inputs: Mapping[str, Any], num_items: Any) -> None:
-        """Refuse a model whose own loss, or its gradient by the logits, is not that of the plain mean or sum."""
-        own = heads.field(outputs, "loss")
-        if self.head is None or own is None or not bool(torch.isfinite(own)):
-            return
-        self._unchecked -= 1
-        rows, logits = heads.rows(self.head, outputs, inputs), heads.raw_logits(self.head, outputs)
-        for items in (num_items, None):
-            plain = self._task(self.head, rows, items)
-            if _agree(own, plain, logits):
-                return
-        raise ValueError(
-            f"the model's loss is {own.item():.6g}, the plain loss of its logits and labels {plain.item():.6g}, or "
-            f"their  gradients differ: class weights, label smoothing or an auxiliary loss; {_OWN_LOSS}"
-        )
 
     # ---- the training loop ------------------------------------------------------------------------------------------
 
@@ -421,25 +391,3 @@ class SelfRegularizer:
 
 def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in heads.LABELS}
-
-
-def _mean(values: Tensor, valid: Tensor, num_items: int | float | Tensor | None = None) -> Tensor:
-    """Sum over the rows that count, divided by the number of items, or of those rows (at least 1)."""
-    items = valid.sum().clamp(min=1) if num_items is None else num_items
-    if isinstance(items, Tensor):
-        items = items.to(values.device)
-    return torch.where(valid, values, 0.0).sum() / items
-
-
-def _agree(own: Tensor, plain: Tensor, logits: list[Tensor]) -> bool:
-    """Whether two losses have the same value and pull the logits the same way, where they come from these tensors."""
-    pairs: list[tuple[Tensor | None, Tensor | None]] = [(own.detach(), plain.detach())]
-    if own.requires_grad and all(x.requires_grad for x in logits):
-        pulls = [torch.autograd.grad(x, logits, retain_graph=True, allow_unused=True) for x in (own, plain)]
-        pairs += zip(*pulls, strict=True)
-    # A loss that the model computed in 16 bits agrees to a few of its 8 bits.
-    tolerance = 1e-3 if logits[0].dtype in (torch.float32, torch.float64) else 5e-2
-    return all(
-        a is None or b is None or bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max() + 1e-8)
-        for a, b in pairs
-    )

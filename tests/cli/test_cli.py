@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from pins_ext.cli.main import main
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.compare import three
 
 
@@ -65,7 +65,7 @@ def test_what_starts_is_said_and_a_conflict_is_recorded(
 
 def test_the_demo_is_evaluated_on_the_way_only_where_that_decides_something() -> None:
     def demo(*argv: str) -> list[object]:
-        request = requests.parse(requests.parser("pins-ext train", "", ""), argv)
+        request = command_line.parse(command_line.parser("pins-ext train", "", ""), argv)
         return [each.training["eval_strategy"] for each in three(request).values()]
 
     assert demo() == ["no"] * 3

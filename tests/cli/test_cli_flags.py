@@ -13,18 +13,18 @@ from classifier import flags
 
 from pins_ext.cli.main import COMMANDS, main
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.runs import options
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line, options
 from pins_ext.runs.errors import UsageError
+from pins_ext.runs.request import Request
 from pins_ext.tasks.recipes import RECIPES
 
 
-def parsed(*argv: str) -> requests.Request:
-    return requests.parse(requests.parser("pins-ext train", "", ""), argv)
+def parsed(*argv: str) -> Request:
+    return command_line.parse(command_line.parser("pins-ext train", "", ""), argv)
 
 
 def test_every_pruning_option_is_a_flag() -> None:
-    text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=False)
+    text = command_line.help_text(command_line.parser("pins-ext train", "", ""), everything=False)
     for name in PruneConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in text
     assert "--deepspeed" not in text
@@ -47,7 +47,7 @@ def test_a_diagnosis_exchanges_single_weights_and_refuses_patterns(capsys: pytes
 
 
 def test_help_all_lists_the_trainer_s_flags() -> None:
-    text = requests.help_text(requests.parser("pins-ext train", "", ""), everything=True)
+    text = command_line.help_text(command_line.parser("pins-ext train", "", ""), everything=True)
     for flag in ("--adam-beta1", "--torch-empty-cache-steps", "--ddp-timeout"):
         assert flag in text
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from pins_ext.cli.main import main
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.record import read_record
+from pins_ext.runs.request import Request
 from pins_ext.studies.ablation.grid import read_grid
 from pins_ext.tasks.recipes import RECIPES, TRAINING_EXAMPLES, recipe_for
 
 
-def parsed(*argv: str) -> requests.Request:
-    return requests.parse(requests.parser("train", "", ""), argv)
+def parsed(*argv: str) -> Request:
+    return command_line.parse(command_line.parser("train", "", ""), argv)
 
 
 @pytest.mark.parametrize("name", RECIPES)

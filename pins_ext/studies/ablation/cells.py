@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pins_ext.files.atomic import checkpoints
-from pins_ext.runs import request as requests
+from pins_ext.runs import command_line
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.folder import RunFolder
 from pins_ext.runs.options import Parser, tokens
 from pins_ext.runs.record import RunRecord, read_record
+from pins_ext.runs.request import Request
 from pins_ext.studies.ablation.grid import Flags, Grid
 
 
@@ -36,7 +37,7 @@ class Cell:
     axes: Mapping[str, Any]
     flags: tuple[str, ...]
     folder: Path
-    request: requests.Request
+    request: Request
 
     @property
     def name(self) -> str:
@@ -76,7 +77,7 @@ class Cell:
         if not flags:
             return ["flags not recorded"]
         try:
-            there = requests.parse(_train_parser(), flags).settings()
+            there = command_line.parse(_train_parser(), flags).settings()
         except UsageError as error:
             return [str(error)]
         here = self.request.settings()
@@ -158,7 +159,7 @@ def _cell(grid: Grid, method: str, axes: Flags, seed: int, root: Path, parser: P
     # Without a task and a model, train would compare three runs of its own.
     flags = tokens({**merged, "seed": seed, "compare": False, "label": name})
     try:
-        request = requests.parse(parser, [*flags, "--output-dir", str(root / name)])
+        request = command_line.parse(parser, [*flags, "--output-dir", str(root / name)])
         request.training_arguments(root)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
@@ -179,7 +180,7 @@ def _name(method: str, axes: Flags, seed: int) -> str:
 
 
 def _train_parser() -> Parser:
-    return requests.parser("pins-ext train", "", "")
+    return command_line.parser("pins-ext train", "", "")
 
 
 def _conflict(folder: Path, differences: Sequence[str]) -> str | None:
