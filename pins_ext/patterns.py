@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from pins_ext.chance import blocks_hold_by_chance, groups_hold_by_chance
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -148,7 +150,7 @@ def pattern_text(pattern: str | Mapping[str, str]) -> str:
 
 
 def recognised(mask: Tensor, axis: int) -> Pattern | None:
-    """The tightest pattern that explains the zeros of a matrix.
+    """The tightest pattern that explains the zeros of a matrix, and that as many zeros anywhere would not make.
 
     Args:
         mask: boolean, at least two dimensions, True where a weight is not zero.
@@ -159,12 +161,36 @@ def recognised(mask: Tensor, axis: int) -> Pattern | None:
         return None
     head = mask[..., :_HEAD, :]
     missing = head.numel() - int(head.count_nonzero())
-    fits = [fit for fit in _fits(mask.shape, axis) if missing == 0 or _explains(fit, head, missing, 0.9)]
-    found = [fit.pattern for fit in fits if _explains(fit, mask, zeros)]
+    fits = [fit for fit in _fits(mask.shape, axis) if missing == 0 or _may_explain(fit, head, missing)]
+    if not fits:
+        return None
+    lines = _Lines.of(mask)
+    found = [fit.pattern for fit in fits if _explains(fit, mask, zeros, lines)]
     groups = [pattern for pattern in found if pattern.grouped]
     # Small N / M first, and of equal ones the short group, which is the stricter.
     groups.sort(key=lambda pattern: (pattern.keep / pattern.of, pattern.of))
     return next(iter([pattern for pattern in found if not pattern.grouped] + groups), None)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Rows and columns of a matrix, or of a stack of them as one: how many there are, and how many without a weight."""
+
+    rows: int
+    columns: int
+    dead_rows: int
+    dead_columns: int
+
+    @staticmethod
+    def of(mask: Tensor) -> _Lines:
+        flat = mask.reshape(-1, mask.shape[-1])
+        rows, columns = flat.shape
+        return _Lines(rows, columns, rows - int(flat.any(1).sum()), columns - int(flat.any(0).sum()))
+
+    @property
+    def zeros(self) -> int:
+        """Elements of the rows and columns without a weight."""
+        return self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
 
 
 def _fits(shape: Sequence[int], axis: int) -> Iterator[Fit]:
@@ -176,16 +202,40 @@ def _fits(shape: Sequence[int], axis: int) -> Iterator[Fit]:
             yield fit
 
 
-def _explains(fit: Fit, mask: Tensor, zeros: int, share: float = 1.0) -> bool:
-    """Whether the pattern holds and asks for (this share of) as many of the zeros as it must."""
-    if fit.misfit(mask.shape) is not None:
+def _may_explain(fit: Fit, head: Tensor, zeros: int) -> bool:
+    """Whether the first rows leave room for the pattern: they may have fewer zeros than the others."""
+    if fit.misfit(head.shape) is not None:
         return True  # a few rows that end within a block
     if fit.pattern.grouped:
-        asked = 1 - fit.pattern.keep / fit.pattern.of
-        enough = asked >= share * _GROUPED[fit.pattern.of] * zeros / mask.numel()
-        return enough and all(fit.violations(slab) == 0 for slab in _slabs(fit, mask))
-    empty = sum(int((fit.counted(slab) == 0).sum()) for slab in _slabs(fit, mask))
-    return empty * prod(fit.cells) >= share * _EXPLAINED * zeros
+        return _asks_for(fit, zeros / head.numel(), 0.9) and fit.violations(head) == 0
+    return _outside(fit, head, zeros) <= (1 - 0.9 * _EXPLAINED) * zeros
+
+
+def _explains(fit: Fit, mask: Tensor, zeros: int, lines: _Lines) -> bool:
+    """Whether the pattern holds, asks for as many of the zeros as it must, and would not hold by chance."""
+    if fit.pattern.grouped:
+        along, dead = (lines.columns, lines.dead_columns) if fit.axis == -1 else (lines.rows, lines.dead_rows)
+        n, m, weights = fit.pattern.keep, fit.pattern.of, mask.numel()
+        return (
+            _asks_for(fit, zeros / weights)
+            and not groups_hold_by_chance(n, m, weights / m, 1 - zeros / weights)
+            and not groups_hold_by_chance(n, m, along / m, 1 - dead / along)
+            and all(fit.violations(slab) == 0 for slab in _slabs(fit, mask))
+        )
+    # In an empty row or column every block is empty: blocks answer for the other zeros.
+    inner, room = zeros - lines.zeros, (lines.rows - lines.dead_rows) * (lines.columns - lines.dead_columns)
+    outside = _outside(fit, mask, zeros)
+    return outside <= (1 - _EXPLAINED) * inner and not blocks_hold_by_chance(prod(fit.cells), inner, room, outside)
+
+
+def _asks_for(fit: Fit, sparsity: float, share: float = 1.0) -> bool:
+    """Whether N:M asks for (this share of) as many of the zeros as it must."""
+    return 1 - fit.pattern.keep / fit.pattern.of >= share * _GROUPED[fit.pattern.of] * sparsity
+
+
+def _outside(fit: Fit, mask: Tensor, zeros: int) -> int:
+    """Zeros that lie in no empty block."""
+    return zeros - prod(fit.cells) * sum(int((fit.counted(slab) == 0).sum()) for slab in _slabs(fit, mask))
 
 
 def _slabs(fit: Fit, mask: Tensor) -> Iterator[Tensor]:

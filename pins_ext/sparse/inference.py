@@ -38,8 +38,9 @@ def sparsify_for_inference(
     """Replace pruned linear layers (and transformers' Conv1D) by sparse ones for inference, on the CPU or on a GPU.
 
     The model is changed in place: save it before. A layer is replaced where it has enough zeros and was faster sparse
-    in a short measurement on this machine, with the number of threads of this process. On a GPU (written and tested
-    without one, see `GroupedLinear`) packed weights save memory even where they are no faster: `calibrate=False`.
+    in a short measurement on this machine, with the number of threads of this process. Layers that share a weight share
+    its packed form, and a layer of several names stays one. On a GPU (written and tested without one, see
+    `GroupedLinear`) packed weights save memory even where they are no faster: `calibrate=False`.
 
     Args:
         model: a pruned model, all of it on the CPU or on one GPU; it is set to evaluation mode.
@@ -83,8 +84,8 @@ def sparsify_for_inference(
         if trial is not None:
             trials.append(trial)
         if trial is None or trial.chosen == "sparse":
-            for name in group:
-                _replace(model, name, values)
+            for names in _by_weight(model, group):
+                _replace(model, names, values)
     calibration = Calibration(_machine(device), tuple(trials), dense)
     if say is not None:
         say(calibration.table())
@@ -127,7 +128,7 @@ def _candidates(model: nn.Module, min_sparsity: float) -> tuple[list[str], dict[
     """Names of the layers to try, and why the others stay dense."""
     places: list[str] = []
     dense: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         # Subclasses compute something else, or are read by their parents.
         if type(module) is not nn.Linear and not _is_conv1d(module):
             continue
@@ -186,19 +187,36 @@ def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...], valu
 
 
 def _sparse(module: nn.Module, values: str | None) -> SparseLinear:
-    bias = module.bias
-    assert bias is None or isinstance(bias, Tensor)
-    weight = _matrix(module)
+    weight, bias = _matrix(module), _bias(module)
     if weight.is_cuda:
         return GroupedLinear(weight, bias, values)
     exact = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
     return SparseLinear(weight, bias, values or exact)
 
 
-def _replace(model: nn.Module, name: str, values: str | None) -> None:
-    path, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(path)
-    layer = _sparse(model.get_submodule(name), values)
-    layer.eval()
-    # By its registered name: a parent may be a Sequential or a ModuleDict.
-    parent._modules[leaf] = layer
+def _by_weight(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Names of layers over the same memory, together."""
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        weight = _matrix(model.get_submodule(name))
+        together.setdefault((weight.data_ptr(), tuple(weight.shape), weight.stride()), []).append(name)
+    return list(together.values())
+
+
+def _replace(model: nn.Module, names: Sequence[str], values: str | None) -> None:
+    """One packed copy for all names of a weight; names of one layer stay names of one."""
+    modules = [model.get_submodule(name) for name in names]
+    parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    packed = _sparse(modules[0], values).eval()
+    layers: dict[nn.Module, SparseLinear] = {modules[0]: packed}
+    for name, parent, module in zip(names, parents, modules, strict=True):
+        if module not in layers:
+            layers[module] = packed.with_bias(_bias(module))
+        # By its registered name: a parent may be a Sequential or a ModuleDict.
+        parent._modules[name.rpartition(".")[2]] = layers[module]
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias

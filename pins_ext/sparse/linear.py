@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -55,8 +56,18 @@ class SparseLinear(nn.Module):
         self.nonzero = int(weight.count_nonzero())
         self.kind = values
         self._pack(weight)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone(), persistent=False)
+        self.register_buffer("bias", _float(bias), persistent=False)
         self._dtype = weight.dtype
+
+    def with_bias(self, bias: Tensor | None) -> SparseLinear:
+        """A further layer over the same packed weights, which never change.
+
+        Args:
+            bias: its own, [out], or None.
+        """
+        other = copy.deepcopy(self)
+        other.bias = _float(bias)
+        return other
 
     def _check(self, values: str) -> None:
         if values not in VALUES:
@@ -124,3 +135,8 @@ class SparseLinear(nn.Module):
         other._buffers = dict(self._buffers)
         memo[id(self)] = other
         return other
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    """A copy, float32."""
+    return None if bias is None else bias.detach().float().clone()

@@ -140,15 +140,17 @@ def _device(model: nn.Module) -> torch.device:
 
 def _converted(model: nn.Module, group: Sequence[str]) -> tuple[list[nn.Module], str | None]:
     """The layers of a group with 2:4 weights; or why torch doesn't take them."""
-    layers: list[nn.Module] = []
+    # A layer of several names stays one.
+    made: dict[nn.Module, nn.Module] = {}
     try:
         with warnings.catch_warnings():
             # That the interface is a prototype.
             warnings.simplefilter("ignore", UserWarning)
-            layers.extend(_layer(model.get_submodule(name)) for name in group)
+            for module in dict.fromkeys(map(model.get_submodule, group)):
+                made[module] = _layer(module)
     except (RuntimeError, NotImplementedError) as error:
         return [], _says(error)
-    return layers, None
+    return [made[model.get_submodule(name)] for name in group], None
 
 
 def _says(error: Exception) -> str:

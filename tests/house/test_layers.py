@@ -16,6 +16,7 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
     (
         0,
         (
+            "pins_ext.chance",
             "pins_ext.criteria",
             "pins_ext.patterns",
             "pins_ext.reference",

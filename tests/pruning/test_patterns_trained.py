@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_patterns import fit
-from torch import nn
+from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner, prune_once, reference
 from pins_ext.patterns import recognised
@@ -112,6 +112,42 @@ def test_recognised_patterns_are_the_tightest_and_random_zeros_have_none() -> No
     found = recognised(transposed, -2)
     assert found is not None
     assert found.name == "4x1"
+
+
+def left_over(rows: int, columns: int, left: int) -> Tensor:
+    """A mask that keeps this many weights anywhere."""
+    kept = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(5))[:left]
+    mask = torch.zeros(rows * columns, dtype=torch.bool)
+    mask[kept] = True
+    return mask.view(rows, columns)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_zeros_that_chance_makes_are_no_pattern(axis: int) -> None:
+    """In a matrix with hardly a weight left groups and blocks are empty without any plan."""
+    for left in (1, 2, 10, 100, 1000, 3000):
+        assert recognised(left_over(384, 384, left), axis) is None, left
+    for shape in ((4, 4), (2, 64), (8, 8), (64, 4)):
+        for left in (1, 2, 4, 8):
+            assert recognised(left_over(*shape, left), axis) is None, (shape, left)
+    # A few whole columns, in which weights are missing anywhere.
+    columns = torch.zeros(384, 384, dtype=torch.bool)
+    columns[:, [3, 70, 71, 200, 383]] = True
+    for mask in (columns, columns.T, columns & left_over(384, 384, 70_000)):
+        assert recognised(mask, axis) is None
+    stack = torch.stack([left_over(96, 96, 20), left_over(96, 96, 40)])
+    assert recognised(stack, axis) is None
+
+
+def test_a_pattern_stays_one_however_many_zeros_come_on_top() -> None:
+    x = torch.rand(384, 384, generator=torch.Generator().manual_seed(0))
+    groups = reference.group_mask(x, 2, 4, -1) & left_over(384, 384, 110_000)
+    blocks = (left_over(24, 24, 100)).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    for mask, name in ((groups, "2:4"), (blocks, "16x16"), (torch.stack([groups, groups]), "2:4")):
+        mask[..., 5, :] = mask[..., 7] = False
+        found = recognised(mask, -1)
+        assert found is not None
+        assert found.name == name
 
 
 def test_verify_names_patterns_and_finds_what_breaks_them() -> None:

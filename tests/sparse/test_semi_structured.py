@@ -111,6 +111,18 @@ def test_what_is_handed_over_what_stays_dense_and_what_is_said(
     assert isinstance(only[3], nn.Linear)
 
 
+def test_a_layer_of_two_names_stays_one(
+    kernels: dict[tuple[int, int], tuple[float, float] | RuntimeError],
+) -> None:
+    kernels[256, 128] = 10.0, 5.0
+    kernels[64, 128] = 10.0, 5.0
+    dense = model().eval()
+    dense.again = dense[0]
+    found = pins_ext.to_semi_structured(dense, tokens=(7,), say=None)
+    assert found.again is found[0]
+    assert not found[0].weight.requires_grad
+
+
 def test_what_torch_refuses_stays_dense_in_its_words(
     kernels: dict[tuple[int, int], tuple[float, float] | RuntimeError],
 ) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pins_ext.sparse.calibration import Calibration, Trial
-from pins_ext.sparse.format import load_sparse, save_sparse
+from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
 from pins_ext.sparse.inference import sparsify_for_inference
 from pins_ext.sparse.linear import SparseLinear
 
@@ -224,6 +224,79 @@ def test_layers_that_others_read_stay_dense() -> None:
     x = torch.randn(2, 5, 32)
     with torch.inference_mode():
         assert_close(fast(x), model(x))
+
+
+class Shared(nn.Module):
+    """One layer of two names, within one container of two names; and two layers over one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(40, 40)
+        self.again = self.first
+        self.own = nn.Sequential(nn.Linear(40, 40), nn.ReLU())
+        self.container = self.own
+        self.left, self.right = nn.Linear(40, 40), nn.Linear(40, 40)
+        self.right.weight = self.left.weight
+        self.bare = nn.Linear(40, 40, bias=False)
+        self.bare.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.container(self.own(self.again(self.first(x))))
+        return self.left(x) + 2 * self.right(x) + 3 * self.bare(x)
+
+
+@pytest.mark.parametrize("values", ["float32", "int8"])
+def test_layers_that_share_a_weight_share_its_packed_form(values: str) -> None:
+    model = pruned(Shared())
+    fast = sparse(model, values=values)
+    assert [type(m) for m in fast.modules() if isinstance(m, (nn.Linear, SparseLinear))] == [SparseLinear] * 5
+    assert fast.first is fast.again
+    assert fast.own is fast.container
+    assert isinstance(fast.own[0], SparseLinear)
+    # Three layers with biases of their own over one packed matrix.
+    layers = (fast.left, fast.right, fast.bare)
+    assert len({layer.values.data_ptr() for layer in layers}) == 1
+    assert [None if layer.bias is None else layer.bias.tolist() for layer in layers] == [
+        model.left.bias.tolist(), model.right.bias.tolist(), None
+    ]  # fmt: skip
+    x = torch.randn(3, 40)
+    if values == "int8":
+        torch.testing.assert_close(fast(x), model(x), rtol=0.1, atol=0.05)
+    else:
+        assert_close(fast(x), model(x))
+    # Twice sparse is as good as once: nothing is left to replace.
+    with pytest.raises(ValueError, match="prune the model first"):
+        sparse(fast)
+
+
+def test_shared_layers_from_the_model_to_the_file_and_to_sparse_layers(tmp_path: Path) -> None:
+    model = pruned(Shared())
+    save_sparse(model, tmp_path / "sparse")
+    again = Shared()
+    load_sparse(tmp_path / "sparse", model=again)
+    assert again.left.weight is again.right.weight is again.bare.weight
+    held = SparseCheckpoint(tmp_path / "sparse").index
+    assert sorted(held.entries) == ["first.bias", "first.weight", "left.bias", "left.weight",
+                                    "own.0.bias", "own.0.weight", "right.bias"]  # fmt: skip
+    fast = sparse(again.eval())
+    assert not any(isinstance(m, nn.Linear) for m in fast.modules())
+    x = torch.randn(3, 40)
+    assert_close(fast(x), model(x))
+
+
+def test_a_language_model_whose_head_is_its_embedding() -> None:
+    """The head becomes sparse, the embedding stays what it is, and generation goes on as before."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(decoder_config())
+    model.transformer.wte.weight.data *= torch.rand(model.transformer.wte.weight.shape) < 0.2
+    fast = sparse(pruned(model))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert isinstance(fast.lm_head, SparseLinear)
+    assert isinstance(fast.transformer.wte, nn.Embedding)
+    ids = torch.randint(1, 257, (2, 7))
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fast.generate(ids, **options), model.generate(ids, **options))
 
 
 def test_calibration_measures_prints_and_saves(tmp_path: Path) -> None:
