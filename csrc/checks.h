@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "criteria.h"
+#include "tensors.h"
 
 namespace pins_ext {
 
@@ -25,7 +26,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Device = torch::stable::Device;
 using OptionalTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -101,8 +101,8 @@ inline std::string dtype_names(Dtypes allowed) {
 
 // A contiguous tensor on the device of the tables; sparse ones have a dispatch key of their own and never get here.
 // `name` is a callable, so that a passing check builds no string.
-template <class Name>
-void check_tensor(const Name& name, const Tensor& tensor, const Device& device, Dtypes allowed) {
+template <class Name, class AnyTensor>
+void check_tensor(const Name& name, const AnyTensor& tensor, const Device& device, Dtypes allowed) {
   PINS_CHECK(tensor.device() == device, name(), " must be on ", device_name(device), " like places, got ",
              device_name(tensor.device()));
   ScalarType dtype = tensor.scalar_type();
@@ -155,13 +155,13 @@ inline void check_same_dtype(const char* list, const Tensors& tensors, const cha
 inline std::vector<int64_t> numels_of(const Tensors& tensors) {
   std::vector<int64_t> numel;
   numel.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) numel.push_back(tensor.numel());
+  for (const ListedTensor& tensor : tensors) numel.push_back(tensor.numel());
   return numel;
 }
 
 // 8-bit storage of this many weights: [.., groups of a row, 34], where rows are equally long, see layout.inl kGroup.
 template <class Name>
-void check_coded(const Name& name, const Tensor& tensor, int64_t weights) {
+void check_coded(const Name& name, const ListedTensor& tensor, int64_t weights) {
   const auto sizes = tensor.sizes();
   bool fits = sizes.size() >= 2 && sizes[sizes.size() - 1] == 34;
   if (fits && weights > 0) {
@@ -221,8 +221,11 @@ inline int64_t check_tables(const Tensor& places, const Tensor& chunks, const De
 inline const Tensor* if_given(const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 
 // Of a checked tensor: whether autograd records the operations that made it.
-inline bool is_recorded(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+template <class AnyTensor>
+bool is_recorded(const AnyTensor& tensor) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(handle)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", stack.data(), TORCH_ABI_VERSION));
   return !torch::stable::detail::to<bool>(stack[0]);
 }
@@ -237,8 +240,8 @@ class Inputs {
   }
 
   // A checked output. Autograd would not see that it changes: its gradient would be wrong without a word.
-  template <class Name>
-  void check_output(const Name& name, const Tensor& output) const {
+  template <class Name, class AnyTensor>
+  void check_output(const Name& name, const AnyTensor& output) const {
     PINS_CHECK(
         !grad_mode_ || !is_recorded(output), name(),
         " is the result of operations that autograd records: call this operator under torch.no_grad(), or on the "
@@ -262,8 +265,12 @@ class Inputs {
     const char *name, *begin, *end;
   };
 
-  static const char* begin_of(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
-  static const char* end_of(const Tensor& tensor) {
+  template <class AnyTensor>
+  static const char* begin_of(const AnyTensor& tensor) {
+    return static_cast<const char*>(tensor.const_data_ptr());
+  }
+  template <class AnyTensor>
+  static const char* end_of(const AnyTensor& tensor) {
     return begin_of(tensor) + tensor.numel() * static_cast<int64_t>(tensor.element_size());
   }
 

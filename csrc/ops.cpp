@@ -18,6 +18,7 @@
 #include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 
 STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def(
@@ -127,6 +128,17 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }
+
+namespace pins_ext {
+
+void delete_handles(const std::vector<AtenTensorHandle>& handles) {
+  if (handles.empty()) return;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  for (AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
+  PyGILState_Release(state);
+}
+
+}  // namespace pins_ext
 
 // `import pins_ext._C` loads the library; the operators register themselves.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {

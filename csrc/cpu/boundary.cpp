@@ -152,6 +152,7 @@ class BoundaryPass {
 template <size_t count>
 void run(const UpdateCall& call, const BoundaryCall& boundary, void (*const (&table)[count])(const Update&)) {
   const int criterion = check_update(call, kCpu);
+  check_momentum(call);
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   check_boundary(call, boundary, work);
@@ -189,11 +190,9 @@ void boundary_sgd_(const Tensors& params, const Tensors& momentum_buffer, const 
                    const OptionalTensor& fold_rng, double beta1, double beta2, const OptionalTensor& bracket,
                    const OptionalTensor& counts) {
   const std::vector<List> moments{{"momentum_buffer", momentum_buffer}};
-  const UpdateCall call{params,   moments, ipt,       shadow,      grads, masks, places, chunks, hyper,
-                        accepted, rng,     criterion, clear_state, kNone, clip,  kNone,  kNone};
-  check_update(call, kCpu);
-  check_momentum(call);
-  run(call, {exp_avg_ipt, exp_avg_unc, around, stats, threshold, fold_rng, beta1, beta2, bracket, counts},
+  run({params, moments, ipt, shadow, grads, masks, places, chunks, hyper, accepted, rng, criterion, clear_state, kNone,
+       clip, kNone, kNone},
+      {exp_avg_ipt, exp_avg_unc, around, stats, threshold, fold_rng, beta1, beta2, bracket, counts},
       kernels().boundary_sgd);
 }
 

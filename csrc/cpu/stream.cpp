@@ -15,7 +15,7 @@ void stream_(const Tensors& written, const Tensors& read) {
   int64_t numel = 0;
   for (const List& list : {List{"written", written}, List{"read", read}}) {
     for (size_t i = 0; i < list.tensors.size(); ++i) {
-      const Tensor& tensor = list.tensors[i];
+      const ListedTensor& tensor = list.tensors[i];
       check_tensor([&] { return item(list.name, i); }, tensor, kCpu, kParamDtypes);
       if (streams.size == 0) numel = tensor.numel();
       PINS_CHECK(tensor.numel() == numel, item(list.name, i), " must have ", numel, " elements, got ", tensor.numel());

@@ -9,6 +9,7 @@ namespace {
 template <size_t count>
 void masked_update(const UpdateCall& call, void (*const (&table)[count])(const Update&)) {
   const int criterion = check_update(call, kCpu);
+  check_momentum(call);
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   if (is_set(call.found_inf)) return;
@@ -22,11 +23,7 @@ void masked_update(const UpdateCall& call, void (*const (&table)[count])(const U
 
 void masked_adamw(const UpdateCall& call) { masked_update(call, kernels().masked_adamw); }
 
-void masked_sgd(const UpdateCall& call) {
-  check_update(call, kCpu);
-  check_momentum(call);
-  masked_update(call, kernels().masked_sgd);
-}
+void masked_sgd(const UpdateCall& call) { masked_update(call, kernels().masked_sgd); }
 
 void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& /*pointers*/) {

@@ -6,6 +6,8 @@
 
 namespace pins_ext::cpu {
 
+inline const Tensors kNoTensors;
+
 // The arguments of a checked call, one run of weights at a time.
 class Updates {
  public:
@@ -13,7 +15,7 @@ class Updates {
       : params_(work, call.params),
         grads_(work, call.grads),
         first_(work, call.moments[0].tensors),
-        second_(work, call.moments.size() > 1 ? call.moments[1].tensors : Tensors{}),
+        second_(work, call.moments.size() > 1 ? call.moments[1].tensors : kNoTensors),
         ipt_(work, call.ipt),
         shadow_(work, call.shadow),
         masks_(call.masks),
@@ -61,7 +63,7 @@ UpdateKernel update_kernel(const UpdateCall& call, int criterion, void (*const (
   return table[call.ipt.empty() ? kNoCriterion : criterion];
 }
 
-// Of a call whose metadata are checked.
+// Of a call whose metadata are checked: only SGD can be without moments.
 inline void check_momentum(const UpdateCall& call) {
   constexpr int kMomentum = 2;  // optimizer.inl SgdRow
   const float* rows = static_cast<const float*>(call.hyper.const_data_ptr());

@@ -111,7 +111,7 @@ class Operand {
 
  private:
   // Of a checked list: its rows are those of the table.
-  void check_rows(const Tensor& tensor, size_t i) const {
+  void check_rows(const ListedTensor& tensor, size_t i) const {
     const int64_t weights = numel_of(places_[i]), columns = places_[i].columns;
     const bool fits = weights == 0 || (columns > 0 && weights % columns == 0 && tensor.size(-2) == groups_of(columns));
     PINS_CHECK(fits, item("places", i), " has rows of ", columns, " weights, other ones than its 8-bit storage of ",
@@ -128,7 +128,7 @@ class Masks {
  public:
   explicit Masks(const Tensors& tensors) {
     data_.reserve(tensors.size());
-    for (const Tensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
+    for (const ListedTensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
   }
 
   uint8_t* at(const Chunk& chunk) const { return data_.empty() ? nullptr : data_[chunk.tensor] + chunk.offset / 8; }

@@ -36,7 +36,7 @@ inline Tensor pointer_table(const CurrentDevice& device, const Tensor& places, c
              "pointers must be given while a CUDA graph is captured: a replay would go on with the addresses of now");
   std::vector<int64_t> addresses;
   for (const List& list : lists) {
-    for (const Tensor& tensor : list.tensors) addresses.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()));
+    for (const ListedTensor& tensor : list.tensors) addresses.push_back(reinterpret_cast<int64_t>(tensor.data_ptr()));
     if (!list.given()) addresses.insert(addresses.end(), shape[1], 0);
   }
   Tensor table = torch::stable::new_empty(places, {shape, 2}, ScalarType::Long);
