@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,22 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; one synchronisation where there are several."""
         return flag if self.alone else bool(self.sum(torch.tensor(int(flag))))
+
+    def write(self, action: Callable[[], None]) -> None:
+        """Have the rank that writes act, while the others wait: they may read at once what it wrote.
+
+        Raises:
+            Exception: what the action raised, there.
+            RuntimeError: that it raised anything, on the other ranks.
+        """
+        failed: Exception | None = None
+        if self.writes:
+            try:
+                action()
+            except Exception as error:
+                failed = error
+        if self.any(failed is not None):
+            raise failed or RuntimeError("a file could not be written; the rank that writes says why")
 
 
 def _is_first(tensor: Tensor, first: int) -> bool:

@@ -12,7 +12,7 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import is_dtensor, like, local, shard_of
 
 _MASKS = ("mask", "fixed")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def whole(
@@ -43,9 +43,10 @@ def _whole(kind: str, state: Tensor, i: int, name: str, parameter: Tensor, ranks
     # Bits are summed with zeros as integers: a float's -0 would come back as +0.
     coded = _is_coded(kind, state)
     sizes = ops.coded_shape(parameter.shape) if coded else parameter.shape
-    full = torch.zeros(sizes, dtype=torch.int32, device=part.device)
+    sent = torch.int64 if part.element_size() == 8 else torch.int32
+    full = torch.zeros(sizes, dtype=sent, device=part.device)
     if ranks.counts(i):
-        full[_box(name, parameter, coded)] = part.contiguous().view(_BITS[part.element_size()]).to(torch.int32)
+        full[_box(name, parameter, coded)] = part.contiguous().view(_BITS[part.element_size()]).to(sent)
     bits = ranks.sum(full).to(_BITS[part.element_size()])
     return ops.pack_bits(bits.bool()) if kind in _MASKS else bits.view(part.dtype)
 

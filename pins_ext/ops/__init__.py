@@ -35,7 +35,7 @@ from pins_ext.ops.importance import accumulate_, fold_, fold_moments_
 from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
-from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_
+from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_, search_bytes
 from pins_ext.ops.rounding import rounding_key
 from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
@@ -118,6 +118,7 @@ __all__ = [
     "rounding_key",
     "sample",
     "score_of_key",
+    "search_bytes",
     "select",
     "set_bits",
     "settle",

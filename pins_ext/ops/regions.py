@@ -148,6 +148,25 @@ def _all_settled(brackets: Tensor) -> bool:
     return bool((brackets[:, 4] == SETTLED).all())
 
 
+def search_bytes(counted: int, regions: int, bounded: bool, together: bool) -> int:
+    """Bytes that a search asks for at most: counts, and what becomes of them.
+
+    Args:
+        counted: how many tensors or regions are counted; with bounds, tensors.
+        regions: how many regions there are.
+        bounded: whether tensors have bounds.
+        together: whether several ranks count, so that their sums stand beside the counts.
+    """
+    row = 8 * (1 + (1 << _bits(counted)))
+    # Counts, what lies below each bin, and with bounds the same held within them and summed over each region.
+    return row * (counted * (2 + together + bounded) + (regions if bounded else 0))
+
+
+def _bits(counted: int) -> int:
+    """Log2 of the bins of each of so many rows of counts."""
+    return max(4, min(MOST_BITS, (COUNTS // max(1, counted)).bit_length() - 1))
+
+
 @dataclass(frozen=True)
 class Search:
     """How to look for cutoffs.
@@ -240,7 +259,7 @@ class Search:
             bounds: tensors are counted, and summed within these.
         """
         counted = len(base)
-        bits = max(4, min(MOST_BITS, (COUNTS // max(1, counted)).bit_length() - 1))
+        bits = _bits(counted)
         counts = base.new_empty(counted, 1 + (1 << bits))
         passes = -(-32 // bits) + -(-regions.index_bits // bits)
         if near is not None:

@@ -65,7 +65,8 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
     for name, p in parameters.items():
         if found.get(name) is not p:
             problems.append(
-                f"{name} is no longer the parameter this Pruner was given (the model was copied or rebuilt)"
+                f"{name} is no longer the parameter this Pruner was given (the model was copied, rebuilt or sharded "
+                f"since)"
             )
     for name, other in overlapping(parameters):
         problems.append(f"{name} has come to share memory with {other}: their masks zero each other's weights")

@@ -14,6 +14,8 @@ from pins_ext.distributed import select
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.kept import folds_at_once, state_bytes, state_size
+from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.selection import search_bytes
 from pins_ext.pruning.units import units_bytes
 from pins_ext.wrappers import named_parameters
 
@@ -69,8 +71,9 @@ class Memory:
         statistics: importance of the pruned weights: window mean, its running averages, unmasked values.
         masks: one bit per pruned weight.
         teacher: the model's earlier self, for self-regularization.
-        selection: counts, candidates and work lists, and what patterns ask for, while a mask is chosen; over several
-            ranks where most is asked for, see `distributed.select.most_bytes`.
+        selection: counts, candidates and work lists, and what patterns ask for, while a mask is chosen; with one
+            threshold over several ranks where most is asked for, see `distributed.select.most_bytes`, and with several
+            thresholds see `selection.search_bytes`.
     """
 
     weights: int
@@ -145,7 +148,9 @@ def memory(
         if folds_at_once(config):
             each = [p.nbytes + state_size(config, p.shape) for name, p in parameters.items() if name in pruned]
     gradients = max(each, default=0) if release or frozen_base else sum(each)
-    shapes = [(_local(p, shards), p.element_size()) for name, p in parameters.items() if name in pruned]
+    whole = {name: p.numel() for name, p in parameters.items() if name in pruned}
+    scopes = Scopes(list(whole), list(whole.values()), config, [(fits or {}).get(name) for name in whole])
+    shapes = [(_local(parameters[name], shards), parameters[name].element_size()) for name in whole]
     sizes = [math.prod(shape) for shape, _ in shapes]
     # The "ema" teacher of 16-bit weights averages in float32.
     average = sum(_FLOAT32 * math.prod(_local(p, shards)) for p in parameters.values() if p.element_size() < _FLOAT32)
@@ -157,7 +162,7 @@ def memory(
         statistics=sum(state_bytes(config, shape, size, frozen_base) for shape, size in shapes),
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
-        selection=_selection(sizes, ranks if shards > 1 else 1, sum(parameters[name].numel() for name in pruned))
+        selection=_selection(sizes, ranks if shards > 1 else 1, scopes)
         + _patterned(fits or {}, parameters, shards, config),
     )
 
@@ -183,17 +188,21 @@ def _patterned(
     return units_bytes(list(fits.values()), [_local(parameters[name], shards) for name in fits], config)
 
 
-def _selection(sizes: list[int], ranks: int, total: int) -> int:
-    """Counts of the pass that rides on the fold and of the one that does not, the sample, candidates, work lists.
+def _selection(sizes: list[int], ranks: int, scopes: Scopes) -> int:
+    """What is asked for while a mask is chosen, without patterns' scores.
+
+    With one threshold: counts of the pass that rides on the fold and of the one that does not, the sample, candidates.
 
     Args:
         sizes: weights of each tensor's part.
         ranks: those that share the tensors.
-        total: weights of all of them.
+        scopes: which weights compete.
     """
     counts, sample, candidates = 2 * (1 + ops.BINS), 2 * ops.SAMPLES, 4 * ops.CANDIDATES
     chunks = sum(-(-n // ops.CHUNK) for n in sizes)
     asked = 8 * (counts + sample + candidates)
-    if ranks > 1:
-        asked = 8 * (1 + ops.BINS) + select.most_bytes(ranks, sizes, total)
+    if not scopes.is_global:
+        asked = search_bytes(scopes, together=ranks > 1)
+    elif ranks > 1:
+        asked = 8 * (1 + ops.BINS) + select.most_bytes(ranks, sizes, sum(scopes.sizes))
     return asked + _ROW * len(sizes) + _CHUNK * chunks

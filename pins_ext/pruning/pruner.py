@@ -418,12 +418,12 @@ class Pruner:
         Args:
             path: where to.
             origin: what the file belongs to, such as a run and a step of it; `load` compares it.
+
+        Raises:
+            OSError: the file can't be written; on the ranks that don't write a RuntimeError.
         """
-        state, ranks = self.state_dict(), self.masks.ranks
-        if ranks.writes:
-            checkpoint.write(Path(path), state, origin)
-        # The others may read it at once.
-        ranks.any(False)
+        state = self.state_dict()
+        self.masks.ranks.write(lambda: checkpoint.write(Path(path), state, origin))
 
     def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Read what `save` wrote; when it is refused, nothing has changed.

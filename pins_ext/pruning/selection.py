@@ -37,13 +37,9 @@ class Selection:
         if scopes.is_global:
             self._whole = layout.subset(self._owned)
             return
-        # Weights, groups N:M and blocks are read in different ways: those that are read alike compete in one search.
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for place, part in enumerate(scopes.parts):
-            kinds.setdefault((part.patterned, part.unit > 1), []).append(place)
         self._fields = [
             Field(scopes, parts, (units or layout) if blocked else layout, ranks)
-            for (_, blocked), parts in kinds.items()
+            for (_, blocked), parts in _read_alike(scopes).items()
         ]
 
     def cutoffs(
@@ -146,6 +142,31 @@ class Selection:
             pointers=self._pointers.of("select", layout.places, a, b),
             total=sum(self.scopes.sizes),
         )
+
+
+def _read_alike(scopes: Scopes) -> dict[tuple[bool, bool], list[int]]:
+    """Places of the parts that compete in one search: weights, groups N:M and blocks are read in different ways."""
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for place, part in enumerate(scopes.parts):
+        kinds.setdefault((part.patterned, part.unit > 1), []).append(place)
+    return kinds
+
+
+def search_bytes(scopes: Scopes, together: bool) -> int:
+    """Bytes that the search for several cutoffs asks for at most; where all weights have one, none.
+
+    Args:
+        scopes: which weights compete.
+        together: whether several ranks hold the tensors.
+    """
+    if scopes.is_global:
+        return 0
+    parts = scopes.parts
+    members = [[len(parts[place].members) for place in places] for places in _read_alike(scopes).values()]
+    return max(
+        ops.search_bytes(sum(each) if scopes.bounded else len(each), len(each), scopes.bounded, together)
+        for each in members
+    )
 
 
 class Field:

@@ -357,13 +357,16 @@ class SelfRegularizer:
         Args:
             path: where to.
             origin: what the file belongs to, such as a run and a step of it; `load` compares it.
+
+        Raises:
+            OSError: the file can't be written; on the ranks that don't write a RuntimeError.
         """
         state, ranks = self.state_dict(), self.teacher.ranks
-        if ranks is None or ranks.writes:
+
+        def write() -> None:
             tensor_file.write(path, _FORMAT, state["meta"], state["tensors"], origin)
-        if ranks is not None:
-            # The others may read it at once.
-            ranks.any(False)
+
+        write() if ranks is None else ranks.write(write)
 
     def load(self, path: str | Path, origin: Mapping[str, Any] | None = None) -> None:
         """Read what `save` wrote.

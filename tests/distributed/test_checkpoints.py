@@ -133,6 +133,45 @@ def test_training_goes_on_on_other_ranks_to_the_same_bits(
     assert told[1] == [expected] * after[0]
 
 
+def leg(how: str, folder: Path, begin: int, end: int) -> list[str]:
+    """Go on from the checkpoint of step `begin` up to step `end`, and save; the mask of every step."""
+    model, made, pruner = trainee(how, "PinsAdamW", {})
+    alone = not dist.is_initialized()
+    if begin:
+        state = everything(model, made, pruner)
+        dcp.load(state, checkpoint_id=folder / str(begin), no_dist=alone)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, made, state["optimizer"], options=FLAT)
+    told = []
+    for step in range(begin, end):
+        inject(model, step)
+        made.step()
+        told.append(masks(pruner))
+    dcp.save(everything(model, made, pruner), checkpoint_id=folder / str(end), no_dist=alone)
+    return [*told, digest(whole(p) for p in model.parameters())]
+
+
+@pytest.mark.slow
+def test_from_one_process_to_four_and_back_and_to_four_again(tmp_path: Path) -> None:
+    """In the middle of a window, before the schedule begins and within it, and in the cool-down."""
+    begin, seen = 0, []
+    final = STEPS - CONFIG["cooldown"]
+    for size, how, end in ((1, "whole", 2), (4, "both", 14), (1, "whole", final + 1), (4, "hybrid", STEPS)):
+        assert end % CONFIG["delta_t"] or end == STEPS
+        told = [leg(how, tmp_path, begin, end)] if size == 1 else run(size, leg, how, tmp_path, begin, end)
+        assert told == [told[0]] * size
+        *of_steps, weights = told[0]
+        seen += of_steps
+        begin = end
+    model, made, pruner = trainee("whole", "PinsAdamW", {})
+    for step in range(STEPS):
+        inject(model, step)
+        made.step()
+        assert masks(pruner) == seen[step], step
+    assert len(set(seen)) > 4
+    assert digest(whole(p) for p in model.parameters()) == weights
+
+
 @pytest.mark.slow
 def test_what_changes_after_async_save_is_not_saved(tmp_path: Path) -> None:
     run(2, first_half, "rows", "PinsAdamW", {}, tmp_path / "checkpoint", True)

@@ -91,19 +91,19 @@ def selects_with(how: str, expected: dict[tuple[str, int, bool], list[int]]) -> 
     return len(expected)
 
 
-def collectives() -> list[dict[str, int]]:
+def collectives(how: str) -> list[dict[str, int]]:
     """A bracket that holds, one that the threshold has left, none; a bin and a key of too many weights."""
     told = []
 
     def tell(full: list[Tensor], n: int, cutoff: list[int], bracket: Tensor | None = None, **limits: int) -> None:
-        ranks, parts, layout = spread(full, "rows")
+        ranks, parts, layout = spread(full, how)
         with limited(limits), counted_collectives() as counts:
             assert chosen(ranks, parts, layout, n, sum(x.numel() for x in full), bracket=bracket) == cutoff
         told.append(dict(counts))
 
     full = scores("normal", seed=1)
     total = sum(x.numel() for x in full)
-    ranks, parts, layout = spread(full, "rows")
+    ranks, parts, layout = spread(full, how)
     cutoff, wide = (chosen(ranks, parts, layout, n, total) for n in (total // 2, 9 * total // 10))
     near = ops.bracket_around(torch.tensor(cutoff))
     far = near.clone()
@@ -163,9 +163,19 @@ def test_the_cutoff_where_too_many_weights_are_in_a_bin(size: int, how: str, lis
     assert run(size, selects, how, expected, {"ROOM": 1, "GATHERED": 2, "LISTED": listed}) == [len(expected)] * size
 
 
-def test_one_all_reduce_and_one_all_gather() -> None:
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        (2, "rows"),
+        pytest.param(3, "columns", marks=pytest.mark.slow),
+        pytest.param(4, "mesh", marks=pytest.mark.slow),
+        pytest.param(6, "mesh", marks=pytest.mark.slow),
+    ],
+)
+def test_one_all_reduce_and_one_all_gather(size: int, how: str) -> None:
+    """Of tensors cut over two dimensions of a mesh, over one, and over none, together."""
     once = {"all_reduce": 1, "all_gather_into_tensor": 1}
-    for near, far, first, narrow, zeros, many, unlisted in run(2, collectives):
+    for near, far, first, narrow, zeros, many, unlisted in run(size, collectives, how):
         assert near == first == zeros == once
         assert far == {"all_reduce": 2, "all_gather_into_tensor": 1}
         # One more finds the key, and none of its weights is pruned.

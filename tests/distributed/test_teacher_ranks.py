@@ -119,3 +119,30 @@ def test_its_file_knows_no_ranks(settings: dict[str, Any], tmp_path: Path) -> No
     expected = loaded("whole", settings, tmp_path / "one")
     assert loaded("whole", settings, tmp_path / "four") == expected
     assert run(3, loaded, "rows", settings, tmp_path / "one") == [expected] * 3
+
+
+def in_float64(folder: Path) -> list[bool]:
+    """Of a model in float64, whether the teacher's file gives back every bit of its parts."""
+    model = sharded("rows", 16).double()
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        part = p.to_local() if hasattr(p, "to_local") else p
+        part.data.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+    regularizer = SelfRegularizer(model, teacher="latest", every=1, head="classification")
+    regularizer.step()
+    regularizer.save(folder / "teacher.safetensors")
+    before = regularizer.teacher.module
+    assert isinstance(before, Borrowed)
+    again = SelfRegularizer(model, teacher="latest", every=1, head="classification")
+    again.load(folder / "teacher.safetensors")
+    after = again.teacher.module
+    assert isinstance(after, Borrowed)
+    assert all(part.dtype == torch.float64 for part in after.parts.values())
+    return [torch.equal(part, after.parts[name]) for name, part in before.parts.items()]
+
+
+@pytest.mark.slow
+def test_a_teacher_in_float64_is_saved_to_the_last_bit(tmp_path: Path) -> None:
+    for told in run(2, in_float64, tmp_path):
+        assert len(told) > 10
+        assert all(told)
