@@ -2,9 +2,11 @@
 
     python -m bench.bench_grouped [--json FILE]
 
-One to four tokens by `grouped_linear`, more by `grouped_expand` and cuBLAS. Each layer is captured as a CUDA graph, so
-that launches from Python cost nothing, and copies take turns that together are several times the L2 cache; medians.
-Below twice the speed of cuBLAS at 80 % and one token the kernel is not worth shipping: expand instead.
+One to four tokens by `grouped_linear`, more by `grouped_expand` and cuBLAS. Beside them what torch has of fewer bits
+and of 2:4 for the same shapes, which costs the same whatever is zero. Each layer is captured as a CUDA graph, so that
+launches from Python cost nothing, and copies take turns that together are several times the L2 cache; medians.
+Below twice the speed of cuBLAS at 80 % and one token the kernel is not worth shipping: expand instead. That is measured
+first.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +26,15 @@ from torch import Tensor
 
 from pins_ext.sparse.grouped import GroupedLinear
 
+from .graphs import captured
+from .inference_gpu_peers import LAYERS, kernels_for
+from .inference_peers import AbsentError
 from .machine import describe
 
 LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 """[out, in] of Llama-2-7B: q, k, v, o, gate, up, down."""
 
-SPARSITIES, TOKENS = (0.5, 0.8, 0.9), (1, 2, 4, 128)
+SPARSITIES, TOKENS = (0.8, 0.5, 0.9), (1, 2, 4, 128)
 COPIES = 4
 """Of the layer: 66 MB packed at 90 %, where an H200 has 50 MB of L2."""
 
@@ -36,39 +42,69 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line for each sparsity and number of tokens."""
+    """Print a line for each sparsity and number of tokens, and then for each peer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu is for trying out")
     parser.add_argument("--shrink", type=int, default=1, metavar="N", help="divide the sizes by N")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
-    device, rows = torch.device(options.device), []
+    device = torch.device(options.device)
     shapes = [(out // options.shrink, in_ // options.shrink) for out, in_ in LAYER]
+    run = partial(measured, shapes=shapes, device=device, rounds=options.rounds)
     print(f"{'zeros':>6}{'tokens':>8}{'cuBLAS us':>11}{'ours us':>9}{'ratio':>7}{'bytes':>7}{'GB/s':>7}")
+    rows: list[dict[str, Any]] = []
+    peers: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for sparsity in SPARSITIES:
-            weights = [pruned(shape, sparsity, device) for shape in shapes]
-            packed = [GroupedLinear(weight) for weight in weights]
-            share = sum(layer.bytes for layer in packed) / sum(2 * weight.numel() for weight in weights)
-            dense = [list(map(torch.clone, weights)) for _ in range(COPIES)]
-            ours = [[clone(layer) for layer in packed] for _ in range(COPIES)]
-            for tokens in TOKENS:
-                rival = [[linear(w) for w in copy] for copy in dense]
-                times = [measured(copies, shapes, tokens, device, options.rounds) for copies in (rival, ours)]
-                rate = sum(layer.bytes for layer in packed) / times[1] / 1e9
-                row = {"sparsity": sparsity, "tokens": tokens, "cublas_us": times[0] * 1e6, "ours_us": times[1] * 1e6,
-                       "ratio": times[0] / times[1], "bytes": share, "gb_per_s": rate}  # fmt: skip
-                rows.append(row)
-                print(f"{sparsity:>6.0%}{tokens:>8}{row['cublas_us']:>11.1f}{row['ours_us']:>9.1f}{row['ratio']:>7.2f}"
-                      f"{share:>7.3f}{rate:>7.0f}", flush=True)  # fmt: skip
+        for row in compared(shapes, device, run):
+            rows.append(row)
+            print(f"{row['sparsity']:>6.0%}{row['tokens']:>8}{row['cublas_us']:>11.1f}{row['ours_us']:>9.1f}"
+                  f"{row['ratio']:>7.2f}{row['bytes']:>7.3f}{row['gb_per_s']:>7.0f}", flush=True)  # fmt: skip
+            if (row["sparsity"], row["tokens"]) == (0.8, 1):
+                verdict = "keep" if row["ratio"] >= 2 else "below 2: expand for cuBLAS alone"
+                print(f"80 %, one token: {row['ratio']:.2f} x cuBLAS ({verdict})", flush=True)
+        cublas = {row["tokens"]: row["cublas_us"] for row in rows}
+        for row in (row for name in LAYERS for row in peer(name, shapes, device, run)):
+            peers.append(row)
+            if "absent" in row:
+                print(f"{row['name']:<14}absent: {row['absent']}", flush=True)
+            else:
+                ratio = cublas[row["tokens"]] / row["us"]
+                print(f"{row['name']:<14}{row['tokens']:>8}{row['us']:>12.1f}{ratio:>7.2f}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe(device), "rows": rows}, indent=1) + "\n")
-    decisive = next(row["ratio"] for row in rows if (row["sparsity"], row["tokens"]) == (0.8, 1))
-    print(
-        f"80 %, one token: {decisive:.2f} x cuBLAS ({'keep' if decisive >= 2 else 'below 2: expand for cuBLAS alone'})"
-    )
+        found = {"machine": describe(device), "rows": rows, "peers": peers}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def compared(
+    shapes: Sequence[tuple[int, int]], device: torch.device, run: Callable[..., float]
+) -> Iterator[dict[str, Any]]:
+    """cuBLAS and our layer at each sparsity and number of tokens."""
+    for sparsity in SPARSITIES:
+        weights = [pruned(shape, sparsity, device) for shape in shapes]
+        packed = [GroupedLinear(weight) for weight in weights]
+        size = sum(layer.bytes for layer in packed)
+        dense = [[linear(weight.clone()) for weight in weights] for _ in range(COPIES)]
+        ours = [[clone(layer) for layer in packed] for _ in range(COPIES)]
+        for tokens in TOKENS:
+            before, after = run(dense, tokens=tokens), run(ours, tokens=tokens)
+            yield {"sparsity": sparsity, "tokens": tokens, "cublas_us": before * 1e6, "ours_us": after * 1e6,
+                   "ratio": before / after, "bytes": size / sum(2 * weight.numel() for weight in weights),
+                   "gb_per_s": size / after / 1e9}  # fmt: skip
+
+
+def peer(
+    name: str, shapes: Sequence[tuple[int, int]], device: torch.device, run: Callable[..., float]
+) -> list[dict[str, Any]]:
+    """One of torch's layers at each number of tokens, or why it is absent."""
+    try:
+        with kernels_for(name, device):
+            _, make = LAYERS[name]
+            copies = [[make(pruned(shape, 0.5, device), None) for shape in shapes] for _ in range(COPIES)]
+            return [{"name": name, "tokens": tokens, "us": run(copies, tokens=tokens) * 1e6} for tokens in TOKENS]
+    except AbsentError as error:
+        return [{"name": name, "absent": str(error)}]
 
 
 def pruned(shape: tuple[int, int], sparsity: float, device: torch.device) -> Tensor:
@@ -91,7 +127,12 @@ def linear(weight: Tensor) -> Layer:
 
 
 def measured(
-    copies: Sequence[Sequence[Layer]], shapes: Sequence[tuple[int, int]], tokens: int, device: torch.device, rounds: int
+    copies: Sequence[Sequence[Layer]],
+    *,
+    shapes: Sequence[tuple[int, int]],
+    tokens: int,
+    device: torch.device,
+    rounds: int,
 ) -> float:
     """Median seconds of a layer; the copies take turns."""
     inputs = [torch.randn(tokens, in_, dtype=torch.bfloat16, device=device) for _, in_ in shapes]
@@ -104,19 +145,7 @@ def measured(
     return statistics.median([timed(calls[i % len(calls)], device) for i in range(rounds)])
 
 
-def captured(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The call as a CUDA graph; as it is on the CPU."""
-    call()
-    if device.type != "cuda":
-        return call
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def timed(call: Callable[[], None], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call."""
     if device.type != "cuda":
         start = time.perf_counter()

@@ -1,12 +1,13 @@
-"""`pins-ext bench-inference`: a pruned model in every CPU runtime that is here, in one process, taking turns."""
+"""`pins-ext bench-inference`: a pruned model in every runtime that is here, in one process, taking turns."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from . import inference_curves as curves
 from .inference_contest import Contest, key, random_inputs
 from .machine import describe
 
-ROUNDS = 20
+ROUNDS = {"cpu": 20, "cuda": 100}
 TOKENS = ("1", "16", "128", "8x128")
+LEAST_SPARSITY = {"cpu": 0.7, "cuda": 0.5}
 
 
 def run(given: dict[str, Any]) -> int:
     """Measure what was asked for; the exit code."""
-    threads = given.get("threads", 1)
+    threads, device = given.get("threads", 1), _device(given)
     if given.get("curves"):
-        return _curves(given, threads)
+        return _curves(given, threads, device)
     shapes = [_shape("--tokens", text) for text in given.get("tokens", TOKENS)]
-    models = _models(given)
+    models = _models(given, device)
     torch.set_num_threads(threads)
     cases = []
     with torch.inference_mode():
@@ -38,11 +40,23 @@ def run(given: dict[str, Any]) -> int:
             print(table(case), flush=True)
             cases.append(case)
     if "output" in given:
-        _write(Path(given["output"]), {"machine": describe(torch.device("cpu")), "threads": threads, "cases": cases})
+        _write(Path(given["output"]), {"machine": describe(device), "threads": threads, "cases": cases})
     return EXIT_OK
 
 
-def _curves(given: dict[str, Any], threads: int) -> int:
+def _device(given: dict[str, Any]) -> torch.device:
+    device = torch.device(given.get("device", "cpu"))
+    if device.type == "cuda":
+        if "threads" in given:
+            raise UsageError("--threads is for the CPU: leave it out with --device cuda")
+        if not torch.cuda.is_available():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+            raise UsageError(f"--device cuda: torch sees no GPU here (it is {torch.__version__}, {built})")
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _curves(given: dict[str, Any], threads: int, device: torch.device) -> int:
     """A curve over sparsity at each of --at, and one over tokens."""
     if "checkpoint" in given:
         raise UsageError("--curves is for the random BERT, whose sparsity can be chosen: leave the checkpoint out")
@@ -60,7 +74,7 @@ def _curves(given: dict[str, Any], threads: int) -> int:
     count, begun = sum(map(len, places.values())), time.monotonic()
     with torch.inference_mode():
         for shape, along in places.items():
-            for sparsity, times in _along(shape, sorted(along), threads, given):
+            for sparsity, times in _along(shape, sorted(along), threads, given, device):
                 found[shape, sparsity] = times
                 place = f"{shape[0]} x {shape[1]} tokens, {sparsity:.1%} zeros"
                 print(f"{len(found)}/{count}: {place}, {time.monotonic() - begun:.0f} s so far", flush=True)
@@ -73,23 +87,21 @@ def _curves(given: dict[str, Any], threads: int) -> int:
     print("\n".join(line for curve in drawn for line in curves.lines(curve)))
     if "output" in given:
         file = Path(given["output"])
-        results = {"machine": describe(torch.device("cpu")), "threads": threads, "curves": drawn}
+        results = {"machine": describe(device), "threads": threads, "curves": drawn}
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        figure = _figure(len(drawn), 4)
-        curves.draw(drawn, figure)
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+        _plot(file, lambda figure: curves.draw(drawn, figure), len(drawn), 4)
     return EXIT_OK
 
 
 def _along(
-    shape: tuple[int, int], sparsities: list[float], threads: int, given: dict[str, Any]
+    shape: tuple[int, int], sparsities: list[float], threads: int, given: dict[str, Any], device: torch.device
 ) -> Iterator[tuple[float, dict[str, float]]]:
     """(sparsity, milliseconds by runtime), one after another.
 
     Dense runtimes take as long whatever is zero: they are built once, and measured again beside each of ours.
     """
     layers = given.get("layers", 12)
-    first = _random_bert(sparsities[0], layers)
+    first = _random_bert(sparsities[0], layers, device)
     with ExitStack() as stack:
         dense = Contest(random_inputs(first, shape), threads)
         dense.add_dense(first, stack)
@@ -97,9 +109,9 @@ def _along(
             print(f"  {name}: absent: {reason}", flush=True)
         for sparsity in sparsities:
             contest = dense.beside()
-            contest.add_ours(_random_bert(sparsity, layers))
-            rows = contest.rows(given.get("rounds", ROUNDS), given.get("seconds", curves.SECONDS))
-            yield sparsity, {name: row[key(threads)] for name, row in rows.items()}
+            contest.add_ours(_random_bert(sparsity, layers, device))
+            rows = contest.rows(given.get("rounds", ROUNDS[device.type]), given.get("seconds", curves.SECONDS))
+            yield sparsity, {name: row[key(threads, device.type)] for name, row in rows.items()}
 
 
 def _shape(flag: str, text: str) -> tuple[int, int]:
@@ -113,7 +125,7 @@ def _shape(flag: str, text: str) -> tuple[int, int]:
     return batch, length
 
 
-def _models(given: dict[str, Any]) -> dict[str, nn.Module]:
+def _models(given: dict[str, Any], device: torch.device) -> dict[str, nn.Module]:
     """The models by what they are called in the table, e.g. "90 %"."""
     if "checkpoint" in given:
         from pins_ext.cli.export import load_or_refuse
@@ -121,14 +133,14 @@ def _models(given: dict[str, Any]) -> dict[str, nn.Module]:
         model, _ = load_or_refuse(Path(given["checkpoint"]))
         # A cache of keys and values is of no use to one call, and torch.onnx can't export it.
         model.config.use_cache = False
-        return {Path(given["checkpoint"]).name: model.float()}
-    sparsities = given.get("sparsity", [0.8, 0.9, 0.95])
-    if not all(0.7 <= s < 1 for s in sparsities):
-        raise UsageError("--sparsity must lie between 0.7 and 1: below, layers stay dense")
-    return {f"{s:.1%}".replace(".0%", "%"): _random_bert(s, given.get("layers", 12)) for s in sparsities}
+        return {Path(given["checkpoint"]).name: model.float().to(device)}
+    sparsities, least = given.get("sparsity", [0.8, 0.9, 0.95]), LEAST_SPARSITY[device.type]
+    if not all(least <= s < 1 for s in sparsities):
+        raise UsageError(f"--sparsity must lie between {least} and 1: below, layers stay dense")
+    return {f"{s:.1%}".replace(".0%", "%"): _random_bert(s, given.get("layers", 12), device) for s in sparsities}
 
 
-def _random_bert(sparsity: float, layers: int) -> nn.Module:
+def _random_bert(sparsity: float, layers: int, device: torch.device) -> nn.Module:
     """BERT-base with random weights, those of its layers pruned at random."""
     from transformers import BertConfig, BertModel
 
@@ -137,7 +149,7 @@ def _random_bert(sparsity: float, layers: int) -> nn.Module:
     for name, p in model.named_parameters():
         if ".layer." in name and p.dim() == 2:
             p.data[torch.rand(p.shape) < sparsity] = 0
-    return model
+    return model.to(device)
 
 
 def _case(models: dict[str, nn.Module], shape: tuple[int, int], threads: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -148,16 +160,18 @@ def _case(models: dict[str, nn.Module], shape: tuple[int, int], threads: int, gi
         for name, model in models.items():
             contest.add_csr(model, name)
             contest.add_ours(model, name)
-        rows = contest.rows(given.get("rounds", ROUNDS), given.get("seconds", math.inf))
-    return {"shape": list(shape), "threads": threads, "rows": rows, "absent": contest.absent}
+        device = contest.device.type
+        rows = contest.rows(given.get("rounds", ROUNDS[device]), given.get("seconds", math.inf))
+    return {"shape": list(shape), "threads": threads, "device": device, "rows": rows, "absent": contest.absent,
+            "launched": contest.launched}  # fmt: skip
 
 
 def table(case: dict[str, Any]) -> str:
-    """A case for people: against onnxruntime, or torch where that is absent."""
+    """A case for people: against onnxruntime, or torch where that is absent; on a GPU against cuBLAS."""
     rows = case["rows"]
-    time = key(case["threads"])
-    anchor = next(name for name in ("onnxruntime float32", "torch float32") if name in rows)
-    head = f"{case['shape'][0]} x {case['shape'][1]} tokens, {case['threads']} thread(s); ratio to {anchor}"
+    time = key(case["threads"], case["device"])
+    anchor = next(name for name in ("onnxruntime float32", "cuBLAS bfloat16", "torch float32") if name in rows)
+    head = f"{_title(case)}; ratio to {anchor}"
     titles = f"{'p50 ms':>9}{'p95 ms':>9}{'cpu ms':>9}{'tokens/s':>11}{'ratio':>8}{'MB':>7}{'error':>9}"
     names = max(28, *(len(name) + 1 for name in rows))
     lines = [head, f"  {'':<{names}}{titles}"]
@@ -167,24 +181,37 @@ def table(case: dict[str, Any]) -> str:
         f"{row['resident_mb']:>7,.0f}{row['error']:>9.0e}"
         for name, row in rows.items()
     ]
+    lines += [f"  {name:<{names}}{reason}" for name, reason in case["launched"].items()]
     return "\n".join(lines + [f"  {name:<{names}}absent: {reason}" for name, reason in case["absent"].items()])
 
 
-def _figure(rows: int, height: float) -> Any:
-    from matplotlib.figure import Figure
+def _title(case: dict[str, Any]) -> str:
+    where = f"{case['threads']} thread(s)" if case["device"] == "cpu" else "GPU"
+    return f"{case['shape'][0]} x {case['shape'][1]} tokens, {where}"
 
-    return Figure(figsize=(9, height * rows), layout="constrained")
+
+def _plot(file: Path, draw: Callable[[Any], None], rows: int, height: float) -> None:
+    """A picture beside the JSON; without matplotlib the figures are not lost."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print(f"no plot beside {file}: matplotlib is not installed (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    draw(figure)
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _write(file: Path, results: dict[str, Any]) -> None:
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    cases = results["cases"]
-    figure = _figure(len(cases), 3.5)
+    _plot(file, partial(_draw, results["cases"]), len(results["cases"]), 3.5)
+
+
+def _draw(cases: Sequence[dict[str, Any]], figure: Any) -> None:
     for case, axes in zip(cases, figure.subplots(len(cases), 1, squeeze=False)[:, 0], strict=True):
-        time = key(case["threads"])
+        time = key(case["threads"], case["device"])
         names = list(case["rows"])[::-1]
         colours = ["tab:green" if name.startswith("pins_ext") else "tab:gray" for name in names]
         axes.barh(names, [case["rows"][name][time] for name in names], color=colours)
-        axes.set_title(f"{case['shape'][0]} x {case['shape'][1]} tokens, {case['threads']} thread(s)")
+        axes.set_title(_title(case))
         axes.set_xlabel("ms")
-    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})

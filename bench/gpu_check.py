@@ -8,6 +8,7 @@ benchmarks, into $OUT or bench/results. Exit status: 0 if everything that could 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -135,11 +136,14 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-m", "gpu"]
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if ON_GPU.search(path.read_text()))
     # A process for each: an illegal access makes the GPU unusable for the rest of its process.
-    files.sort(key=lambda path: "cuda" not in path.name)
+    files.sort(key=lambda path: (path.stem != "test_cuda_grouped", "cuda" not in path.name))
     for path in files:
         yield Stage(f"tests: {path.stem}", [*pytest, str(path.relative_to(ROOT))], 120)
-    target = ["--json", str(output / "gpu-decode.json")]
-    yield Stage("bench: decode", [python, "-m", "bench.bench_grouped", *target], 60)
+        if path.stem == "test_cuda_grouped":
+            # Whether the kernel is worth shipping comes before everything else.
+            target = ["--json", str(output / "gpu-decode.json")]
+            yield Stage("bench: decode", [python, "-m", "bench.bench_grouped", *target], 60)
+    yield inference_stage(output)
     # Without torch's caching, every tensor is an allocation of its own, whose end the sanitizer sees.
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     small = [*pytest, "tests/cuda/test_cuda_gpu.py", "-k", "test_small_case"]
@@ -155,6 +159,17 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
         budget = ["--budget", f"{0.7 * seconds:.0f}", "--patience", "4"]
         target = ["--json", str(output / f"gpu-{name}.json")]
         yield Stage(f"bench: {name}", [*bench, *options, *budget, *target], seconds)
+
+
+def inference_stage(output: Path) -> Stage:
+    """BERT-base in cuBLAS, in torch's layers of fewer bits and of 2:4, and in ours."""
+    if importlib.util.find_spec("transformers") is None:
+        absent = "raise SystemExit('transformers is not installed: pip install transformers')"
+        return Stage("bench: inference", [sys.executable, "-c", absent], 20, optional=99)
+    shapes = ["--tokens", "1", "128", "8x128", "--sparsity", "0.8", "0.9"]
+    target = ["--seconds", "4", "--output", str(output / "gpu-inference.json")]
+    command = [sys.executable, "-m", "pins_ext", "bench-inference", "--device", "cuda", *shapes, *target]
+    return Stage("bench: inference", command, 60)
 
 
 def check(output: Path, total: float = TOTAL_SECONDS) -> tuple[list[Result], dict[str, str]]:

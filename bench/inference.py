@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.options import Parser
@@ -11,6 +13,11 @@ _ABOUT = """Times a model on the CPU: dense in torch, onnxruntime and OpenVINO (
 matrices, and sparse in pins_ext with float32, bfloat16 and int8 values. All take turns in one process, so that they see
 the same neighbours. Without a checkpoint: BERT-base with random weights, pruned at random to each --sparsity.
 
+On a GPU (--device cuda): cuBLAS with float32 and bfloat16; for each layer that has zeros torch's 4-bit weights (groups
+of up to 128 inputs), its 8-bit floats (a step for each output and token), its 2:4 kernels (the two larger of every four
+weights) and CSR; and pins_ext with float32, bfloat16 and float16 values. What this GPU or torch has no kernels for is
+named. Each runs as a CUDA graph; ratios are of the least wall time to cuBLAS bfloat16. Never run on a GPU so far.
+
 Wall time is what a user waits; on a machine that others use, processor time of one thread compares better. Ratios are
 of the least processor time with one thread, of the least wall time with more. MB: memory that stays with each model.
 error: distance of its answer from the dense float32 one, relative; random weights forgive less than trained ones.
@@ -18,6 +25,7 @@ error: distance of its answer from the dense float32 one, relative; random weigh
 examples:
   pins-ext bench-inference --tokens 1 16 1x128 --sparsity 0.8 0.9 0.95
   pins-ext bench-inference runs/rte --threads 2 --tokens 8x128 --output rte.json
+  pins-ext bench-inference --device cuda --tokens 1 4 128 --sparsity 0.5 0.8 0.9
   pins-ext bench-inference --curves --output curves.json
   pins-ext bench-inference --curves --threads 2 --at 8x128 --output curves-2-threads.json
 """
@@ -29,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="a pruned checkpoint (default: see above)")
     parser.add_argument("--sparsity", nargs="+", type=float, metavar="S", help="without CKPT (default: .8 .9 .95)")
     parser.add_argument("--tokens", nargs="+", metavar="[B x]N", help="sequences x tokens (default: 1 16 128 8x128)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of every runtime (default: 1)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where all of them run (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="on the CPU: threads of every runtime (default: 1)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measurements of each (default: 20, on a GPU 100)")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="stop measuring a case then, after 3 rounds (default: curves: 10)"
     )
@@ -50,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--threads and --rounds must be at least 1")
     if not given.get("seconds", 1.0) > 0:
         raise UsageError("--seconds must be above 0")
+    if "output" in given:
+        _refuse_output(Path(given["output"]))
     if "at" in given and "curves" not in given:
         raise UsageError("--at is for --curves: without them, --tokens says how many")
     if "checkpoint" in given and ("sparsity" in given or "layers" in given):
@@ -57,3 +68,12 @@ def main(argv: Sequence[str]) -> int:
     from .bench_inference import run
 
     return run(given)
+
+
+def _refuse_output(file: Path) -> None:
+    """Before anything is measured."""
+    if file.suffix == ".svg":
+        raise UsageError(f"--output {file}: the plot goes there; name a .json file")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        what = "it is a folder" if file.is_dir() else f"{file.parent} is no folder that can be written to"
+        raise UsageError(f"--output {file}: {what}")

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import inference_gpu_peers as gpu_peers
 from . import inference_peers as peers
+from .graphs import captured
 from .inference_peers import AbsentError, Call
 
 LEAST_ROUNDS = 3
@@ -24,23 +26,30 @@ class Contest:
     """Calls by name, each runs its model once; and who can't take part, with the reason.
 
     Args:
-        inputs: what every model gets.
-        threads: threads of every runtime.
+        inputs: what every model gets, on the device that all run on.
+        threads: threads of every runtime on the CPU.
     """
 
     def __init__(self, inputs: dict[str, Tensor], threads: int) -> None:
         self.inputs = inputs
+        self.device = inputs["input_ids"].device
         self.threads = threads
         self.calls: dict[str, Call] = {}
         self.absent: dict[str, str] = {}
+        self.launched: dict[str, str] = {}
         self.memory: dict[str, int] = {}
         self.errors: dict[str, float] = {}
 
     def add_dense(self, model: nn.Module, stack: ExitStack) -> None:
-        """Dense runtimes; their files are deleted with `stack`."""
+        """Runtimes that don't know zeros; their files are deleted with `stack`."""
         inputs, threads, expected = self.inputs, self.threads, self._expected(model)
-        self._add("torch float32", partial(peers.torch_dense, model, inputs, torch.float32), expected)
-        self._add("torch bfloat16", partial(peers.torch_dense, model, inputs, torch.bfloat16), expected)
+        torch_is = "torch" if self.device.type == "cpu" else "cuBLAS"
+        self._add(f"{torch_is} float32", partial(peers.torch_dense, model, inputs, torch.float32), expected)
+        self._add(f"{torch_is} bfloat16", partial(peers.torch_dense, model, inputs, torch.bfloat16), expected)
+        if self.device.type != "cpu":
+            for name in gpu_peers.LAYERS:
+                self._add(name, partial(gpu_peers.with_layers, model, inputs, name), expected)
+            return
         try:
             file = stack.enter_context(peers.exported(model, inputs))
         except AbsentError as error:
@@ -58,30 +67,34 @@ class Contest:
     def add_ours(self, model: nn.Module, name: str = "") -> None:
         """This package's sparse layers, with each kind of values. `name`: the model's, e.g. "90%"."""
         expected = self._expected(model)
-        for values in ("float32", "bfloat16", "int8"):
+        for values in ("float32", "bfloat16", "int8" if self.device.type == "cpu" else "float16"):
             self._add(f"pins_ext {values} {name}".rstrip(), partial(peers.ours, model, self.inputs, values), expected)
 
     def _expected(self, model: nn.Module) -> Tensor:
         return first_output(model(**self.inputs))
 
     def _add(self, name: str, build: Callable[[], Call], expected: Tensor) -> None:
-        before = _resident()
+        before = _held(self.device)
         try:
             call = build()
             found = first_output(call())
         except AbsentError as error:
             self.absent[name] = str(error)
             return
-        self.calls[name] = call
         self.errors[name] = float((found - expected).norm() / expected.norm())
         del found
-        self.memory[name] = _resident() - before
+        self.memory[name] = _held(self.device) - before
+        try:
+            self.calls[name] = captured(call, self.device)
+        except RuntimeError as error:
+            self.calls[name] = call
+            self.launched[name] = f"without a CUDA graph, launches included: {' '.join(str(error).split())[:100]}"
 
     def beside(self) -> Contest:
         """A contest with the same calls, to which more can be added."""
         other = Contest(self.inputs, self.threads)
         other.calls, other.absent = dict(self.calls), dict(self.absent)
-        other.memory, other.errors = dict(self.memory), dict(self.errors)
+        other.memory, other.errors, other.launched = dict(self.memory), dict(self.errors), dict(self.launched)
         return other
 
     def rows(self, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -92,7 +105,8 @@ class Contest:
             seconds: measuring ends after that time, though not before three rounds.
         """
         batch, length = self.inputs["input_ids"].shape
-        found = measure(self.calls, rounds, seconds, pause=0.002 if self.threads > 1 else 0.0)
+        pause = 0.002 if self.threads > 1 else 0.0
+        found = measure(self.calls, rounds, seconds, pause, partial(wait, self.device))
         return {
             name: _summary(*samples, batch * length)
             | {"resident_mb": self.memory[name] / 1e6, "error": self.errors[name]}
@@ -101,7 +115,11 @@ class Contest:
 
 
 def measure(
-    calls: dict[str, Call], rounds: int, seconds: float = float("inf"), pause: float = 0.0
+    calls: dict[str, Call],
+    rounds: int,
+    seconds: float = float("inf"),
+    pause: float = 0.0,
+    finish: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Time calls in turns.
 
@@ -110,6 +128,7 @@ def measure(
         rounds: how often each is called.
         seconds: no further round begins after that time, once there are three.
         pause: seconds before each call, in which the threads of the last one stop spinning.
+        finish: called after each, within its time: returns when a GPU has done what it was told.
 
     Returns:
         Seconds of each call in every round: (wall, processor).
@@ -123,6 +142,7 @@ def measure(
             time.sleep(pause)
             wall, processor = time.perf_counter(), time.process_time()
             call()
+            finish()
             found[name][1].append(time.process_time() - processor)
             found[name][0].append(time.perf_counter() - wall)
     return found
@@ -141,16 +161,26 @@ def _summary(wall: list[float], processor: list[float], tokens: int) -> dict[str
     }
 
 
-def key(threads: int) -> str:
+def key(threads: int, device: str = "cpu") -> str:
     """What runtimes are compared by: on a machine that others use, processor time of one thread is the steadier."""
-    return "processor_ms" if threads == 1 else "least_ms"
+    return "processor_ms" if threads == 1 and device == "cpu" else "least_ms"
 
 
 def random_inputs(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
-    """Random tokens without padding, int64 [sequences, tokens]."""
+    """Random tokens without padding, int64 [sequences, tokens], on the model's device."""
     vocabulary = int(getattr(model.config, "vocab_size", 100))
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = ids.to(next(model.parameters()).device)
+    # Models look at a mask's values on the host, which no CUDA graph holds; none means the same.
+    return (
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if ids.device.type == "cpu" else {"input_ids": ids}
+    )
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def first_output(answer: Any) -> Tensor:
@@ -159,9 +189,11 @@ def first_output(answer: Any) -> Tensor:
     return torch.as_tensor(values if isinstance(values, Tensor) else values[0], dtype=torch.float32)
 
 
-def _resident() -> int:
-    """Bytes of this process in memory, without those that it has freed."""
+def _held(device: torch.device) -> int:
+    """Bytes of tensors on a GPU; on the CPU of this process in memory, without those that it has freed."""
     gc.collect()
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 Call = Callable[[], object]
 
+LEAST_SPARSITY = 0.4
+"""Layers with as many zeros become sparse: the curves begin at half."""
+
 
 class AbsentError(RuntimeError):
     """A peer that can't take part here."""
@@ -49,11 +52,13 @@ class _Csr(nn.Module):
 
 
 def ours(model: nn.Module, inputs: dict[str, Tensor], values: str) -> Call:
-    """Every pruned layer sparse, faster or not."""
+    """Every pruned layer sparse, faster or not. On a GPU the whole model has the dtype of the values."""
     from pins_ext.sparse.inference import sparsify_for_inference
 
-    # The curves begin below the share of zeros from which layers are made sparse.
-    own = sparsify_for_inference(copy.deepcopy(model), 0.4, values=values, calibrate=False, say=None)
+    own = copy.deepcopy(model)
+    if inputs["input_ids"].is_cuda:
+        own.to(getattr(torch, values))
+    sparsify_for_inference(own, LEAST_SPARSITY, values=values, calibrate=False, say=None)
     return lambda: own(**inputs)
 
 

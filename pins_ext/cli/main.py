@@ -34,7 +34,7 @@ COMMANDS = {
     "verify": ("pins_ext.cli.verify", "load a result with plain transformers and check that it holds"),
     "doctor": ("pins_ext.cli.doctor", "what this installation can do, and what falls back to what"),
     "bench": ("pins_ext.bench", "time the operators against PyTorch's"),
-    "bench-inference": ("pins_ext.bench.inference", "time a pruned model against the CPU runtimes that are here"),
+    "bench-inference": ("pins_ext.bench.inference", "time a pruned model against the runtimes that are here"),
 }
 """Name -> the module whose `main(argv) -> int | None` runs it, and what it does. Imported when asked for."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from pins_ext import ops
 from pins_ext.bench import bench_grouped
+from pins_ext.bench.inference_gpu_peers import LAYERS
 from pins_ext.sparse import inference
 from pins_ext.sparse.grouped import MOST_TOKENS, GroupedLinear
 from pins_ext.sparse.inference import sparsify_for_inference
@@ -183,7 +185,17 @@ def test_a_model_on_a_gpu() -> None:
 def test_the_benchmark_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "decode.json"
     assert bench_grouped.main(["--device", "cpu", "--shrink", "64", "--rounds", "2", "--json", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 1 + 3 * 4 + 1
-    assert "80 %, one token: " in out
-    assert file.exists()
+    _head, first, verdict, *others = capsys.readouterr().out.splitlines()
+    # What decides about the kernel is known first.
+    assert first.split()[:2] == ["80%", "1"]
+    assert verdict.startswith("80 %, one token: ")
+    peers = [line for line in others if line.lstrip().startswith("torch ")]
+    assert len(others) - len(peers) == 3 * 4 - 1
+    found = json.loads(file.read_text())
+    assert [(row["sparsity"], row["tokens"]) for row in found["rows"][:5]] == [
+        (0.8, 1), (0.8, 2), (0.8, 4), (0.8, 128), (0.5, 1)
+    ]  # fmt: skip
+    # 172 outputs are no multiple of 16, and a CPU has no 2:4 kernels.
+    assert {row["name"]: "absent" in row for row in found["peers"]} == dict.fromkeys(LAYERS, True)
+    assert "not 172 x 64" in next(line for line in peers if "torch fp8" in line)
+    assert "torch says" in next(line for line in peers if "torch 2:4" in line)
