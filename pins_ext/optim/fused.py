@@ -187,10 +187,10 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: a negative max_norm, an unknown clip.
-            RuntimeError: inside backward, where released gradients would mean something else: a second gradient of one
-                parameter before `step` (accumulation), several ranks, a criterion whose mask needs this step's
-                gradients (see Pruner), score_gradient="task"; in `step`: a GradScaler, a gradient that is not finite,
-                whose tensor is left as it is while others of the same step have moved.
+            RuntimeError: several ranks, here or inside backward; inside backward also where released gradients would
+                mean something else: a second gradient of one parameter before `step` (accumulation), a criterion whose
+                mask needs this step's gradients (see Pruner), score_gradient="task"; in `step`: a GradScaler, a
+                gradient that is not finite, whose tensor is left as it is while others of the same step have moved.
         """
         if clip not in ("previous", "tensor"):
             raise ValueError(f"clip must be 'previous' or 'tensor', got {clip!r}")

@@ -54,6 +54,8 @@ class GradientRelease:
         self._optimizer, self._max_norm, self._clip = optimizer, max_norm, clip
         self._layouts: dict[int, ops.Layout] = {}
         self._plain: dict[int, PruningArguments] = {}
+        for p in self._groups_in_order():
+            self._refuse(p)
         hook = torch.compiler.disable(self._hook)
         self._handles: list[Any] = [
             p.register_post_accumulate_grad_hook(hook) for p in self._groups_in_order() if p.requires_grad

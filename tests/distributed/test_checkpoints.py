@@ -75,6 +75,10 @@ def second_half(how: str, optimizer: str, options: dict[str, Any], folder: Path)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, made, state["optimizer"], options=FLAT)
     assert pruner.step == HALF
+    # torchtitan names parameters by them.
+    (group,) = made.param_groups
+    learning = dict(model.named_parameters())
+    assert [learning[name] for name in group["param_names"]] == group["params"]
     told: dict[str, Any] = {"loaded": masks(pruner), "masks": []}
     for step in range(HALF, STEPS):
         inject(model, step)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from models import Network
 from ranks import run
-from sharded import CONFIG, STEPS, pruned
+from sharded import CONFIG, OPTIMIZERS, STEPS, inject, masks, pruned
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from pins_ext import PruneConfig, Pruner
 
 CASES: list[tuple[int, str, str, dict[str, Any]]] = [
     (2, "rows", "PinsAdamW", {}),
@@ -59,6 +64,52 @@ def test_masks_and_weights_are_those_of_one_process(size: int) -> None:
 @pytest.mark.parametrize("size", [3, 4, 6, 8])
 def test_masks_and_weights_are_those_of_one_process_on_more_ranks(size: int) -> None:
     agree(WIDE, size)
+
+
+@pytest.mark.slow
+def test_rows_that_the_ranks_do_not_divide() -> None:
+    """3 x 2 ranks: 7 and 14 rows, where torch's own offsets are wrong; 2 and 4, of which some ranks have none."""
+    widths = (7, 2)
+    told = run(6, of_widths, widths)
+    for i, width in enumerate(widths):
+        alone = pruned("whole", "PinsAdamW", {}, width)
+        assert len(set(alone["masks"])) >= 3
+        for rank in told:
+            for part in ("masks", "view", "stats", "final", "weights"):
+                assert rank[i][part] == alone[part], (width, part)
+
+
+def of_widths(widths: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [pruned("both", "PinsAdamW", {}, width) for width in widths]
+
+
+def a_stage(stage: int | None) -> dict[str, Any]:
+    """One of the models of two pairs of ranks, each cut over its pair; with a number, whole."""
+    alone = stage is not None
+    mesh = None if alone else init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    number = mesh["pp"].get_local_rank() if mesh is not None else stage
+    model: Any = Network(13, seed=number)
+    if mesh is not None:
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    optimizer = OPTIMIZERS["PinsAdamW"](model.parameters())
+    pruner = Pruner(model, optimizer, PruneConfig(**CONFIG), STEPS)
+    told: dict[str, Any] = {"stage": number, "masks": []}
+    for step in range(STEPS):
+        inject(model, step)
+        optimizer.step()
+        told["masks"].append(masks(pruner))
+    return told | {"final": pruner.finalize(), "threshold": pruner.stats()["threshold"]}
+
+
+@pytest.mark.slow
+def test_each_stage_of_a_pipeline_has_a_threshold_of_its_own() -> None:
+    told = run(4, a_stage, None)
+    assert [rank["stage"] for rank in told] == [0, 0, 1, 1]
+    for rank in told:
+        assert rank == a_stage(rank["stage"])
+    assert told[0]["threshold"] != told[2]["threshold"]
 
 
 def a_llama(how: str) -> dict[str, Any]:

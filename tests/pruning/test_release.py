@@ -323,9 +323,11 @@ def test_fsdp_is_refused_by_name(tmp_path: Path) -> None:
         model = Network()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         optimizer = PinsAdamW(model.parameters())
-        optimizer.release_gradients()
         with pytest.raises(RuntimeError, match="before DistributedDataParallel or FSDP has reduced them"):
-            backward(model)
+            optimizer.release_gradients()
+        assert optimizer.release is None
+        backward(model)
+        optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
 
