@@ -205,8 +205,14 @@ def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, 
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} of the model is no tensor but {type(tensor).__name__}: it can't be saved")
-        if name.startswith("pins_fill.") or tensor.is_sparse or tensor.is_meta or tensor.is_quantized:
-            raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}, which this format doesn't hold")
+        if name.startswith("pins_fill."):
+            raise ValueError(f"{name}: names that begin with pins_fill. belong to the format; rename it")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            what = f"quantized ({tensor.dtype})" if tensor.is_quantized else str(tensor.layout)
+            raise ValueError(
+                f"{name} is a {what} tensor on {tensor.device}, which this format doesn't hold: "
+                f"save a model of ordinary tensors"
+            )
         key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
         if tensor.numel() and key in first:
             aliases[name] = first[key]

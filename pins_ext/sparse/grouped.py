@@ -56,8 +56,9 @@ class GroupedLinear(SparseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
+        x = self._accepted(x)
         packed = GroupedWeight(self.values, self.columns, self.bases, self.starts)
         if x.numel() <= self._most_tokens * self.in_features:
-            return grouped_linear(x.contiguous(), packed, self.bias)
+            return grouped_linear(x, packed, self.bias)
         weight = grouped_expand(packed, self.in_features).to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial, measure
 from pins_ext.sparse.grouped import VALUES as GPU_VALUES
 from pins_ext.sparse.grouped import GroupedLinear
@@ -58,26 +59,29 @@ def sparsify_for_inference(
         The model; `model.pins_calibration` holds what was measured (`pins_ext.sparse.calibration.Calibration`).
 
     Raises:
-        ValueError: options out of range, or a model on several devices or on another than a CPU or GPU.
+        ValueError: options out of range, a model on several devices or on another than a CPU or GPU, or weights that
+            are infinite or NaN where int8 is asked for. The model is unchanged.
         NothingSparseError: no layer has enough zeros.
+        SaveError: `save_to` can't be written; where its folder is missing, before anything else is done.
     """
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
     device = _device(model)
     if tokens is None:
         tokens = TOKENS[device.type]
-    if not tokens or min(tokens) < 1:
-        raise ValueError(f"tokens must be positive numbers of tokens, got {tuple(tokens)}")
+    if not isinstance(tokens, Sequence) or not tokens or not all(isinstance(n, int) and n > 0 for n in tokens):
+        raise ValueError(f"tokens must be positive numbers of tokens, such as (1, 128); got {tokens!r}")
     allowed = VALUES if device.type == "cpu" else GPU_VALUES
     if values is not None and values not in allowed:
         raise ValueError(f"on {device} values must be one of {', '.join(allowed)}; got {values!r}")
-    model.eval()
+    if save_to is not None and not Path(save_to).parent.is_dir():
+        raise SaveError(f"could not save {save_to}: there is no folder {Path(save_to).parent}")
     places, dense = _candidates(model, min_sparsity)
     if not places:
-        raise NothingSparseError(
-            f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
-            f"prune the model first, or lower min_sparsity"
-        )
+        raise NothingSparseError(_nothing(min_sparsity, dense))
+    if values == "int8":
+        _refuse_not_finite(model, places)
+    model.eval()
     trials = []
     for group in _groups(model, places):
         trial = _tried(model, group, tuple(tokens) if calibrate else (), values)
@@ -93,6 +97,23 @@ def sparsify_for_inference(
         calibration.save(save_to)
     model.pins_calibration = calibration  # type: ignore[assignment]
     return model
+
+
+def _nothing(min_sparsity: float, dense: Mapping[str, str]) -> str:
+    few = f"less than {min_sparsity:.0%} zeros"
+    others = [f"{name or 'the model'}: {reason}" for name, reason in dense.items() if reason != few]
+    more = f" ({len(others) - 3} more)" if len(others) > 3 else ""
+    why = f"; left as they are: {'; '.join(others[:3])}{more}" if others else ""
+    return (
+        f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
+        f"prune the model first, or lower min_sparsity{why}"
+    )
+
+
+def _refuse_not_finite(model: nn.Module, places: Sequence[str]) -> None:
+    for name in places:
+        if not _matrix(model.get_submodule(name)).isfinite().all():
+            raise ValueError(f'{name} has infinite or NaN weights, which have no int8 codes: use values="float32"')
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -129,8 +150,7 @@ def _candidates(model: nn.Module, min_sparsity: float) -> tuple[list[str], dict[
     places: list[str] = []
     dense: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # Subclasses compute something else, or are read by their parents.
-        if type(module) is not nn.Linear and not _is_conv1d(module):
+        if not isinstance(module, nn.Linear) and not _is_conv1d(module):
             continue
         reason = _reason(model, name, module)
         if reason is None and _sparsity(module) < min_sparsity:
@@ -147,10 +167,14 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _reason(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        return f"it is a {type(module).__name__}, which may compute something else"
+    if not name:
+        return "it is the model itself, and can't be replaced in it: wrap it in nn.Sequential"
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if not name:
-        return "it is the model itself"
+    if weight.layout != torch.strided:
+        return f"its weight is {weight.layout}"
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}"
     if module._forward_hooks or module._forward_pre_hooks:

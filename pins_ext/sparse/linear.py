@@ -97,10 +97,21 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
+        x = self._accepted(x)
         packed = PackedWeight(self.values, self.columns, self.rows, self.counts, self.starts)
         if self.kind == "int8":
-            return sparse_linear_int8(x.contiguous(), packed, self.scales, self.sums, self.bias)
-        return sparse_linear(x.contiguous(), packed, self.bias, self.out_features)
+            return sparse_linear_int8(x, packed, self.scales, self.sums, self.bias)
+        return sparse_linear(x, packed, self.bias, self.out_features)
+
+    def _accepted(self, x: Tensor) -> Tensor:
+        """Contiguous, of the layer's width, and under autocast of the dtype that a dense layer would answer in."""
+        if x.shape[-1:] != (self.in_features,):
+            # The operators know the packed matrix by its blocks, not by its exact width.
+            raise RuntimeError(f"x must be [..., {self.in_features}], as the weight's inputs; got {tuple(x.shape)}")
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        return x.contiguous()
 
     def extra_repr(self) -> str:
         """Sizes and sparsity."""

@@ -307,6 +307,12 @@ def test_options_that_the_format_does_not_hold_are_refused(tmp_path: Path) -> No
         save_sparse(nn.Linear(3, 3), tmp_path / "a", compression="gzip")
     with pytest.raises(ValueError, match=r"dtype must be torch\.float32"):
         save_sparse(nn.Linear(3, 3), tmp_path / "a", dtype=torch.float64)
+    held = nn.Linear(3, 3)
+    held.weight = nn.Parameter(held.weight.data.to_sparse_csr(), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"weight is a torch\.sparse_csr tensor on cpu, which this format doesn't hold"
+    ):
+        save_sparse(held, tmp_path / "a")
     with pytest.raises(ValueError, match=r"weight: a sparse checkpoint holds .*complex64"):
         save_sparse(nn.Linear(3, 3, dtype=torch.complex64), tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -109,6 +109,20 @@ def test_it_refuses_what_the_other_sparse_layer_refuses() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+def test_activations_of_another_width_are_refused() -> None:
+    """A kernel would read beyond the tokens in shared memory."""
+    layer = GroupedLinear(pruned(8, 40, 0.9))
+    for tokens in (1, 20):
+        with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 40\], as the weight's inputs"):
+            layer(torch.randn(tokens, 39))
+
+
+def test_under_autocast_the_answer_has_the_dtype_of_the_dense_one() -> None:
+    layer = GroupedLinear(pruned(8, 40, 0.9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [layer(torch.randn(tokens, 40)).dtype for tokens in (1, 20)] == [torch.bfloat16] * 2
+
+
 def test_a_model_on_several_devices_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
     with pytest.raises(ValueError, match="this one is on cpu, meta: move it"):

@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial
 from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
 from pins_ext.sparse.inference import sparsify_for_inference
@@ -218,6 +219,7 @@ def test_layers_that_others_read_stay_dense() -> None:
     assert sparse_layers(fast) == ["own.0"]
     assert set(fast.pins_calibration.dense.values()) == {
         "TransformerEncoderLayer reads its weight directly",
+        "it is a NonDynamicallyQuantizableLinear, which may compute something else",
         "it has hooks",
         "less than 70% zeros",
     }
@@ -350,10 +352,72 @@ def test_bfloat16_weights_stay_so_exactly() -> None:
     assert {fast.get_submodule(name).kind for name in sparse_layers(fast)} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("values", ["float32", "int8"])
+def test_activations_of_another_width_are_refused(values: str) -> None:
+    """Within a block of 256 columns the packed weights would multiply them."""
+    layer = SparseLinear(torch.randn(48, 64), values=values)
+    for shape in [(2, 63), (2, 65), (63,), ()]:
+        with pytest.raises(RuntimeError, match=r"x must be \[\.\.\., 64\], as the weight's inputs; got \("):
+            layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_answer_has_the_dtype_of_the_dense_one(dtype: torch.dtype) -> None:
+    model = bert()
+    fast = sparse(model)
+    ids, x = torch.randint(0, 40, (2, 9)), torch.randn(3, 64)
+    layer = fast.bert.encoder.layer[0].attention.self.query
+    with torch.inference_mode(), torch.autocast("cpu", dtype=dtype):
+        assert layer(x).dtype == dtype
+        assert fast(ids).logits.dtype == model(ids).logits.dtype
+        torch.testing.assert_close(fast(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+    assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(8, 8), r"the model: it is the model itself, and can't be replaced in it: wrap it in nn\.Sequential"),
+        (nn.Sequential(nn.Linear(8, 8)).double(), r"0: its weight is torch\.float64"),
+        (nn.ModuleList([nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)]), "0: it is a NonDynamically"),
+    ],
+)
+def test_nothing_to_replace_says_what_was_in_the_way(module: nn.Module, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"prune the model first, or lower min_sparsity; left as they are: {reason}"):
+        sparse(pruned(module))
+
+
+def test_sparse_tensors_as_weights_stay_what_they_are() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        layer.weight.data[1:] = 0
+    model[0].weight = nn.Parameter(model[0].weight.data.to_sparse_csr(), requires_grad=False)
+    fast = sparsify_for_inference(model, calibrate=False, say=None)
+    assert fast.pins_calibration.dense == {"0": "its weight is torch.sparse_csr"}
+    assert sparse_layers(fast) == ["1"]
+
+
+def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = bert().train()
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r'layer\.1\.output\.dense has infinite or NaN weights.*use values="float32"'):
+        sparsify_for_inference(model, values="int8", calibrate=False, say=None)
+    with pytest.raises(SaveError, match="there is no folder"):
+        sparsify_for_inference(model, calibrate=False, say=None, save_to=tmp_path / "none" / "a.json")
+    assert sparse_layers(model) == []
+    assert model.training
+    assert "pins_calibration" not in model.__dict__
+
+
 def test_bad_requests_say_what_to_do() -> None:
+    for tokens in ((1.5,), 4, (True, "a")):
+        with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, such as \(1, 128\); got"):
+            sparsify_for_inference(bert(), tokens=tokens)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_sparsity must be between 0 and 1, got 90"):
         sparsify_for_inference(bert(), 90)
-    with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, got \(0,\)"):
+    with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, such as \(1, 128\); got \(0,\)"):
         sparsify_for_inference(bert(), tokens=(0,))
     with pytest.raises(ValueError, match="values must be one of float32, bfloat16, int8; got 'int4'"):
         sparsify_for_inference(bert(), values="int4")
