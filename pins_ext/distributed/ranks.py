@@ -77,7 +77,9 @@ class Ranks:
             return values[None]
         own = values.to(self._device).contiguous()
         everyone = own.new_empty((self.size, *own.shape))
-        dist.all_gather_into_tensor(everyone.flatten(0, 1) if own.dim() else everyone, own, group=self._group)
+        # torch 2.13 has renamed it, and warns of the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everyone.flatten(0, 1) if own.dim() else everyone, own, group=self._group)
         return everyone.to(values.device)
 
     def any(self, flag: bool) -> bool:

@@ -119,10 +119,10 @@ def pruned(family: str, how: str, optimizer_name: str, size: int, learns: bool, 
         sent.append(counts)
         told["masks"].append(masks(pruner))
     if how != "whole":
-        selections = [counts for counts in sent[1:] if counts["all_gather_into_tensor"]]
+        selections = [counts for counts in sent[1:] if counts["all_gather"]]
         # For all meshes together; an all-reduce more where the threshold has left its bracket.
         assert len(selections) >= 4
-        assert all(counts["all_gather_into_tensor"] == 1 and counts["all_reduce"] <= 2 for counts in selections[1:])
+        assert all(counts["all_gather"] == 1 and counts["all_reduce"] <= 2 for counts in selections[1:])
     told["final"] = pruner.finalize()
     told["kept"] = {name: int(whole(pruner.mask(name)).sum()) for name in experts}
     told["weights"] = digest(whole(p) for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -112,9 +113,21 @@ def collectives(how: str) -> list[dict[str, int]]:
         tell(full, total // 2, cutoff, bracket)
     tell(full, 9 * total // 10, wide, ROOM=1, GATHERED=2)
     zeros = [torch.zeros(100, 200) for _ in SHAPES]
-    for limits in ({"GATHERED": 1 << 18}, {"GATHERED": 1 << 15}, {"GATHERED": 1 << 15, "LISTED": 1 << 14}):
+    for limits in (
+        {"GATHERED": dist.get_world_size() << 17},
+        {"GATHERED": 1 << 15},
+        {"GATHERED": 1 << 15, "LISTED": 1 << 14},
+    ):
         tell(zeros, 23_123, [1 << 31, 23_123], **limits)
     return told
+
+
+def without_a_warning() -> list[int]:
+    full = scores("normal", seed=1)
+    ranks, parts, layout = spread(full, "rows")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return chosen(ranks, parts, layout, 100, sum(x.numel() for x in full))
 
 
 def expectations() -> dict[tuple[str, int, bool], list[int]]:
@@ -174,14 +187,19 @@ def test_the_cutoff_where_too_many_weights_are_in_a_bin(size: int, how: str, lis
 )
 def test_one_all_reduce_and_one_all_gather(size: int, how: str) -> None:
     """Of tensors cut over two dimensions of a mesh, over one, and over none, together."""
-    once = {"all_reduce": 1, "all_gather_into_tensor": 1}
+    once = {"all_reduce": 1, "all_gather": 1}
     for near, far, first, narrow, zeros, many, unlisted in run(size, collectives, how):
         assert near == first == zeros == once
-        assert far == {"all_reduce": 2, "all_gather_into_tensor": 1}
+        assert far == {"all_reduce": 2, "all_gather": 1}
         # One more finds the key, and none of its weights is pruned.
         assert narrow == {"all_reduce": 2}
         # The key takes one more, and the tie among 80,000 two in place of the gathering.
         assert many == unlisted == {"all_reduce": 4}
+
+
+def test_no_name_of_torch_is_used_that_it_warns_of() -> None:
+    first, second = run(2, without_a_warning)
+    assert first == second
 
 
 def tied(weights: int, count: int) -> Tensor:

@@ -112,11 +112,13 @@ def inject(model: nn.Module, step: int) -> None:
 def counted_collectives() -> Iterator[Counter[str]]:
     """How often each collective is called."""
     counts: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
+    # The last has another name since torch 2.13.
+    names = ("all_reduce", "all_gather_into_tensor", "all_gather_single")
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
 
     def counting(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
+            counts["all_gather" if "gather" in name else name] += 1
             return originals[name](*args, **kwargs)
 
         return call
