@@ -146,7 +146,7 @@ def stages(capability: str, output: Path) -> Iterator[Stage]:
     yield inference_stage(output)
     # Without torch's caching, every tensor is an allocation of its own, whose end the sanitizer sees.
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    small = [*pytest, "tests/cuda/test_cuda_gpu.py", "-k", "test_small_case"]
+    small = [*pytest, "tests/cuda/test_cuda_gpu.py", "tests/cuda/test_cuda_boundary.py", "-k", "test_small_case"]
     memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     yield Stage("compute-sanitizer", [*memcheck, *small], 75, uncached, optional=99)

@@ -77,6 +77,8 @@ inline std::string device_name(const Device& device) {
 }
 
 using Dtypes = std::initializer_list<ScalarType>;
+constexpr int64_t kBins = 65536;  // of a counting pass; pins_ext/ops/bracket.py BINS
+
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 // 8-bit storage, criterion.inl: Byte where nothing is negative, Char with a sign.
 constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};

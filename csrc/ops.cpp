@@ -84,19 +84,21 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
       "str criterion, bool clear_state=False, *, Tensor? grad_scale=None, Tensor? clip=None, Tensor? found_inf=None, "
       "Tensor? pointers=None) -> ()");
   // The same where a window ends (fold_rng: fold_ of it and a count, at the end of the pass) or has ended (around:
-  // pack_around_ of what the averages hold before it, and the masks it writes); on the CPU alone.
+  // pack_around_ of what the averages hold before it, and the masks it writes).
   m.def(
       "boundary_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] ipt, "
       "Tensor(e!)[] shadow, Tensor(f!)[] masks, Tensor(g!)[] exp_avg_ipt, Tensor(h!)[] exp_avg_unc, Tensor[] grads, "
       "Tensor places, Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, str criterion, bool clear_state=False, "
       "*, Tensor? clip=None, Tensor? around=None, Tensor(i!)? stats=None, Tensor(j!)? threshold=None, "
-      "Tensor? fold_rng=None, float beta1=0.0, float beta2=0.0, Tensor? bracket=None, Tensor(k!)? counts=None) -> ()");
+      "Tensor? fold_rng=None, float beta1=0.0, float beta2=0.0, Tensor? bracket=None, Tensor(k!)? counts=None, "
+      "Tensor? pointers=None) -> ()");
   m.def(
       "boundary_sgd_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffer, Tensor(c!)[] ipt, Tensor(d!)[] shadow, "
       "Tensor(e!)[] masks, Tensor(f!)[] exp_avg_ipt, Tensor(g!)[] exp_avg_unc, Tensor[] grads, Tensor places, "
       "Tensor chunks, Tensor hyper, Tensor accepted, Tensor rng, str criterion, bool clear_state=False, *, "
       "Tensor? clip=None, Tensor? around=None, Tensor(h!)? stats=None, Tensor(i!)? threshold=None, "
-      "Tensor? fold_rng=None, float beta1=0.0, float beta2=0.0, Tensor? bracket=None, Tensor(j!)? counts=None) -> ()");
+      "Tensor? fold_rng=None, float beta1=0.0, float beta2=0.0, Tensor? bracket=None, Tensor(j!)? counts=None, "
+      "Tensor? pointers=None) -> ()");
   m.def(
       "apply_mask_(Tensor(a!)[] params, Tensor[] masks, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> ()");
   // A weight matrix [out, in] with zeros, float32, bfloat16 or int8, packed for sparse_linear: (values, columns, rows,

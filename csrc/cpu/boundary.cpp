@@ -5,72 +5,12 @@
 // begins anew, nothing of its operands is on its way.
 #include <torch/csrc/stable/library.h>
 
+#include "../boundary_call.h"
 #include "candidates.h"
 #include "update.h"
 
 namespace pins_ext::cpu {
 namespace {
-
-// What a boundary adds to the pass.
-struct BoundaryCall {
-  const Tensors &exp_avg_ipt, &exp_avg_unc;
-  const OptionalTensor &around, &stats, &threshold, &fold_rng;
-  double beta1, beta2;
-  const OptionalTensor &bracket, &counts;
-
-  bool chooses() const { return around.has_value(); }
-  bool folds() const { return fold_rng.has_value(); }
-};
-
-void check_boundary(const UpdateCall& call, const BoundaryCall& boundary, const Work& work) {
-  const int64_t n = static_cast<int64_t>(work.tensors());
-  PINS_CHECK(boundary.chooses() || boundary.folds(),
-             "around or fold_rng must be given: nothing happens here otherwise");
-  check_list("exp_avg_ipt", boundary.exp_avg_ipt, n, kCpu, kStateDtypes);
-  check_optional_list("exp_avg_unc", boundary.exp_avg_unc, n, kCpu, kStateDtypes);
-  check_same_dtype("exp_avg_unc", boundary.exp_avg_unc, "exp_avg_ipt", boundary.exp_avg_ipt);
-  check_numel("exp_avg_ipt", boundary.exp_avg_ipt, work.numel);
-  check_numel("exp_avg_unc", boundary.exp_avg_unc, work.numel);
-  const bool given = boundary.stats.has_value() && boundary.threshold.has_value();
-  PINS_CHECK(boundary.chooses() ? given : !boundary.stats.has_value() && !boundary.threshold.has_value(),
-             "around, stats and threshold come together or not at all");
-  PINS_CHECK(boundary.bracket.has_value() == boundary.counts.has_value(),
-             "bracket and counts come together or not at all");
-  PINS_CHECK(boundary.folds() || !boundary.counts.has_value(), "counts need fold_rng: they are of the new averages");
-  for (const List& list : {List{"ipt", call.ipt}, call.moments.front(), call.moments.back()}) {
-    PINS_CHECK(!list.given() || !is_coded(list.tensors[0].scalar_type()), list.name,
-               " in 8 bits takes separate passes: its groups may begin before a chunk");
-  }
-  const Inputs inputs{{"places", &call.places},
-                      {"chunks", &call.chunks},
-                      {"hyper", &call.hyper},
-                      {"accepted", &call.accepted},
-                      {"rng", &call.rng},
-                      {"clip", if_given(call.clip)},
-                      {"around", if_given(boundary.around)},
-                      {"fold_rng", if_given(boundary.fold_rng)},
-                      {"bracket", if_given(boundary.bracket)}};
-  inputs.check_outputs({{"params", call.params}, {"ipt", call.ipt}, {"shadow", call.shadow}});
-  for (const List& moment : call.moments) inputs.check_outputs({moment});
-  inputs.check_outputs({{"masks", call.masks}, {"exp_avg_ipt", boundary.exp_avg_ipt}});
-  inputs.check_outputs({{"exp_avg_unc", boundary.exp_avg_unc}});
-  if (boundary.chooses()) {
-    check_shape("stats", *boundary.stats, {n, 3}, ScalarType::Long, kCpu);
-    check_shape("threshold", *boundary.threshold, {1, 2}, ScalarType::Long, kCpu);
-    inputs.check_output([] { return "stats"; }, *boundary.stats);
-    inputs.check_output([] { return "threshold"; }, *boundary.threshold);
-    PINS_CHECK(n == 0 || !call.masks.empty(), "masks must be given: they are chosen here");
-  }
-  if (boundary.folds()) {
-    check_shape("fold_rng", boundary.fold_rng.value(), {2}, ScalarType::Long, kCpu);
-    PINS_CHECK(n == 0 || !call.ipt.empty(), "ipt must be given: it is folded here");
-    check_same_dtype("ipt", call.ipt, "exp_avg_ipt", boundary.exp_avg_ipt);
-    if (boundary.counts.has_value()) {
-      check_counts(*boundary.counts);
-      inputs.check_output([] { return "counts"; }, *boundary.counts);
-    }
-  }
-}
 
 class BoundaryPass {
  public:
@@ -87,6 +27,7 @@ class BoundaryPass {
     if (chooses_) {
       around_ = check_bracket(*boundary.around);
       stats_ = static_cast<int64_t*>(boundary.stats->data_ptr());
+      if (around_.rank < 0) known_ = check_threshold(*boundary.threshold);
       std::fill(stats_, stats_ + 3 * work.tensors(), 0);
     }
     if (!folds_) return;
@@ -104,7 +45,9 @@ class BoundaryPass {
     uint8_t kept[kChunk];
     Update update = updates_.at(work_.run(chunk), chunk.tensor);
     Boundary boundary{};
-    boundary.around = chooses_ ? &around_.bounds : nullptr;
+    if (known_) pack(chunk, update.run);
+    const bool searches = chooses_ && !known_;
+    boundary.around = searches ? &around_.bounds : nullptr;
     boundary.found = {keys, places, kept};
     boundary.folds = folds_;
     boundary.fold = fold_;
@@ -115,13 +58,14 @@ class BoundaryPass {
     boundary.fold.tally = tally;
     update.boundary = &boundary;
     update_(update);
-    if (!chooses_) return;
+    if (!searches) return;
     add_stats(stats_ + 3 * chunk.tensor, boundary.stats);
     candidates_.add(work_, chunk.tensor, chunk.offset, boundary.found, boundary.size);
   }
 
   // The weights of the threshold's bin, which the pass has left unmasked: as many as must go.
   void finish(int64_t* threshold) {
+    if (known_) return;
     const size_t item = call_.params.empty() ? 0 : call_.params[0].element_size();
     candidates_.settle(around_, masks_, stats_, threshold, [&](const Candidate& loser) {
       zero(call_.params, loser, item);
@@ -132,6 +76,24 @@ class BoundaryPass {
   }
 
  private:
+  static const int64_t* check_threshold(const Tensor& threshold) {
+    const int64_t* row = longs_of(threshold);
+    PINS_CHECK(row[0] >= 0 && row[0] <= 0xffffffff, "threshold has key ", row[0], ", which is no 32-bit key");
+    return row;
+  }
+
+  // The masks of a chunk by a threshold that is known.
+  void pack(const Chunk& chunk, const Run& run) {
+    const Scores scores{run, mean_.at(chunk), unc_.at(chunk)};
+    const Score kind = scores.b.data ? Score::product : Score::identity;
+    PackStats own{0, 0, 0};
+    kernels().pack[static_cast<int>(kind)](scores,
+                                           {masks_.at(chunk), static_cast<uint32_t>(known_[0]),
+                                            weights_before(work_.places[chunk.tensor], run, known_[1])},
+                                           own);
+    add_stats(stats_ + 3 * chunk.tensor, own);
+  }
+
   static void zero(const Tensors& tensors, const Candidate& loser, size_t item) {
     __builtin_memset(static_cast<char*>(tensors[loser.tensor].data_ptr()) + loser.local * item, 0, item);
   }
@@ -144,6 +106,7 @@ class BoundaryPass {
   const UpdateKernel update_;
   const bool chooses_, folds_;
   CheckedBracket around_{};
+  const int64_t* known_ = nullptr;  // a threshold that is known already, where the bracket has no rank
   int64_t* stats_ = nullptr;
   Fold fold_{};
   Candidates candidates_;
@@ -155,7 +118,7 @@ void run(const UpdateCall& call, const BoundaryCall& boundary, void (*const (&ta
   check_momentum(call);
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
-  check_boundary(call, boundary, work);
+  check_boundary(call, boundary, kCpu);
   BoundaryPass pass(call, boundary, work, update_kernel(call, criterion, table));
   if (boundary.counts.has_value()) {
     count_chunks(work, *boundary.bracket, *boundary.counts,
@@ -166,40 +129,18 @@ void run(const UpdateCall& call, const BoundaryCall& boundary, void (*const (&ta
   if (boundary.chooses()) pass.finish(static_cast<int64_t*>(boundary.threshold->data_ptr()));
 }
 
-const OptionalTensor kNone;
-
-void boundary_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                     const Tensors& shadow, const Tensors& masks, const Tensors& exp_avg_ipt,
-                     const Tensors& exp_avg_unc, const Tensors& grads, const Tensor& places, const Tensor& chunks,
-                     const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
-                     bool clear_state, const OptionalTensor& clip, const OptionalTensor& around,
-                     const OptionalTensor& stats, const OptionalTensor& threshold, const OptionalTensor& fold_rng,
-                     double beta1, double beta2, const OptionalTensor& bracket, const OptionalTensor& counts) {
-  const std::vector<List> moments{{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}};
-  run({params, moments, ipt, shadow, grads, masks, places, chunks, hyper, accepted, rng, criterion, clear_state, kNone,
-       clip, kNone, kNone},
-      {exp_avg_ipt, exp_avg_unc, around, stats, threshold, fold_rng, beta1, beta2, bracket, counts},
-      kernels().boundary_adamw);
+void boundary_adamw(const UpdateCall& call, const BoundaryCall& boundary) {
+  run(call, boundary, kernels().boundary_adamw);
 }
 
-void boundary_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                   const Tensors& masks, const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& grads,
-                   const Tensor& places, const Tensor& chunks, const Tensor& hyper, const Tensor& accepted,
-                   const Tensor& rng, const std::string& criterion, bool clear_state, const OptionalTensor& clip,
-                   const OptionalTensor& around, const OptionalTensor& stats, const OptionalTensor& threshold,
-                   const OptionalTensor& fold_rng, double beta1, double beta2, const OptionalTensor& bracket,
-                   const OptionalTensor& counts) {
-  const std::vector<List> moments{{"momentum_buffer", momentum_buffer}};
-  run({params, moments, ipt, shadow, grads, masks, places, chunks, hyper, accepted, rng, criterion, clear_state, kNone,
-       clip, kNone, kNone},
-      {exp_avg_ipt, exp_avg_unc, around, stats, threshold, fold_rng, beta1, beta2, bracket, counts},
-      kernels().boundary_sgd);
+void boundary_sgd(const UpdateCall& call, const BoundaryCall& boundary) {
+  run(call, boundary, kernels().boundary_sgd);
 }
 
 }  // namespace
 }  // namespace pins_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pins_ext, CPU, m) {
-  m.impl("boundary_adamw_", TORCH_BOX(&pins_ext::cpu::boundary_adamw_));
-  m.impl("boundary_sgd_", TORCH_BOX(&pins_ext::cpu::boundary_sgd_));
+  m.impl("boundary_adamw_", TORCH_BOX(&pins_ext::boundary_adamw_<pins_ext::cpu::boundary_adamw>));
+  m.impl("boundary_sgd_", TORCH_BOX(&pins_ext::boundary_sgd_<pins_ext::cpu::boundary_sgd>));
 }

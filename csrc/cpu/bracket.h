@@ -8,8 +8,6 @@
 
 namespace pins_ext::cpu {
 
-constexpr int64_t kBins = 65536;  // pins_ext/ops/select.py BINS
-
 struct CheckedBracket {
   Bracket bounds;
   int64_t rank;

@@ -152,20 +152,6 @@ Tensor tie_index(const Tensors& a, const Tensors& b, const Tensor& places, const
   return result;
 }
 
-// How many weights of a run have a global index below `index`: local order is global order.
-int64_t weights_before(const Place& place, const Run& run, int64_t index) {
-  int64_t low = 0, high = run.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (global_index(place, run.offset + middle) < index) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // What the operators that write masks share.
 Scored check_packing(const Work& work, const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b,
                      const std::string& score, const OptionalTensor& factors, const Inputs& inputs) {

@@ -61,12 +61,18 @@ PINS_HD void accumulate(Criterion criterion, float (&ipt)[width], const float (&
   }
 }
 
+// Of an update where no window ends, see boundary.cuh.
+struct Within {
+  static constexpr bool kEnds = false;
+};
+
 // P: storage of parameters, gradients and shadow. S: of ipt. M: of the moments. bf16 is rounded stochastically.
-template <typename Step, typename P, typename S, typename M>
+template <typename Step, typename P, typename S, typename M, typename Ends = Within>
 class Update {
  public:
-  PINS_HD Update(const UpdateArguments& a, const Chunk& chunk)
+  PINS_HD Update(const UpdateArguments& a, const Chunk& chunk, const Ends& ends = {})
       : a_(a),
+        ends_(ends),
         place_(a.work.places[chunk.tensor]),
         offset_(chunk.offset),
         n_(weights_of(place_, chunk)),
@@ -93,6 +99,7 @@ class Update {
     bool shared = shares(L::params, params_, head) && shares(L::ipt, ipt_, head) && shares(L::shadow, shadow_, head) &&
                   shares(L::grads, grads_, head);
     for (int m = 0; m < Step::kMoments; ++m) shared = shared && shares(L::moments + m, moments_[m], head);
+    if constexpr (Ends::kEnds) shared = shared && ends_.template shares<kWidth<P>>(head);
     walk<kWidth<P>>(n_, shared ? head : n_, thread, threads, *this);
   }
 
@@ -111,7 +118,8 @@ class Update {
     if (has(L::ipt) && (accepted_ != 0.0f || a_.criterion == Criterion::movement)) ipts = read<width>(ipt_ + i);
     Pack<P, width> shadow = params;
     if (has(L::shadow)) shadow = read<width>(shadow_ + i);
-    const uint32_t keep = has(L::masks) ? mask_bits<width>(mask_, i) : ~0u;
+    const auto averages = averages_at<width>(i);
+    const uint32_t keep = keep_at<width>(averages, i);
 
     float g[width];
     for (int w = 0; w < width; ++w) g[w] = load(grads.at[w]);
@@ -147,9 +155,15 @@ class Update {
     }
     // Late: computed before the score, these bits would spill.
     if constexpr (kIsBFloat16<P> || kIsBFloat16<S>) random_at(i, key_[0], key_[1], random);
-    if (has(L::ipt)) write(ipt_ + i, rounded<S>(ipt, random, 0));
+    const Pack<S, width> mean = rounded<S>(ipt, random, 0);
+    if (has(L::ipt) && !folds()) write(ipt_ + i, mean);
     if (has(L::shadow)) write(shadow_ + i, rounded<P>(p_next, random, 16));
     write(params_ + i, rounded<P>(p_kept, random, 16));
+    if constexpr (Ends::kEnds) {
+      if (!folds()) return;
+      if constexpr (kIsBFloat16<S>) random_at(i, ends_.fold_key(0), ends_.fold_key(1), random);
+      ends_.fold(i, averages, mean, random);
+    }
   }
 
  private:
@@ -157,6 +171,32 @@ class Update {
   static constexpr bool kRounds = kIsBFloat16<P> || kIsBFloat16<S> || kIsBFloat16<M>;
 
   PINS_HD bool has(int list) const { return a_.lists >> list & 1; }
+
+  PINS_HD bool folds() const {
+    if constexpr (Ends::kEnds) {
+      return ends_.folds();
+    } else {
+      return false;
+    }
+  }
+
+  template <int width>
+  PINS_HD auto averages_at(int64_t i) const {
+    if constexpr (Ends::kEnds) {
+      return ends_.template read_averages<width>(i);
+    } else {
+      return Within{};
+    }
+  }
+
+  // Bits of the weights [i, i + width) of the chunk that are kept.
+  template <int width, typename Averages>
+  PINS_HD uint32_t keep_at(const Averages& averages, int64_t i) const {
+    if constexpr (Ends::kEnds) {
+      if (ends_.chooses()) return ends_.choose(averages, i, mask_);
+    }
+    return has(L::masks) ? mask_bits<width>(mask_, i) : ~0u;
+  }
 
   template <typename T>
   PINS_HD T* stream(int list, const Chunk& chunk) const {
@@ -184,6 +224,7 @@ class Update {
   }
 
   const UpdateArguments& a_;
+  const Ends& ends_;
   const Place& place_;
   int64_t offset_;
   int64_t n_;

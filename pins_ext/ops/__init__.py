@@ -37,7 +37,7 @@ from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_ar
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_, search_bytes
 from pins_ext.ops.rounding import rounding_key
-from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, pack_lowest_, score_of_key
+from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, bin_or_cutoff, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
 
@@ -81,6 +81,7 @@ __all__ = [
     "accumulate_",
     "apply_mask_",
     "bin_of",
+    "bin_or_cutoff",
     "boundary_adamw_",
     "boundary_sgd_",
     "bracket_around",

@@ -1,4 +1,4 @@
-"""The optimizer's pass where a window ends and the next begins: fold, count, masks and step in one; on the CPU."""
+"""The optimizer's pass where a window ends and the next begins: fold, count, masks and step in one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def boundary_adamw_(
     beta2: float = 0.0,
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
+    pointers: Tensor | None = None,
 ) -> None:
     """`masked_adamw_` at a window's boundary, with what goes before and after it there.
 
@@ -64,16 +65,19 @@ def boundary_adamw_(
         criterion: one of `CRITERIA`; ignored without ipt.
         clear_state: also zero the moments of masked weights.
         clip: float32 [1], what the gradients are multiplied with; None for 1.
-        around: int64 [5], a bracket around the threshold with few weights inside, see `pack_around_`; None to leave the
-            masks as they are.
+        around: int64 [5], a bracket around the threshold with few weights inside, at most CANDIDATES on a GPU, see
+            `pack_around_`; its rank is negative where `threshold` is known already. None to leave the masks as they
+            are.
         stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. With
             `around` alone.
-        threshold: int64 [1, 2], (order key, tie index); written. With `around` alone.
+        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. With `around`
+            alone.
         fold_rng: int64 [2], `rounding_key` of the fold; None where the window goes on.
         beta1: decay of exp_avg_ipt.
         beta2: decay of exp_avg_unc.
         bracket: int64 [5], what to count the new scores against, see `count_`; None to count nothing.
         counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. With `bracket` alone.
+        pointers: int64 [lists, n], addresses of the lists, grads and masks behind shadow, the averages last; for a GPU.
 
     Raises:
         RuntimeError: see `masked_adamw_`, `pack_around_` and `fold_`.
@@ -104,6 +108,7 @@ def boundary_adamw_(
         beta2=beta2,
         bracket=bracket,
         counts=counts,
+        pointers=pointers,
     )
 
 
@@ -133,6 +138,7 @@ def boundary_sgd_(
     beta2: float = 0.0,
     bracket: Tensor | None = None,
     counts: Tensor | None = None,
+    pointers: Tensor | None = None,
 ) -> None:
     """`masked_sgd_` at a window's boundary, with what goes before and after it there.
 
@@ -161,16 +167,19 @@ def boundary_sgd_(
         criterion: one of `CRITERIA`; ignored without ipt.
         clear_state: also zero the moments of masked weights.
         clip: float32 [1], what the gradients are multiplied with; None for 1.
-        around: int64 [5], a bracket around the threshold with few weights inside, see `pack_around_`; None to leave the
-            masks as they are.
+        around: int64 [5], a bracket around the threshold with few weights inside, at most CANDIDATES on a GPU, see
+            `pack_around_`; its rank is negative where `threshold` is known already. None to leave the masks as they
+            are.
         stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. With
             `around` alone.
-        threshold: int64 [1, 2], (order key, tie index); written. With `around` alone.
+        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. With `around`
+            alone.
         fold_rng: int64 [2], `rounding_key` of the fold; None where the window goes on.
         beta1: decay of exp_avg_ipt.
         beta2: decay of exp_avg_unc.
         bracket: int64 [5], what to count the new scores against, see `count_`; None to count nothing.
         counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. With `bracket` alone.
+        pointers: int64 [lists, n], addresses of the lists, grads and masks behind shadow, the averages last; for a GPU.
 
     Raises:
         RuntimeError: see `masked_sgd_`, `pack_around_` and `fold_`.
@@ -200,4 +209,5 @@ def boundary_sgd_(
         beta2=beta2,
         bracket=bracket,
         counts=counts,
+        pointers=pointers,
     )

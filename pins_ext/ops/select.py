@@ -105,10 +105,18 @@ def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Te
     """
     if bracket is None:
         return scored.counted(scored.begun())
+    found, hit = _bin_inside(scored, bracket, counts)
+    return found if scored.looked(hit) else _bin_found(scored, found, hit)
+
+
+def _bin_inside(scored: Scored, bracket: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The bin of this bracket that holds the threshold, and whether it does: bool []."""
     found = scored.counted(bracket) if counts is None else pins.narrow(bracket, counts, scored.position)
-    hit = (found[0] >= bracket[0]) & (found[1] <= bracket[1])
-    if scored.looked(hit):
-        return found
+    return found, (found[0] >= bracket[0]) & (found[1] <= bracket[1])
+
+
+def _bin_found(scored: Scored, found: Tensor, hit: Tensor) -> Tensor:
+    """This bin; where the threshold is not in it, another one, by a pass more."""
     begun = scored.begun()
     # Marked as one key, a bracket costs no pass.
     begun[4] = hit
@@ -221,6 +229,52 @@ def bin_of(
     scored = Scored(*operands, None, position, total, places.new_empty(1 + BINS), None)
     found, inside = _bin_on_host(scored, bracket, counts)
     return found if inside <= CANDIDATES else None
+
+
+def bin_or_cutoff(
+    a: list[Tensor],
+    b: list[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    n_prune: Tensor,
+    known: Tensor,
+    total: int,
+    *,
+    bracket: Tensor | None = None,
+    counts: Tensor | None = None,
+    pointers: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What an optimizer's pass prunes by, where the host looks at nothing; no weight is written.
+
+    The bin of the counts that holds the threshold, where few weights are inside, for the pass to settle. Elsewhere the
+    threshold itself, by passes that read alone; a bin of few weights launches them, too, and they return at once.
+
+    Args:
+        a, b, places, chunks, score, n_prune, bracket, counts, pointers: see `select`; ties are broken by index.
+        known: bool [1], whether scores are known yet; until then nothing is pruned.
+        total: how many weights compete, more than `n_prune`, which is not 0.
+
+    Returns:
+        `around`, int64 [5], and `threshold`, int64 [1, 2], of boundary_adamw_.
+    """
+    position, scratch = position_of(n_prune, total, exact=True), places.new_empty(1 + BINS)
+    scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, None)
+    few = torch.zeros_like(known)
+    if bracket is None or counts is None:
+        found = left = scored.counted(scored.begun())
+    else:
+        found, hit = _bin_inside(scored, bracket, counts)
+        inside = counts.take(((found[:1] - bracket[:1]) >> bracket[2]).clamp_(0, BINS - 1) + 1)
+        few = known & hit & (inside <= CANDIDATES)
+        left = _bin_found(scored, found, hit)
+        # One key, of whose weights none is pruned, costs no pass.
+        left[3:4].mul_(~few)
+        left[4:5].logical_or_(few)
+    threshold = _choose_inside(scored, n_prune, True, left) * known
+    key, rest = threshold[:1], threshold.new_zeros(2)
+    exact = torch.cat([key, key, rest[:1], rest[:1] - 1, rest[1:]])
+    return torch.where(few, found, exact), threshold.reshape(1, 2)
 
 
 def pack_lowest_(

@@ -324,7 +324,9 @@ class FusedOptimizer(Optimizer):
             self._count(parameters, scaling.found_inf if released is None else None)
         moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
         operands = self._operands(moments)
-        lists = (parts, *operands, pruning.ipt, pruning.shadow, grads, pruning.masks)
+        ends = pruning.boundary
+        averages = () if ends is None else (ends.exp_avg_ipt, ends.exp_avg_unc)
+        lists = (parts, *operands, pruning.ipt, pruning.shadow, grads, pruning.masks, *averages)
         # By the first parameter: batches of one step differ in it, and one that changes replaces its own table; and by
         # what is wanted: masks come and go. A compiled step has no addresses to look at.
         use = (id(parameters[0]), *map(bool, lists))
@@ -410,6 +412,7 @@ class FusedOptimizer(Optimizer):
                 beta2=ends.beta2,
                 bracket=ends.bracket,
                 counts=ends.counts,
+                pointers=pointers,
             )
             return
         masked = getattr(torch.ops.pins_ext, f"masked_{self._name}_")

@@ -21,7 +21,7 @@ class BoundaryArguments:
         exp_avg_unc: running averages of its uncertainty; empty where there are none.
         around: int64 [5], a bracket around the threshold by which the pass chooses masks; None: it chooses none.
         stats: int64 [n, 3], written with the masks.
-        threshold: int64 [1, 2], likewise.
+        threshold: int64 [1, 2], likewise; read where the rank of `around` is negative.
         fold_rng: int64 [2], keys of the fold with which the window ends; None: it goes on.
         beta1: decay of exp_avg_ipt.
         beta2: decay of exp_avg_unc.
@@ -54,7 +54,7 @@ class PruningArguments:
         rng: int64 [2], see the operators.
         criterion: name of the instant score that enters ipt.
         clear_state: zero the moments of pruned weights.
-        boundary: what ends or begins a window in the same pass, on the CPU; None: nothing does.
+        boundary: what ends or begins a window in the same pass; None: nothing does.
     """
 
     layout: ops.Layout

@@ -181,7 +181,7 @@ class Slot(ABC):
 
     @property
     def one_pass(self) -> bool:
-        """Whether the optimizer's coming pass may choose masks and end a window; on the CPU."""
+        """Whether the optimizer's coming pass may choose masks and end a window."""
         return False
 
     # ---- the step ---------------------------------------------------------------------------------------------------

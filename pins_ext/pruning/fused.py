@@ -55,7 +55,9 @@ class FusedSlot(Slot):
         """
         if self.importance.config.delta_t > 1:
             return False
-        if not (self.importance.folds_in_pass and self.masks.selection.packs) or self.optimizer.release is not None:
+        if not (self.importance.folds_in_pass and self.masks.selection.one_cutoff):
+            return False
+        if self.optimizer.release is not None:
             return False
         if self.importance.dtype in ops.CODED or self.optimizer.coded(self.parameters):
             return False

@@ -28,8 +28,9 @@ class Coming:
     """A choice that is made in an optimizer's pass.
 
     Attributes:
-        around: int64 [5], a bracket around the cutoff; the pass orders the weights inside.
-        cutoff: int64 [1, 2], which the pass writes.
+        around: int64 [5], a bracket around the cutoff; the pass orders the weights inside. Its rank is negative where
+            the cutoff is known.
+        cutoff: int64 [1, 2], which the pass writes where it is not.
         ratio: share of the weights that is kept.
         t: pruner step.
         chosen_for: see Masks.
@@ -132,6 +133,11 @@ class Masks:
             self._hold_fixed()
             self._chosen_for = wanted
             return
+        if in_pass and self.fixed is None and not self.selection.packs:
+            found = self.selection.bin_or_cutoff(score, ratio, counted, importance.known)
+            if found is not None:
+                self.coming = Coming(*found, ratio, t, wanted)
+                return
         units = self._units.scored(score) if self._units is not None else None
         cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None, units)
         if self.scopes.exact:

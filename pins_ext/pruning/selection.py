@@ -73,9 +73,14 @@ class Selection:
         return table
 
     @property
+    def one_cutoff(self) -> bool:
+        """Whether one process prunes all tensors under one cutoff, so that an optimizer's pass can choose the masks."""
+        return self.ranks.alone and self.scopes.is_global and self.scopes.exact
+
+    @property
     def packs(self) -> bool:
-        """Whether the masks can be written while the cutoff is found: on the CPU, of one process, under one cutoff."""
-        return self.layout.places.is_cpu and self.ranks.alone and self.scopes.is_global and self.scopes.exact
+        """Whether the masks can be written while the cutoff is found: on the CPU, where there is one."""
+        return self.layout.places.is_cpu and self.one_cutoff
 
     def pack(
         self, masks: list[Tensor], stats: Tensor, score: Operands, remaining_ratio: float, counted: Counted | None
@@ -116,6 +121,29 @@ class Selection:
         wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
         tables = (self.layout.places, self.layout.chunks)
         return ops.bin_of(score.a, score.b, *tables, score.kind, torch.tensor(wanted), bracket=bracket, counts=counts)
+
+    def bin_or_cutoff(
+        self, score: Operands, remaining_ratio: float, counted: Counted | None, known: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """What an optimizer's pass prunes by, see ops.bin_or_cutoff; on a GPU, only where there is `one_cutoff`.
+
+        Args:
+            score, remaining_ratio, counted: see `cutoffs`.
+            known: bool [1], whether the score tells weights apart.
+
+        Returns:
+            int64 [5] and [1, 2]; None where nothing or everything is pruned.
+        """
+        wanted, total = self.scopes.n_prune(remaining_ratio)[0], sum(self.scopes.sizes)
+        if not 0 < wanted < total:
+            return None
+        (kind, a, b), layout, (bracket, counts) = score[:3], self.layout, counted or (None, None)
+        target = ops.to_device(torch.tensor(wanted), layout.places.device)
+        pointers = self._pointers.of("select", layout.places, a, b)
+        tables = (layout.places, layout.chunks)
+        return ops.bin_or_cutoff(
+            a, b, *tables, kind, target, known, total, bracket=bracket, counts=counts, pointers=pointers
+        )
 
     def _select(self, score: Operands, count: int, counted: Counted | None, before: Tensor | None) -> Tensor:
         """The cutoff below which `count` of all weights go; see `cutoffs`."""

@@ -6,7 +6,6 @@ source on a GPU. AddressSanitizer and UBSan watch every access.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_job import DTYPES, SIZES, STATES, Job
+from host_program import compiled
 
 from pins_ext.ops import CRITERIA, Shard
-
-SOURCE = Path(__file__).parent / "cuda_host.cpp"
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is missing: the CUDA kernels' source cannot be run on the host")
-    program = tmp_path_factory.mktemp("cuda_host") / "cuda_host"
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", "-fsanitize=address"]
-    flags += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
-    return program
+    return compiled("cuda_host", tmp_path_factory)
 
 
 def run(host: Path, *jobs: Job) -> list[int]:

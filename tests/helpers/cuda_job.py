@@ -100,7 +100,7 @@ class Job:
 
     def pack(self) -> bytes:
         """The job in the format of cuda_host.cpp."""
-        names = STEPS[self.step]
+        names = tuple(self.lists)
         given = sum(1 << k for k, name in enumerate(names) if self.lists[name])
         options = (self.grad_scale, self.clip, self.found_inf)
         flags = sum(1 << k for k, option in enumerate(options) if option is not None)

@@ -31,7 +31,7 @@ ADDRESSED = tuple(
     for name in (
         *("accumulate_", "fold_", "fold_moments_", "pack_", "apply_mask_"),
         *("select", "sample", "count_", "count_regions_", "collect_", "tie_index"),
-        *("masked_adamw_", "masked_sgd_", "sum_of_squares"),
+        *("masked_adamw_", "masked_sgd_", "boundary_adamw_", "boundary_sgd_", "sum_of_squares"),
     )
 )
 

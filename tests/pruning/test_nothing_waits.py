@@ -232,6 +232,33 @@ def test_operator_calls_do_not_grow_with_the_regions(watch: Watch, scope: str, p
     assert not watch.reads
 
 
+ONE_PASS: list[dict[str, Any]] = [
+    {},
+    {"mask_policy": "strict", "criterion": "platon", "mask_optimizer_state": True},
+    {"state_dtype": "bfloat16"},
+    {"beta2": 1.0},
+]
+
+
+@pytest.mark.parametrize("config", ONE_PASS, ids=str)
+@pytest.mark.parametrize("optimizer", ["PinsAdamW", "PinsSGD"])
+def test_windows_of_one_step_take_one_pass_that_reads_nothing(
+    watch: Watch, optimizer: str, config: dict[str, Any]
+) -> None:
+    """From the second mask on fold, pack and update are one call, whose operator calls don't grow with the model."""
+    settings = {"schedule": "constant", "delta_t": 1, **config}
+    small, large = (Steps(watch, optimizer, n, **settings).run(set_to_none=False) for n in (2, 30))
+    assert not watch.reads
+    assert not watch.unaddressed
+    name = "pins_ext.boundary_adamw_" if optimizer == "PinsAdamW" else "pins_ext.boundary_sgd_"
+    # The first step makes the states and knows no score; the window of the last warm-up step ends in its own pass.
+    assert watch.calls[name] >= 2 * (STEPS - 5)
+    assert not watch.calls["pins_ext.pack_"]
+    assert small.calls[1:] == large.calls[1:]
+    assert max(large.calls[1:]) <= MOST_CALLS["a window's end"]
+    assert large.tables[-1] == large.tables[STEPS // 2]
+
+
 def test_the_watch_sees_a_read(watch: Watch) -> None:
     """Each way by which a value gets to the host."""
     x = torch.ones(3)

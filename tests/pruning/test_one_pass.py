@@ -11,6 +11,7 @@ from unittest.mock import PropertyMock, patch
 import pytest
 import torch
 from torch import Tensor, nn
+from watch import like_a_gpu
 
 from pins_ext import PruneConfig, Pruner, ops
 from pins_ext.optim import PinsAdamW, PinsSGD
@@ -124,6 +125,26 @@ def test_the_bits_are_those_of_separate_passes(settings: dict[str, Any]) -> None
         assert not one.pruner.importance.accepted[0]
         other.pruner.importance.ipt[:] = one.pruner.importance.ipt
     same(one, other)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_where_the_host_looks_at_nothing_the_bits_are_the_same(
+    settings: dict[str, Any], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the pass is given a bracket, or the threshold itself where a bin is full or was left."""
+    if full:
+        monkeypatch.setitem(ops.bin_or_cutoff.__globals__, "CANDIDATES", 0)
+    name = "boundary_adamw_" if settings.get("optimizer", "adamw") == "adamw" else "boundary_sgd_"
+    with like_a_gpu(), counted(name) as passes:
+        one = train(Training(**settings))
+    given = [call.kwargs["around"] for call in passes.call_args_list if call.kwargs["around"] is not None]
+    assert bool(given) != ("8bit" in settings.values())
+    exact = [int(around[3]) < 0 for around in given]
+    assert all(exact) if full else settings or not all(exact)
+    with separately():
+        other = train(Training(**settings))
+    assert one.told == other.told
 
 
 def test_every_mask_step_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

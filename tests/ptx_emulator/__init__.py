@@ -22,6 +22,6 @@ results rounded, not NVIDIA's. Local memory, calls and textures are not implemen
     launch                        one launch: parameters, allocations, findings in words
     session                       what a test run has found, and how it wants launches run
     triton_driver                 beneath Triton: its specialisation and compiler, then this, not CUDA's launcher
-    cuda_kernels                  csrc/cuda/update.cu by nvcc -ptx, launched as its host code launches it
+    cuda_kernels                  csrc/cuda by nvcc -ptx, launched as its host code launches it
     plugin                        the options of pytest
 """

@@ -24,6 +24,7 @@ KINDS = [*NAMES, torch.uint8, torch.int8]  # csrc/cuda/update_coded.cuh Kind
 THREADS = 128
 GROUPED_THREADS = 512  # csrc/cuda/grouped.cu kThreads
 GROUPED_BLOCKS = 2
+CANDIDATES = 16384  # csrc/cuda/boundary.cuh kCandidates
 ADDRESSES = 500  # csrc/cuda/pointers.cuh Addresses::kCount
 
 Key = tuple[str, ...]
@@ -32,7 +33,7 @@ Key = tuple[str, ...]
 
 @cache
 def compiled(capability: int) -> dict[Key, module.Entry]:
-    """The kernels of update.cu, norm.cu and grouped.cu."""
+    """The kernels of update.cu, boundary.cu, norm.cu and grouped.cu."""
     nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc is missing: csrc/cuda cannot be compiled")
@@ -43,7 +44,7 @@ def compiled(capability: int) -> dict[Key, module.Entry]:
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [p for p in (ROOT / "csrc").rglob("*.*") if "cpu" not in p.parts]
     entries: dict[str, module.Entry] = {}
-    for stem in ("update", "norm", "grouped"):
+    for stem in ("update", "boundary", "norm", "grouped"):
         ptx = built(f"{stem}-{capability}.ptx", sources, [nvcc, *flags, "-ptx", f"csrc/cuda/{stem}.cu"], ROOT)
         entries |= module.entries(ptx.read_text())
     names = subprocess.run(["c++filt"], input="\n".join(entries), capture_output=True, text=True, check=True).stdout
@@ -70,6 +71,8 @@ class CudaKernels:
         operators = (
             "masked_adamw_",
             "masked_sgd_",
+            "boundary_adamw_",
+            "boundary_sgd_",
             "apply_mask_",
             "sum_of_squares",
             "grouped_linear",
@@ -95,20 +98,24 @@ class CudaKernels:
             self._launch(("write_addresses_kernel",), blob, 1, 256, [extent(table)])
         return table
 
-    def _update(self, step: str, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> None:
+    def _arguments(self, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> tuple[bytes, Ranges]:
+        """update.cuh UpdateArguments, and the memory that it leads to."""
         places, chunks, hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf = call
-        params, ipt = lists[0], lists[-4]
-        if not len(chunks):
-            return
         table = self._table(len(places), lists, pointers)
         scalars = [hyper, accepted, rng, grad_scale, clip, found_inf]
-        # update.cuh UpdateArguments.
-        blob = struct.pack("<QqQQ", table.data_ptr(), len(params), places.data_ptr(), chunks.data_ptr())
+        self._table_of_last = table  # lives until the launch is over
+        blob = struct.pack("<QqQQ", table.data_ptr(), len(places), places.data_ptr(), chunks.data_ptr())
         blob += struct.pack("<6Q", *(0 if x is None else x.data_ptr() for x in scalars))
         given = sum(bool(tensors) << k for k, tensors in enumerate(lists))
         blob += struct.pack("<Ii?7x", given, CRITERIA.index(criterion), clear_state)
         ranges = [extent(x) for x in (table, places, chunks, *scalars) if x is not None]
-        ranges += [extent(x) for tensors in lists for x in tensors]
+        return blob, ranges + [extent(x) for tensors in lists for x in tensors]
+
+    def _update(self, step: str, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> None:
+        chunks, params, ipt = call[1], lists[0], lists[-4]
+        if not len(chunks):
+            return
+        blob, ranges = self._arguments(lists, *call, pointers=pointers)
         state = "BFloat16" if ipt and ipt[0].dtype == torch.bfloat16 else "float"
         moments = lists[1][0].dtype if lists[1] else params[0].dtype
         stored = [params[0].dtype, ipt[0].dtype if ipt else torch.float32, moments]
@@ -139,6 +146,66 @@ class CudaKernels:
         lists = [params, momentum_buffer, ipt, shadow, grads, masks]
         scalars = (hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf)
         self._update("SgdStep", lists, places, chunks, *scalars, pointers=pointers)
+
+    def _boundary(
+        self, step: str, lists: list[list[Tensor]], *call: Any, around: Tensor | None, stats: Tensor | None,
+        threshold: Tensor | None, fold_rng: Tensor | None, beta1: float, beta2: float, bracket: Tensor | None,
+        counts: Tensor | None, pointers: Tensor | None,
+    ) -> None:  # fmt: skip
+        chunks, clear_state = call[1], call[6]
+        blob, ranges = self._arguments(lists, *call, pointers=pointers)
+        # What is on the device already need not be zero.
+        candidates = None if around is None else torch.full((1 + 4 * CANDIDATES,), -1)
+        for written, count in ((candidates, 1), (stats, None), (counts, None)):
+            if written is not None:
+                written.view(-1)[:count] = 0
+        given = (around, stats, threshold, candidates, fold_rng)
+        blob += struct.pack("<5Q", *(0 if x is None else x.data_ptr() for x in given))
+        blob += struct.pack("<4f", beta1, 1 - beta1, beta2, 1 - beta2)
+        blob += struct.pack("<2Q", *(0 if x is None else x.data_ptr() for x in (bracket, counts)))
+        ranges += [extent(x) for x in (*given, bracket, counts) if x is not None]
+        params, first = lists[0], lists[1]
+        moments = first[0].dtype if first else params[0].dtype if params else torch.float32
+        if len(chunks):
+            state = NAMES[lists[-2][0].dtype]
+            key = ("boundary_kernel", step, NAMES[params[0].dtype], state, NAMES[moments])
+            self._launch(key, blob, len(chunks), THREADS, ranges)
+        if around is not None:
+            cleared = (len(lists) - 7) if clear_state and first else 0
+            sizes = (params[0].element_size() if params else 4, moments.itemsize, cleared)
+            blob += struct.pack("<4i", *sizes, len(lists) - 3)  # boundary.cuh Elements, place of the masks
+            self._launch(("settle_kernel",), blob, CANDIDATES // THREADS, THREADS, ranges)
+
+    def boundary_adamw_(
+        self, params: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], ipt: list[Tensor],
+        shadow: list[Tensor], masks: list[Tensor], exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor],
+        grads: list[Tensor], places: Tensor, chunks: Tensor, hyper: Tensor, accepted: Tensor, rng: Tensor,
+        criterion: str, clear_state: bool = False, *, clip: Tensor | None = None, around: Tensor | None = None,
+        stats: Tensor | None = None, threshold: Tensor | None = None, fold_rng: Tensor | None = None,
+        beta1: float = 0.0, beta2: float = 0.0, bracket: Tensor | None = None, counts: Tensor | None = None,
+        pointers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        lists = [params, exp_avg, exp_avg_sq, ipt, shadow, grads, masks, exp_avg_ipt, exp_avg_unc]
+        self._boundary(
+            "AdamWStep", lists, places, chunks, hyper, accepted, rng, criterion, clear_state, None, clip, None,
+            around=around, stats=stats, threshold=threshold, fold_rng=fold_rng, beta1=beta1, beta2=beta2,
+            bracket=bracket, counts=counts, pointers=pointers,
+        )  # fmt: skip
+
+    def boundary_sgd_(
+        self, params: list[Tensor], momentum_buffer: list[Tensor], ipt: list[Tensor], shadow: list[Tensor],
+        masks: list[Tensor], exp_avg_ipt: list[Tensor], exp_avg_unc: list[Tensor], grads: list[Tensor], places: Tensor,
+        chunks: Tensor, hyper: Tensor, accepted: Tensor, rng: Tensor, criterion: str, clear_state: bool = False, *,
+        clip: Tensor | None = None, around: Tensor | None = None, stats: Tensor | None = None,
+        threshold: Tensor | None = None, fold_rng: Tensor | None = None, beta1: float = 0.0, beta2: float = 0.0,
+        bracket: Tensor | None = None, counts: Tensor | None = None, pointers: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        lists = [params, momentum_buffer, ipt, shadow, grads, masks, exp_avg_ipt, exp_avg_unc]
+        self._boundary(
+            "SgdStep", lists, places, chunks, hyper, accepted, rng, criterion, clear_state, None, clip, None,
+            around=around, stats=stats, threshold=threshold, fold_rng=fold_rng, beta1=beta1, beta2=beta2,
+            bracket=bracket, counts=counts, pointers=pointers,
+        )  # fmt: skip
 
     def apply_mask_(
         self, params: list[Tensor], masks: list[Tensor], places: Tensor, chunks: Tensor, *,
