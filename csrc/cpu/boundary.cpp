@@ -133,9 +133,7 @@ void boundary_adamw(const UpdateCall& call, const BoundaryCall& boundary) {
   run(call, boundary, kernels().boundary_adamw);
 }
 
-void boundary_sgd(const UpdateCall& call, const BoundaryCall& boundary) {
-  run(call, boundary, kernels().boundary_sgd);
-}
+void boundary_sgd(const UpdateCall& call, const BoundaryCall& boundary) { run(call, boundary, kernels().boundary_sgd); }
 
 }  // namespace
 }  // namespace pins_ext::cpu

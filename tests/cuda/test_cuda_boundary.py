@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from boundary_job import BoundaryJob
 from cases import VALUES
 from cuda_job import DTYPES, STATES
+from drawn_training import STEPS, Training, separately, train
 from gpus import Gpu
+from watch import like_a_gpu
 
 from pins_ext.ops import Shard
 
@@ -81,6 +87,32 @@ def test_shards_break_ties_by_the_global_index(gpu: Gpu, known: bool) -> None:
     cut = {"local": [(20, 30), (7, 9)], "shards": [Shard((20, 100), (0, 13)), Shard((30, 9), (20, 0))]}
     for values in ("equal", "normal"):
         compare(gpu, BoundaryJob(state=torch.bfloat16, base=(1 << 32) - 1003, known=known, values=values, **cut))
+
+
+TRAININGS = [
+    {},
+    {"mask_policy": "strict", "criterion": "platon", "mask_optimizer_state": True},
+    {"optimizer": "momentum", "state_dtype": "bfloat16", "mask_optimizer_state": True},
+    {"moment_dtype": "bfloat16", "dtype": torch.bfloat16, "ugly": True},
+    {"beta2": 1.0, "schedule": "constant"},
+]
+
+
+@pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("settings", TRAININGS, ids=str)
+def test_training_is_that_of_separate_passes_on_the_cpu(gpu: Gpu, settings: dict[str, Any]) -> None:
+    """Bracket and threshold, bins that serve and thresholds that left, in one pass."""
+    steps = range(gpu.choose(STEPS, 14))
+    name = "boundary_sgd_" if "optimizer" in settings else "boundary_adamw_"
+    on_gpu = Training(device=gpu.device, **settings)
+    counted = patch.object(torch.ops.pins_ext, name, wraps=getattr(torch.ops.pins_ext, name))
+    with gpu.kernels(), nullcontext() if gpu.device == "cuda" else like_a_gpu(), counted as passes:
+        train(on_gpu, steps)
+    assert passes.called
+    with separately():
+        on_cpu = train(Training(**settings), steps)
+    assert on_gpu.told == on_cpu.told
 
 
 @pytest.mark.gpu

@@ -6,79 +6,18 @@ import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import PropertyMock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from drawn_training import STEPS, Training, same, separately, train
 from watch import like_a_gpu
 
-from pins_ext import PruneConfig, Pruner, ops
-from pins_ext.optim import PinsAdamW, PinsSGD
-from pins_ext.pruning.fused import FusedSlot
+from pins_ext import Pruner, ops
 
-STEPS = 26
 pins = torch.ops.pins_ext
 
 pytestmark = pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
-
-
-class Training:
-    """A small model whose gradients are drawn, whatever its weights: runs that part company part for good."""
-
-    def __init__(self, optimizer: str = "adamw", dtype: torch.dtype = torch.float32, **settings: Any) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(211, 101), nn.Linear(71, 33), nn.Linear(5, 1)).to(dtype)
-        moments = settings.pop("moment_dtype", "float32")
-        self.ugly = settings.pop("ugly", False)
-        self.optimizer: PinsAdamW | PinsSGD
-        if optimizer == "adamw":
-            self.optimizer = PinsAdamW(self.model.parameters(), lr=1e-2, moment_dtype=moments)
-        else:
-            self.optimizer = PinsSGD(self.model.parameters(), lr=1e-2, momentum=0.9 if optimizer == "momentum" else 0)
-        common = {"delta_t": 1, "sparsity": 0.7, "warmup": 3, "cooldown": 5, "include": ["*.weight"]}
-        self.config = PruneConfig(**{**common, **settings})
-        self.pruner = Pruner(self.model, self.optimizer, self.config, total_steps=STEPS)
-        self.told: list[Any] = []
-
-    def gradients(self, t: int) -> None:
-        generator = torch.Generator().manual_seed(100 + t)
-        for p in self.model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-            if self.ugly:
-                p.grad[..., ::3] = 0  # ties
-                p.grad.view(-1)[t % p.numel()] = float("nan")
-
-    def step(self, t: int) -> None:
-        self.gradients(t)
-        self.optimizer.step()
-        self.told.append((self.pruner.masks.counts(), self.pruner.masks.cutoff.tolist(), self.weights()))
-
-    def weights(self) -> list[bytes]:
-        return [p.detach().view(torch.uint8).numpy().tobytes() for p in self.model.parameters()]
-
-    def tensors(self) -> list[Tensor]:
-        """Weights, moments, masks, and of the importance what the next step reads."""
-        states = [x for p in self.model.parameters() for x in self.optimizer.state[p].values() if isinstance(x, Tensor)]
-        importance = self.pruner.importance
-        kept = [*importance.ipt, *importance.exp_avg_ipt, *importance.exp_avg_unc, *importance.shadow]
-        return [*self.model.parameters(), *states, *self.pruner.masks.bits, *kept]
-
-
-def separately() -> Any:
-    return patch.object(FusedSlot, "one_pass", PropertyMock(return_value=False))
-
-
-def same(one: Training, other: Training) -> None:
-    assert one.told == other.told
-    for a, b in zip(one.tensors(), other.tensors(), strict=True):
-        assert torch.equal(a.detach().view(torch.uint8), b.detach().view(torch.uint8))
-
-
-def train(run: Training, steps: range = range(STEPS)) -> Training:
-    for t in steps:
-        run.step(t)
-    return run
 
 
 def counted(name: str) -> Any:
