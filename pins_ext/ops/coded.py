@@ -71,17 +71,20 @@ def check_cut(name: str, shape: Sequence[int], shard: Shard) -> None:
         )
 
 
-def new_state(parameter: Tensor, dtype: torch.dtype, shard: Shard | None = None) -> Tensor:
+def new_state(
+    parameter: Tensor, dtype: torch.dtype, shard: Shard | None = None, device: torch.device | None = None
+) -> Tensor:
     """Zeros that store something of each weight.
 
     Args:
         parameter: the weights that are here.
         dtype: a floating dtype, or one of CODED.
         shard: where they lie in their full tensor; None where that is whole.
+        device: where the zeros are to be; None: where the weights are.
     """
     if dtype in CODED:
-        return torch.zeros(coded_shape(parameter.shape, shard), dtype=dtype, device=parameter.device)
-    return torch.zeros_like(parameter, dtype=dtype)
+        return torch.zeros(coded_shape(parameter.shape, shard), dtype=dtype, device=device or parameter.device)
+    return torch.zeros_like(parameter, dtype=dtype, device=device)
 
 
 def is_coded(state: Tensor, shape: Sequence[int]) -> bool:

@@ -78,6 +78,12 @@ class Layout:
             return self
         return _laid_out(self._host_places[list(indices)], self.total, self.places.device)
 
+    def on(self, device: torch.device) -> Layout:
+        """The same places for operators of another device."""
+        if self.places.device == device:
+            return self
+        return _laid_out(self._host_places, self.total, device)
+
     def within(self, begin: int, end: int) -> list[int]:
         """The tensors that have weights, whole or cut, in this range of global indices."""
         first = self._host_places[:, 0]

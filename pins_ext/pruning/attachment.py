@@ -142,9 +142,11 @@ class Slot(ABC):
     Attributes:
         slots: told of each of the optimizer's steps, once attached.
         stepped: whether the optimizer has ended its step.
+        unscales: whether a step unscales the parameters' own gradients in place, as those of torch's fused optimizers.
     """
 
     slots: Slots
+    unscales = True
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class Slot(ABC):
         """Follow these from now on: before the first step parameters may have been replaced by shards of them."""
         self.importance, self.masks = importance, masks
         self.parameters = importance.parameters
-        self._subsets = ops.Subsets(importance.layout)
+        self._subsets = ops.Subsets(masks.weights_layout)
 
     def attach(self, slots: Slots) -> None:
         """Tell these of each of the optimizer's steps from now on."""
@@ -210,8 +212,7 @@ class Slot(ABC):
     def after_step(self) -> None:
         """The optimizer has stepped."""
         if not self._scores_in_pass and self.importance.scores_after_step:
-            # torch's fused optimizers have unscaled the parameters' own gradients by now.
-            own = self.step.gradients is None
+            own = self.step.gradients is None and self.unscales
             self._accumulate(self.indices, replace(self.scaling, grad_scale=None) if own else self.scaling)
         self.stepped = True
 

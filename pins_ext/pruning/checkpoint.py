@@ -20,8 +20,11 @@ from pins_ext.wrappers import plain_name
 FORMAT = "pins_ext.pruner"
 VERSION = 2
 
-_LATER_OPTIONS = ("importance_every", "pattern")
+_LATER_OPTIONS = ("importance_every", "pattern", "state_device")
 """Options of PruneConfig that earlier states lack: those were made with what is the default now."""
+
+_FREE_OPTIONS = ("state_device",)
+"""Options that may be others when a state is loaded: they change no value."""
 
 _CUTOFF = "threshold"  # its name in the file
 
@@ -78,7 +81,8 @@ def restore(state: Mapping[str, Any], own: Mapping[str, Any], masks: Masks) -> N
 def _other_settings(state: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
     later = {name: value for name, value in _plain(PruneConfig()).items() if name in _LATER_OPTIONS}
     theirs, mine = later | dict(_mapping(state, "config")), own["config"]
-    yield from (f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k])
+    differing = [k for k in mine if theirs.get(k) != mine[k] and k not in _FREE_OPTIONS]
+    yield from (f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in differing)
     if (total := state.get("total_steps")) != own["total_steps"]:
         yield f"total_steps: {total} there, {own['total_steps']} here"
 

@@ -17,7 +17,7 @@ SCHEDULES = ("cubic", "linear", "cosine", "constant", "one-shot")
 
 TRAINING_ONLY = (
     "initial_sparsity", "beta1", "beta2", "importance_every", "delta_t", "schedule", "warmup", "cooldown",
-    "mask_policy", "regrow", "mask_optimizer_state",
+    "mask_policy", "regrow", "state_device", "mask_optimizer_state",
 )  # fmt: skip
 """Options that mean nothing to one-shot pruning."""
 
@@ -111,6 +111,12 @@ class PruneConfig:
         "quarter: a byte each and a scale for every 32 weights",
         STORAGES,
     )
+    state_device: str | None = _option(
+        None,
+        "cpu: keep the importance states in host memory while the weights are on a GPU; weights and gradients are "
+        "copied there when importance is taken, masks come back as bits (default: where the weights are)",
+        ("cpu",),
+    )
     mask_optimizer_state: bool = _option(False, "also clear the optimizer state of pruned weights")
     parameter_set: str = _option(
         "default",
@@ -127,7 +133,8 @@ class PruneConfig:
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             own = f.name in ("criterion", "schedule") and callable(value)
-            if choices and not own and value not in choices:
+            unset = value is None and f.default is None
+            if choices and not own and not unset and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
         if self.scope == "auto":
             object.__setattr__(self, "scope", "row" if self.rule.reads_inputs and not self.patterned else "global")

@@ -20,6 +20,7 @@ class FusedSlot(Slot):
     """The slot of a PinsAdamW or PinsSGD, whose pass takes importance and masks along: a StepListener."""
 
     optimizer: FusedOptimizer
+    unscales = False
 
     def __init__(self, *args: Any) -> None:
         self._passed: set[int] = set()
@@ -91,6 +92,11 @@ class FusedSlot(Slot):
     def check_release(self) -> None:
         """See StepListener."""
         importance = self.importance
+        if importance.on_host:
+            raise RuntimeError(
+                "state_device='cpu' would make every gradient inside backward wait for the host: leave it out, or "
+                "train without release_gradients"
+            )
         if not importance.scored_before_step or importance.scores_after_step or not importance.in_pass:
             config = importance.config
             which = "a function as criterion" if callable(config.criterion) else f"criterion={config.criterion!r}"
@@ -126,13 +132,14 @@ class FusedSlot(Slot):
         if not together:
             self.masks.settle(importance)
         self._boundary = _boundary_of(self.step, importance, self.masks, scored) if together else None
+        accepted, rng = importance.pass_scalars(self.part, self.step.t, self.optimizer.rounds(parameters))
         return PruningArguments(
             layout=self._subsets.of(indices),
             masks=[bits[i] for i in indices] if (bits := self._bits_in_pass) is not None else [],
             ipt=[importance.ipt[i] for i in indices] if scored else [],
             shadow=[importance.shadow[i] for i in indices] if importance.shadow else [],
-            accepted=importance.accepted[self.part],
-            rng=importance.rng(self.step.t, self.optimizer.rounds(parameters)),
+            accepted=accepted,
+            rng=rng,
             criterion=importance.criterion if scored else "pins",
             clear_state=importance.config.mask_optimizer_state,
             boundary=self._boundary,

@@ -72,7 +72,7 @@ class Importance:
     Args:
         parameters: the pruned tensors, DTensors or plain.
         config: which states there are.
-        layout: of this rank's parts.
+        layout: of this rank's parts, where the states are.
         parts: see the attribute.
         ranks: the processes that hold the tensors.
         frozen_base: see Pruner.
@@ -92,10 +92,12 @@ class Importance:
         rule: what is known of the criterion.
         smoothed: whether the score is made of running averages.
         dtype: storage of the states.
+        on_host: whether the states are on the host while the weights are elsewhere, see HostImportance.
         ahead: whether the last step's pass has ended the window already, so that the next `fold` has nothing to do.
     """
 
     moments: Callable[[], Moments]
+    on_host = False
 
     def __init__(
         self,
@@ -133,8 +135,11 @@ class Importance:
         # Where a part lies matters to 8 bits alone.
         coded = self.dtype in ops.CODED
         shards = [shard_of(str(i), p) if coded else None for i, p in enumerate(self.parameters)]
+        device = self.layout.places.device
         states = {
-            name: [ops.new_state(p, self.dtype, shard) for p, shard in zip(parts, shards, strict=True)] for name in kept
+            name: [ops.new_state(p, self.dtype, shard, device) for p, shard in zip(parts, shards, strict=True)]
+            for name in kept
+            if name != "shadow"
         }
         states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
         self._write_bars(states)
@@ -172,10 +177,11 @@ class Importance:
             # masked_fill_ takes several times as long as an OR with bytes of ones.
             codes = ops.by_group(pruned, shard_of(str(i), p)).to(torch.uint8).mul_(_NAN_CODE) if coded else pruned
             for name in values.keys() & states.keys():
-                if states[name][i].dtype in ops.CODED:
-                    states[name][i][..., : ops.GROUP] |= codes
+                state = states[name][i]
+                if state.dtype in ops.CODED:
+                    state[..., : ops.GROUP] |= codes.to(state.device)
                 else:
-                    states[name][i].masked_fill_(pruned, values[name])
+                    state.masked_fill_(pruned.to(state.device), values[name])
 
     @property
     def ipt(self) -> list[Tensor]:
@@ -271,25 +277,34 @@ class Importance:
             step: pruner step.
             scaling: gradient scaling under way.
         """
-        self._accumulate([self.ipt[i] for i in indices], indices, layout, grads, lr, part, step, scaling)
+        weights, grads = self._operands(indices, grads, lr, scaling)
+        rates = rates_on(lr, layout.places.device).float()
+        self._enter([self.ipt[i] for i in indices], weights, grads, layout, rates, part, step, scaling)
 
-    def _accumulate(
+    def _operands(
+        self, indices: Sequence[int], grads: list[Tensor], lr: Sequence[Rate], scaling: Scaling
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and gradients that make the instant scores; of a user's function, no weights and its scores."""
+        shadow = self.shadow
+        weights = [shadow[i] if shadow else local(self.parameters[i]) for i in indices]
+        if not callable(self.config.criterion):
+            return weights, grads
+        return [], [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
+
+    def _enter(
         self,
         ipt: list[Tensor],
-        indices: Sequence[int],
-        layout: ops.Layout,
+        weights: list[Tensor],
         grads: list[Tensor],
-        lr: Sequence[Rate],
+        layout: ops.Layout,
+        rates: Tensor,
         part: int,
         step: int,
         scaling: Scaling,
     ) -> None:
-        shadow = self.shadow
-        weights = [shadow[i] if shadow else local(self.parameters[i]) for i in indices]
-        rates = rates_on(lr, layout.places.device).float()
+        """Take instant scores into window means; see `_operands` for where these come from."""
         if callable(self.config.criterion):
-            grads = [self._own_score(*x, scaling) for x in zip(weights, grads, map(_float32, lr), strict=True)]
-            weights, scaling = [], Scaling(found_inf=scaling.found_inf)
+            scaling = Scaling(found_inf=scaling.found_inf)
         torch.ops.pins_ext.accumulate_(
             ipt,
             weights,
@@ -319,10 +334,24 @@ class Importance:
             step: pruner step.
             skipped: float32 [1], 1 where the gradient is not finite: the averages stay as they are.
         """
-        p = self.parameters[i]
+        weights, grads = self._operands([i], [grad], [0.0], Scaling())
+        self._fold_at_once(i, layout, weights, grads, part, step, skipped)
+
+    def _fold_at_once(
+        self,
+        i: int,
+        layout: ops.Layout,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        part: int,
+        step: int,
+        skipped: Tensor,
+    ) -> None:
+        p, device = self.parameters[i], layout.places.device
         shard = shard_of(str(i), p) if self.dtype in ops.CODED else None
-        ipt = [ops.new_state(local(p), self.dtype, shard)]
-        self._accumulate(ipt, [i], layout, [grad], [0.0], part, step, Scaling(found_inf=skipped))
+        ipt = [ops.new_state(local(p), self.dtype, shard, device)]
+        rates = torch.zeros(1, device=device)
+        self._enter(ipt, weights, grads, layout, rates, part, step, Scaling(found_inf=skipped))
         mean, unc = [self.exp_avg_ipt[i]], [self.exp_avg_unc[i]] if self.exp_avg_unc else []
         rng, betas = self.rng(step + 1, stream=_FOLD), (self.config.beta1, self.config.beta2)
         ops.fold_(mean, unc, ipt, layout.places, layout.chunks, 1 - skipped, rng, *betas)
@@ -404,7 +433,7 @@ class Importance:
             [self.exp_avg_unc[i] for i in indices] if self.exp_avg_unc else [],
         )
         tables = (layout.places, layout.chunks)
-        rest = (accepted, self.rng(step, stream=_FOLD), self.config.beta1, self.config.beta2)
+        rest = self._fold_arguments(accepted, step)
         use = ("fold", indices[0] if indices else None)
         if not self.rule.reads_moments:
             ipt = [self.ipt[i] for i in indices]
@@ -421,6 +450,19 @@ class Importance:
         torch.ops.pins_ext.fold_moments_(
             *lists, *tables, factors, *rest, bracket=bracket, counts=counts, pointers=pointers
         )
+
+    def _fold_arguments(self, accepted: Tensor, step: int) -> tuple[Tensor, Tensor, float, float]:
+        return accepted, self.rng(step, stream=_FOLD), self.config.beta1, self.config.beta2
+
+    def pass_scalars(self, part: int, step: int, rounds: bool) -> tuple[Tensor, Tensor]:
+        """What an optimizer's pass over the weights asks for: gradients accepted so far, keys of stochastic rounding.
+
+        Args:
+            part: whose window.
+            step: pruner step.
+            rounds: whether weights or moments are rounded.
+        """
+        return self.accepted[part], self.rng(step, rounds)
 
     def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:
         """Keys of the stochastic rounding of one step, int64 [2]; only bfloat16 states need them.

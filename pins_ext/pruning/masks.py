@@ -19,7 +19,7 @@ from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import Selection
 from pins_ext.pruning.units import ScoredUnits, Units
 
-_ZERO = 0x80000001
+ZERO = 0x80000001
 """Order key of the smallest positive float32: below it lies only zero."""
 
 
@@ -64,6 +64,9 @@ class Masks:
         frozen: whether the masks never change again.
         applied: whether pruned weights are zero at this moment, and stay so.
         coming: what the optimizer's pass of the step under way chooses; None: bits and cutoff are final.
+        weights_layout: of the parts, where the weights are: what `apply` is called with.
+        packed: `bits`, or where selections write them if that is another device.
+        packed_fixed: `fixed` likewise.
         stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
     """
@@ -72,16 +75,18 @@ class Masks:
         self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig, ranks: Ranks
     ) -> None:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
+        self.weights_layout = layout
         self.fits = list(scopes.fits)
         patterned = any(scopes.fits)
         self._units = Units(parameters, scopes.names, scopes.fits, layout) if patterned else None
         self.selection = Selection(scopes, layout, ranks, None if self._units is None else self._units.layout)
         device = layout.places.device
         self.sizes = [local(p).numel() for p in parameters]
-        self.bits = [ops.new_mask(local(p)) for p in parameters]
+        self.bits = self.packed = [ops.new_mask(local(p)) for p in parameters]
         self._pointers = ops.PointerTables()
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.fixed: list[Tensor] | None = None
+        self.packed_fixed: list[Tensor] | None = None
         self.frozen = False
         self.applied = False
         self.in_view = False
@@ -129,8 +134,9 @@ class Masks:
                 if around is not None:
                     self.coming = Coming(around, torch.empty_like(self.cutoff), ratio, t, wanted)
                     return
-            self.cutoff = self.selection.pack(self.bits, self.stats, score, ratio, counted)
-            self._hold_fixed()
+            self._before_packing()
+            self.cutoff = self.selection.pack(self.packed, self.stats, score, ratio, counted)
+            self._packed()
             self._chosen_for = wanted
             return
         if in_pass and self.fixed is None and not self.selection.packs:
@@ -184,7 +190,7 @@ class Masks:
 
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> list[int]:
         """Keep what is not zero. Returns the number of zeros per tensor; one synchronisation."""
-        cutoff = ops.to_device(torch.tensor([[_ZERO, 0]]), self.layout.places.device)
+        cutoff = ops.to_device(torch.tensor([[ZERO, 0]]), self.layout.places.device)
         self._pack(Operands("magnitude", [local(p) for p in parameters], []), cutoff)
         return self.pruned()
 
@@ -194,36 +200,43 @@ class Masks:
             self.fixed = [bits.clone() for bits in self.bits]
         else:
             torch._foreach_copy_(self.fixed, self.bits)
+        if self.packed is self.bits:
+            self.packed_fixed = self.fixed
         self._count_held()
 
     def _count_held(self) -> None:
         """8-bit averages mark what stays pruned by NaN, which the selection leaves out. One synchronisation."""
-        if self.fixed is None or not self._marked_by_nan:
+        if self.packed_fixed is None or not self._marked_by_nan:
             return
-        pruned = self.pruned(self.fixed)
+        pruned = self.pruned(self.packed_fixed)
         self.selection.held = [sum(pruned[i] for i in part.members) for part in self.scopes.parts]
         here = ops.to_device(torch.tensor(self.sizes), self.stats.device)
-        self._held = (here - torch.stack([ops.set_bits(bits) for bits in self.fixed]))[:, None]
+        self._held = (here - torch.stack([ops.set_bits(bits) for bits in self.packed_fixed]))[:, None]
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
         self._chosen_for = None
 
     def _pack(self, score: Operands, cutoff: Tensor, units: ScoredUnits | None = None) -> None:
+        self._before_packing()
         self.cutoff = cutoff
         if units is None:
             kind, a, b, factors = score[:4]
             tables = (self.layout.places, self.layout.chunks)
-            pointers = self._pointers.of("pack", self.layout.places, self.bits, a, b)
+            pointers = self._pointers.of("pack", self.layout.places, self.packed, a, b)
             torch.ops.pins_ext.pack_(
-                self.bits, self.stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
+                self.packed, self.stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
             )
         else:
-            units.pack(self.bits, self.stats, cutoff)
-        self._hold_fixed()
+            units.pack(self.packed, self.stats, cutoff)
+        self._packed()
 
-    def _hold_fixed(self) -> None:
-        for bits, fixed in zip(self.bits, self.fixed or (), strict=False):
+    def _before_packing(self) -> None:
+        """`packed` is going to be written."""
+
+    def _packed(self) -> None:
+        """`packed` has been written: what is fixed stays pruned."""
+        for bits, fixed in zip(self.packed, self.packed_fixed or (), strict=False):
             bits &= fixed
         if self._held is not None:
             # By the scores they were kept, flipped and NaN.
@@ -254,7 +267,7 @@ class Masks:
 
     def pruned(self, masks: list[Tensor] | None = None) -> list[int]:
         """Weights that the last mask, or another one, prunes, per tensor, on all ranks; one synchronisation."""
-        kept = torch.stack([ops.set_bits(bits) for bits in masks or self.bits])
+        kept = torch.stack([ops.set_bits(bits) for bits in masks or self.packed])
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
         kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]
@@ -307,4 +320,10 @@ class Masks:
         self.frozen, self.applied = state["frozen"], state["masked"]
         self._chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None
         self.coming = None
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """`bits` and `fixed` are those of a checkpoint."""
+        if self.packed is self.bits:
+            self.packed_fixed = self.fixed
         self._count_held()

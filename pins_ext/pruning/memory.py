@@ -13,7 +13,7 @@ from pins_ext import ops
 from pins_ext.distributed import select
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.kept import folds_at_once, state_bytes, state_size
+from pins_ext.pruning.kept import folds_at_once, host_bytes, moves_states, state_bytes, state_size
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.selection import search_bytes
 from pins_ext.pruning.units import units_bytes
@@ -60,7 +60,7 @@ and the bytes of one of its elements."""
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that stay allocated on one rank while it trains. Activations come on top.
+    """Bytes that stay allocated on one rank while it trains, on its GPU where it has one. Activations come on top.
 
     Attributes:
         weights: parameters and buffers.
@@ -74,6 +74,7 @@ class Memory:
         selection: counts, candidates and work lists, and what patterns ask for, while a mask is chosen; with one
             threshold over several ranks where most is asked for, see `distributed.select.most_bytes`, and with several
             thresholds see `selection.search_bytes`.
+        host: what is in host memory instead, where state_device="cpu"; not part of `total`.
     """
 
     weights: int
@@ -84,11 +85,12 @@ class Memory:
     masks: int
     teacher: int
     selection: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
+        """All of it but what is in host memory."""
+        return sum(dataclasses.astuple(self)) - self.host
 
 
 def memory(
@@ -124,7 +126,7 @@ def memory(
 
     Raises:
         ValueError: an unknown optimizer or moment_dtype, ranks that can't be divided among the replicas, or several of
-            them where gradients are freed inside backward.
+            them where gradients are freed inside backward or states are on the host.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"the size of {optimizer}'s state is not known; known are {', '.join(OPTIMIZERS)}")
@@ -138,6 +140,12 @@ def memory(
     if ranks > 1 and (release or frozen_base):
         raise ValueError(f"gradients that are freed inside backward are of one process, not of {ranks} ranks")
     shards = ranks // replicas
+    if shards > 1 and config.state_device:
+        raise ValueError("state_device='cpu' is for weights that one process holds whole: leave it out, or use DDP")
+    if release and config.state_device:
+        raise ValueError(
+            "state_device='cpu' is not for gradients that are freed inside backward: leave one of them out"
+        )
     parameters = dict(named_parameters(model))
     buffers = sum(b.nbytes for b in model.buffers())
     weights = sum(_local_bytes(p, shards) for p in parameters.values())
@@ -154,16 +162,28 @@ def memory(
     sizes = [math.prod(shape) for shape, _ in shapes]
     # The "ema" teacher of 16-bit weights averages in float32.
     average = sum(_FLOAT32 * math.prod(_local(p, shards)) for p in parameters.values() if p.element_size() < _FLOAT32)
+    statistics = sum(state_bytes(config, shape, size, frozen_base) for shape, size in shapes)
+    selection = _selection(sizes, ranks if shards > 1 else 1, scopes)
+    selection += _patterned(fits or {}, parameters, shards, config)
+    host = 0
+    if moves_states(config, frozen_base):
+        element = max(size for _, size in shapes)
+        each_tensor = [shape for shape, _ in shapes]
+        host = selection + host_bytes(
+            config, each_tensor, element, frozen_base, lambda shape: state_of(tuple(shape), element)
+        )
+        statistics -= sum(state_bytes(config, shape, 0, frozen_base) for shape in each_tensor)
+        selection = _tables(sizes)
     return Memory(
         weights=weights + buffers,
         gradients=gradients,
         buckets=gradients if shards == 1 and ranks > 1 else 0,
         moments=sum(state_of(_local(p, shards), p.element_size()) for p in learning),
-        statistics=sum(state_bytes(config, shape, size, frozen_base) for shape, size in shapes),
+        statistics=statistics,
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
-        selection=_selection(sizes, ranks if shards > 1 else 1, scopes)
-        + _patterned(fits or {}, parameters, shards, config),
+        selection=selection,
+        host=host,
     )
 
 
@@ -199,10 +219,14 @@ def _selection(sizes: list[int], ranks: int, scopes: Scopes) -> int:
         scopes: which weights compete.
     """
     counts, sample, candidates = 2 * (1 + ops.BINS), 2 * ops.SAMPLES, 4 * ops.CANDIDATES
-    chunks = sum(-(-n // ops.CHUNK) for n in sizes)
     asked = 8 * (counts + sample + candidates)
     if not scopes.is_global:
         asked = search_bytes(scopes, together=ranks > 1)
     elif ranks > 1:
         asked = 8 * (1 + ops.BINS) + select.most_bytes(ranks, sizes, sum(scopes.sizes))
-    return asked + _ROW * len(sizes) + _CHUNK * chunks
+    return asked + _tables(sizes)
+
+
+def _tables(sizes: list[int]) -> int:
+    """Work lists of tensors of these sizes."""
+    return _ROW * len(sizes) + _CHUNK * sum(-(-n // ops.CHUNK) for n in sizes)

@@ -12,7 +12,7 @@ from pins_ext import ops
 from pins_ext.patterns import Fit
 from pins_ext.pruning.attachment import Slot
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.kept import state_bytes
+from pins_ext.pruning.kept import host_bytes, moves_states, state_bytes
 from pins_ext.pruning.schedule import Schedule
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.units import units_bytes
@@ -37,6 +37,11 @@ class Plan(dict[str, Any]):
             f"+ masks {self['mask_bytes'] / 2**20:,.2f} MiB; while the masked model is evaluated up to "
             f"{self['view_bytes'] / 2**20:,.1f} MiB of hidden weights",
             *(
+                [f"{self['host_bytes'] / 2**20:,.1f} MiB on the host: statistics, two buffers, masks"]
+                if self["host_bytes"]
+                else []
+            ),
+            *(
                 [f"while a mask is chosen, up to {self['pattern_bytes'] / 2**20:,.1f} MiB for the scores of patterns"]
                 if self["patterns"]
                 else []
@@ -60,6 +65,7 @@ def plan(
     fits: Sequence[Fit | None],
     frozen_base: bool = False,
     slots: Sequence[Slot] = (),
+    on_host: bool = False,
 ) -> Plan:
     """The dry run of a pruner; see Pruner.plan.
 
@@ -72,7 +78,11 @@ def plan(
         fits: the pattern of each tensor.
         frozen_base: see Pruner.
         slots: the tensors by their optimizers.
+        on_host: whether the statistics are in host memory and the weights are not.
     """
+    shapes, element = [p.shape for p in parameters.values()], max(p.element_size() for p in parameters.values())
+    states = sum(state_bytes(config, shape, element, frozen_base) for shape in shapes)
+    moved = sum(state_bytes(config, shape, 0, frozen_base) for shape in shapes) if on_host else 0
     n = sum(p.numel() for p in parameters.values())
     zeros = sum(scopes.n_prune(schedule.final_ratio))
     ramp = range(schedule.initial_warmup + 1, schedule.final_start)
@@ -88,9 +98,10 @@ def plan(
         final_sparsity=zeros / n,
         remainder=scopes.remainder(schedule.final_ratio),
         patterns=dict(pattern_sizes(parameters, fits)),
-        state_bytes=sum(state_bytes(config, p.shape, p.element_size(), frozen_base) for p in parameters.values()),
+        state_bytes=states - moved,
+        host_bytes=host_bytes(config, shapes, element, frozen_base) if on_host else 0,
         mask_bytes=sum(ops.mask_bytes(p.numel()) for p in parameters.values()),
-        pattern_bytes=units_bytes(fits, [p.shape for p in parameters.values()], config),
+        pattern_bytes=units_bytes(fits, shapes, config),
         view_bytes=_view_bytes(config, zeros, parameters),
         schedule=kind if isinstance(kind, str) else getattr(kind, "__qualname__", repr(kind)),
         warmup=schedule.initial_warmup,
@@ -160,6 +171,8 @@ def conflicts(
         found.append(
             f"{config.rule.name} scores by the optimizer's moments: a weight whose moments are cleared is gone"
         )
+    if config.state_device and not moves_states(config, frozen_base):
+        found.append(f"state_device={config.state_device!r} moves nothing: {config.criterion} keeps no statistics")
     if frozen_base and config.rule.name == "pins":
         found.append("pins is platon, |p g|, over a frozen base: there is no step of its weights to look ahead to")
     if config.rule.warning:

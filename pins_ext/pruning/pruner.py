@@ -347,7 +347,8 @@ class Pruner:
         parameters = dict(zip(self.names, self.parameters, strict=True))
         model_weights = sum(p.numel() for p in self.model.parameters())
         scopes, fits = self.masks.scopes, self.masks.fits
-        made = plan(self.config, self.schedule, parameters, scopes, model_weights, fits, self.frozen_base, self.slots)
+        about = (self.config, self.schedule, parameters, scopes, model_weights, fits)
+        made = plan(*about, self.frozen_base, self.slots, self.importance.on_host)
         _, misfits = fitted(self.model, parameters, self.config)
         made["conflicts"] = [*misfits, *made["conflicts"]]
         if self.masks.fixed is not None:

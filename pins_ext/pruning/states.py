@@ -13,8 +13,10 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import reader
+from pins_ext.pruning.offload import HostImportance, HostMasks, offloads
 from pins_ext.pruning.patterns import refuse_cut
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.staging import Staging
 
 Parts = Sequence[tuple[Optimizer, Sequence[int]]]
 """Each optimizer, and the places of the pruned tensors that it steps."""
@@ -33,14 +35,24 @@ def states_of(
         frozen_base: see Pruner.
 
     Raises:
-        ValueError: a pattern whose groups lie on several ranks, see refuse_cut; a storage that is not there.
+        ValueError: a pattern whose groups lie on several ranks, see refuse_cut; a storage that is not there; see
+            offloads.
     """
     names, tensors = list(parameters), list(parameters.values())
     refuse_cut(names, tensors, scopes.fits)
     layout, ranks = layout_of(parameters), Ranks(tensors)
-    importance = Importance(tensors, config, layout, [indices for _, indices in parts], ranks, frozen_base)
+    places = [indices for _, indices in parts]
+    importance: Importance
+    masks: Masks
+    if offloads(config, layout, ranks, frozen_base):
+        staging = Staging.of(layout.places.device)
+        importance = HostImportance(tensors, config, layout, places, ranks, frozen_base, staging)
+        masks = HostMasks(tensors, layout, scopes, config, ranks, staging)
+    else:
+        importance = Importance(tensors, config, layout, places, ranks, frozen_base)
+        masks = Masks(tensors, layout, scopes, config, ranks)
     importance.moments = reader(config, names, tensors, parts)
-    return importance, Masks(tensors, layout, scopes, config, ranks)
+    return importance, masks
 
 
 def refuse_stale(parameters: Mapping[str, Tensor], parts: Parts) -> None:

@@ -40,7 +40,8 @@ class Units:
     def __init__(
         self, parameters: Sequence[Tensor], names: Sequence[str], fits: Sequence[Fit | None], weights: ops.Layout
     ) -> None:
-        self.fits, self.weights, self.layout = list(fits), weights, _layout(parameters, names, fits)
+        self.fits, self.weights = list(fits), weights
+        self.layout = _layout(parameters, names, fits).on(weights.places.device)
         self.plain = [i for i, fit in enumerate(fits) if fit is None]
         self.grouped = [i for i, fit in enumerate(fits) if fit is not None and fit.pattern.grouped]
         self.blocked = [i for i, fit in enumerate(fits) if fit is not None and not fit.pattern.grouped]

@@ -113,6 +113,7 @@ def set_ups(model: nn.Module, pruned: Collection[str], pruning: PruneConfig) -> 
         ("bfloat16 moments and statistics", {"state_dtype": "bfloat16"}, {"moment_dtype": "bfloat16"}),
         ("8-bit moments and statistics", {"state_dtype": "8bit"}, small),
         ("  and --release-gradients", {"state_dtype": "8bit"}, small | {"release": True}),
+        ("8-bit moments, --state-device cpu", {"state_device": "cpu"}, small),
         ("--criterion fisher, 8-bit moments", {"criterion": "fisher"}, small),
         ("  and --release-gradients", {"criterion": "fisher"}, small | {"release": True}),
         ("frozen base below LoRA, 8 bits", {"criterion": "platon", "state_dtype": "8bit"}, {"frozen_base": True}),
@@ -121,7 +122,7 @@ def set_ups(model: nn.Module, pruned: Collection[str], pruning: PruneConfig) -> 
     weights = sum(p.numel() for p in model.parameters())
     lines = ["set-ups   of bfloat16 weights on one rank, without self-regularization:"]
     for name, options, rest in ways:
-        own = dataclasses.replace(pruning, **({"criterion": "pins", "regrow": "never"} | options))
+        own = dataclasses.replace(pruning, **({"criterion": "pins", "regrow": "never", "state_device": None} | options))
         total = memory(model, pruned, own, **rest).total
         fits = next((f"fits {gb} GB" for gb in GPUS if total <= gb * 1e9), "fits none")
         lines.append(f"          {name:<38}{_gb(total):>11}  {total / weights:5.2f} B a weight  {fits}")
@@ -188,11 +189,13 @@ def _spread(ranks: int, replicas: int) -> str:
 
 
 def _bytes(asked: Memory, n_pruned: int, where: str) -> list[str]:
-    kinds = {kind: size for kind, size in asdict(asked).items() if size}
+    kinds = {kind: size for kind, size in asdict(asked).items() if size and kind != "host"}
     width = max(len(_gb(asked.total)), 9)
     head = f"memory    {where}:"
     rows = [f"          {kind:<11}{_gb(size):>{width}}  {_KINDS[kind]}" for kind, size in kinds.items()]
-    return [head, *rows, f"          {'together':<11}{_gb(asked.total):>{width}}"]
+    together = f"          {'together':<11}{_gb(asked.total):>{width}}"
+    on_host = f"          {'on the host':<11}{_gb(asked.host):>{width}}  statistics, two buffers, masks, selection"
+    return [head, *rows, together, *([on_host] if asked.host else [])]
 
 
 def _fits(total: int, needed: Mapping[int, int | None], shards: int) -> Iterable[str]:
