@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mixed precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
     "offloaded to the CPU": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "gathered until backward": {"reshard_after_forward": False},
+    "bfloat16 weights": {},
     "checkpointed": {},
     "compiled": {},
     "compiled in place": {},
@@ -35,6 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def prepared(way: str, ranks: bool) -> Any:
     model: Any = Network(16)
+    if way == "bfloat16 weights":
+        model = model.bfloat16()
     if way == "checkpointed":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     if way == "compiled":
@@ -55,7 +58,7 @@ def answer(model: nn.Module, x: Tensor, way: str, ranks: bool) -> Tensor:
     if way == "mixed precision" and not ranks:
         narrow = {name: p.bfloat16() for name, p in model.named_parameters()}
         return torch.func.functional_call(model, narrow, (x.bfloat16(),)).float()
-    return model(x).float()
+    return model(x.bfloat16() if way == "bfloat16 weights" else x).float()
 
 
 def trained(way: str, optimizer_name: str, ranks: bool) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def trained(way: str, optimizer_name: str, ranks: bool) -> dict[str, Any]:
     with torch.no_grad():
         told["answer"] = answer(model, x, way, ranks).tolist()
     forget_gathered(model)
-    return told | {"weights": digest(whole(p) for p in model.parameters()), "names": pruner.names}
+    return told | {"weights": digest(whole(p).float() for p in model.parameters()), "names": pruner.names}
 
 
 def several() -> dict[tuple[str, str], dict[str, Any]]:
@@ -95,8 +98,16 @@ def ranks() -> list[dict[tuple[str, str], dict[str, Any]]]:
     return run(2, several)
 
 
-@pytest.mark.parametrize("optimizer", ["PinsAdamW", "SGD"])
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "other data"])
+@pytest.mark.parametrize(
+    ("way", "optimizer"),
+    # What torch's SGD makes of 16 bits depends on where a vector ends.
+    [
+        (way, name)
+        for way in WAYS
+        for name in ("PinsAdamW", "SGD")
+        if way != "other data" and (way, name) != ("bfloat16 weights", "SGD")
+    ],
+)
 def test_masks_and_weights_are_those_of_one_process(
     ranks: list[dict[tuple[str, str], dict[str, Any]]], way: str, optimizer: str
 ) -> None:

@@ -35,6 +35,22 @@ def test_masks_and_weights_are_those_of_one_process(ranks: list[dict[str, Any]],
 
 
 @pytest.mark.slow
+def test_checkpointed_blocks_and_sharded_files_change_nothing(ranks: list[dict[str, Any]]) -> None:
+    for told in ranks:
+        for part in ("masks", "weights", "final", "evaluated"):
+            assert told["options"][part] == told["fused"][part], part
+
+
+@pytest.mark.slow
+def test_mixed_precision_and_accumulation_have_one_mask_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (told["bfloat16"] for told in ranks)
+    assert first["masks"] == second["masks"]
+    assert first["weights"] == second["weights"]
+    assert first["final"]["zeros"] == ranks[0]["fused"]["final"]["zeros"]
+    assert first["weights"][-1] != ranks[0]["fused"]["weights"][-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clipped", "clipped hooked", "clipped in pass"])
 def test_gradients_are_clipped_by_the_norm_of_all_ranks(ranks: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
     kind = fsdp_job.Clipped if "pass" in name else fsdp_job.Doubled

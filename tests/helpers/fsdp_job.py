@@ -52,20 +52,29 @@ class Clipped(ClipInPass, Doubled):
     """Clips within the optimizer's pass."""
 
 
+def as_launched() -> None:
+    """Give this rank the environment that torchrun gives."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def talk_into_fsdp() -> None:
+    """accelerate ignores FSDP on CPUs without a word; torch does not. It looks for a kind of accelerator."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
 def launched(folder: Path, **changes: Any) -> TrainingArguments:
     """The arguments of one of several ranks, as torchrun starts them, under FSDP 2."""
     settings = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "average_tokens_across_devices": False}
     if not dist.is_initialized():
         return arguments(folder, **(settings | changes))
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    args = arguments(folder, fsdp=True, fsdp_config=FSDP, **(settings | changes))
-    # accelerate ignores FSDP on CPUs without a word; torch does not. It looks for a kind of accelerator.
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    as_launched()
+    args = arguments(folder, **({"fsdp": True, "fsdp_config": FSDP} | settings | changes))
+    talk_into_fsdp()
     return args
 
 
@@ -77,9 +86,12 @@ def train(
     kind: type[Doubled] = Doubled,
     max_norm: float = 0.0,
     teacher: str = "none",
+    **more: Any,
 ) -> dict[str, Any]:
-    """One run, to its end or until it dies."""
-    changes: dict[str, Any] = {"max_grad_norm": max_norm, "logging_steps": 1} | ({} if fused else {"optim": "sgd"})
+    """One run, to its end or until it dies; more: arguments."""
+    changes: dict[str, Any] = (
+        more | {"max_grad_norm": max_norm, "logging_steps": 1} | ({} if fused else {"optim": "sgd"})
+    )
     args = launched(folder, eval_strategy="steps", eval_steps=5, **changes)
     net = model(**WITHOUT_DROPOUT)
     regularizer = SelfRegularizer(net, teacher, every=3) if teacher != "none" else None
@@ -117,6 +129,13 @@ def everything(folder: Path) -> dict[str, Any]:
         "killed": train(folder / "killed", True, until=10),
         "latest killed": train(folder / "latest", True, until=10, teacher="latest"),
     }
+    options = {
+        "activation_checkpointing": True,
+        "reshard_after_forward": False,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    told["options"] = train(folder / "options", True, fsdp_config=FSDP | options)
+    told["bfloat16"] = train(folder / "bfloat16", True, bf16=True, gradient_accumulation_steps=2, max_steps=STEPS // 2)
     told["latest resumed"] = train(folder / "latest", True, resume=True, teacher="latest")
     told |= {name: train(folder / name, True, teacher=name) for name in ("latest", "best", "ema")}
     return told | {"resumed": train(folder / "killed", True, resume=True)}
