@@ -40,6 +40,8 @@ class Model(nn.Module):
         super().__init__()
         draw = Draw(problem)
         self.weights = nn.ParameterList(nn.Parameter(p) for p in draw.normal(_WEIGHT))
+        # A ParameterList looks each one up by the name of its number.
+        self.tensors = list(self.weights)
         self._gradients = [draw.normal(_GRADIENT) for _ in range(gradient_sets(problem))]
         if len(self._gradients) == 3:
             # Of one size, with a sum of zero, so that the weights stay where they are.
@@ -61,7 +63,7 @@ class Model(nn.Module):
 
     def backward(self, turn: int) -> None:
         """Put the gradients of one step in place."""
-        for p, g in zip(self.weights, self._gradients[turn % len(self._gradients)], strict=True):
+        for p, g in zip(self.tensors, self._gradients[turn % len(self._gradients)], strict=True):
             p.grad = g
 
 
@@ -73,7 +75,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     """
     weight, state = problem.sizes
     model = Model(problem)
-    parameters = list(model.weights)
+    parameters = model.tensors
     n = sum(p.numel() for p in parameters)
     optimizer = PinsAdamW(parameters, lr=_LR)
     dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
@@ -140,7 +142,7 @@ def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
     """
     weight, state = problem.sizes
     model = Model(problem)
-    parameters = list(model.weights)
+    parameters = model.tensors
     n = sum(p.numel() for p in parameters)
     dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
     plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)

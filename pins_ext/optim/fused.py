@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pins_ext import ops
-from pins_ext.distributed.shards import check_codes, like, local, local_gradient, shard_of
+from pins_ext.distributed.shards import check_codes, like, local, local_gradient, locals_of, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.moments import converted_moment, exported_state, take_loaded
 from pins_ext.optim.norm import GradientNorm
@@ -256,19 +256,27 @@ class FusedOptimizer(Optimizer):
 
         Groups are looked at anew in every step: a parameter may be moved or taken out.
         """
-        batches: dict[Any, list[tuple[int, Tensor, dict[str, Any]]]] = {}
+        batches: dict[Any, tuple[list[int], list[Tensor], list[dict[str, Any]]]] = {}
+        place, kind = None, None
         for group in self.param_groups:
             moments = self._moments(group)
             for p in group["params"]:
-                if p.grad is not None:
-                    place = listener.place_of(p) if listener is not None else None
-                    key = (place is None, p.device, p.dtype, moments)
-                    batches.setdefault(key, []).append((place or 0, p, group))
+                if p.grad is None:
+                    continue
+                if listener is not None:
+                    place = listener.place_of(p)
+                # Thousands of parameters in a row are alike: their batch is looked up once.
+                if kind != (now := (place is None, p.device, p.dtype, moments)):
+                    kind = now
+                    places, parameters, owners = batches.setdefault(kind, ([], [], []))
+                places.append(place or 0)
+                parameters.append(p)
+                owners.append(group)
         found: tuple[list[_Batch], list[_Batch]] = ([], [])
-        for (plain, *_), batch in batches.items():
+        for (plain, *_), (places, parameters, owners) in batches.items():
             # Pruned parameters in the order of the whole list, whatever that of the groups.
-            _, parameters, owners = zip(*sorted(batch, key=lambda entry: entry[0]), strict=True)
-            found[plain].append((list(parameters), list(owners)))
+            order = sorted(range(len(places)), key=places.__getitem__)
+            found[plain].append(([parameters[i] for i in order], [owners[i] for i in order]))
         return found
 
     def _step_plain(self, batches: list[_Batch]) -> None:
@@ -307,7 +315,7 @@ class FusedOptimizer(Optimizer):
             released: the scaling of a released gradient; one that is not finite ends the run, and counts as a step.
         """
         name, device = type(self).__name__, parameters[0].device
-        parts, grads = [local(p) for p in parameters], []
+        parts, grads = locals_of(parameters), []
         for p, part in zip(parameters, parts, strict=True):
             grad = local_gradient(p)
             assert grad is not None
@@ -322,7 +330,8 @@ class FusedOptimizer(Optimizer):
             for p in parameters:
                 self._initialise(p, names)
             self._count(parameters, scaling.found_inf if released is None else None)
-        moments = {key: [local(self.state[p][key]) for p in parameters] for key in names}
+        states = [self.state[p] for p in parameters]
+        moments = {key: locals_of(state[key] for state in states) for key in names}
         operands = self._operands(moments)
         ends = pruning.boundary
         averages = () if ends is None else (ends.exp_avg_ipt, ends.exp_avg_unc)
