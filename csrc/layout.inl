@@ -46,6 +46,12 @@ PINS_HD int64_t global_index(const Place& place, int64_t i) {
   return index;
 }
 
+// Whether the local tensor is the full one: global indices follow its own.
+PINS_HD bool is_whole(const Place& place) {
+  return place.local[0] == place.full[0] && place.local[1] == place.full[1] && place.local[2] == place.full[2] &&
+         place.local[3] == place.full[3];
+}
+
 // Groups of a row of 8-bit storage.
 PINS_HD int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 

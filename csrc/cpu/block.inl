@@ -172,19 +172,23 @@ PINS_BLOCK void store_moment(const Span& span, int64_t at, int64_t n, const floa
 }
 
 // Random bits of a block by global index, in pieces that are consecutive and have one high word.
-PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Rounding& rounding, uint32_t* bits) {
+PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Rounding& rounding,
+                             uint32_t* __restrict bits) {
   const Place& place = *reinterpret_cast<const Place*>(run.place);
+  const uint32_t key0 = rounding.key0, key1 = rounding.key1;
+  // The divisions of a part's index took half as long as the bits of a block.
+  const bool whole = is_whole(place);
   int64_t local = run.offset + at;
   while (n > 0) {
-    const uint64_t index = static_cast<uint64_t>(global_index(place, local));
+    const uint64_t index = static_cast<uint64_t>(whole ? place.base + local : global_index(place, local));
     const uint32_t low = static_cast<uint32_t>(index);
     const uint32_t high = static_cast<uint32_t>(index >> 32);
     const int64_t to_next_high = static_cast<int64_t>((uint64_t{1} << 32) - low);
-    int64_t piece = run_length(place, local);
+    int64_t piece = whole ? n : run_length(place, local);
     piece = piece < n ? piece : n;
     piece = piece < to_next_high ? piece : to_next_high;
     for (int64_t i = 0; i < piece; ++i) {
-      bits[i] = random_bits(high, low + static_cast<uint32_t>(i), rounding.key0, rounding.key1);
+      bits[i] = random_bits(high, low + static_cast<uint32_t>(i), key0, key1);
     }
     bits += piece;
     local += piece;
