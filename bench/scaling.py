@@ -153,13 +153,14 @@ def slope(found: Sequence[Point], of: Callable[[Point], float | None] = lambda p
     Of log time over the logarithm of weights, threads, tensors or window (1: time grows in proportion, 0: not at all,
     -1: it falls in inverse proportion); of log time over the sparsity itself.
     """
-    xy = [(_abscissa(p), math.log(t)) for p in found if (t := of(p))]
+    xy = [(abscissa(p), math.log(t)) for p in found if (t := of(p))]
     if len({x for x, _ in xy}) < 2:
         return None
     return statistics.linear_regression([x for x, _ in xy], [y for _, y in xy]).slope
 
 
-def _abscissa(point: Point) -> float:
+def abscissa(point: Point) -> float:
+    """Where it lies for the fit: the logarithm of the value, but for sparsity."""
     return math.log(point.value) if point.axis in _LOGARITHMIC else point.value
 
 
