@@ -127,7 +127,7 @@ class FusedSlot(Slot):
         self._passed.update(indices)
         self._scored |= self._scores_in_pass  # a released gradient is not there yet when the step begins
         importance = self.importance
-        scored = self._takes_importance and bool(ipt := importance.ipt) and not self.masks.frozen
+        scored = self._takes_importance and bool(importance.ipt) and not self.masks.frozen
         together = self.step.one_pass and self._scores_in_pass and len(indices) == len(self.parameters)
         if not together:
             self.masks.settle(importance)
@@ -136,7 +136,7 @@ class FusedSlot(Slot):
         return PruningArguments(
             layout=self._subsets.of(indices),
             masks=[bits[i] for i in indices] if (bits := self._bits_in_pass) is not None else [],
-            ipt=[ipt[i] for i in indices] if scored else [],
+            ipt=[ipt[i] for i in indices] if scored and (ipt := importance.ipt) else [],
             shadow=[shadow[i] for i in indices] if (shadow := importance.shadow) else [],
             accepted=accepted,
             rng=rng,
