@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pins_ext import integrations, ops, optim
     from pins_ext.integrations.lora import merge_lora
     from pins_ext.pruning.config import PruneConfig
+    from pins_ext.pruning.graphs import StepGraphs
     from pins_ext.pruning.once import prune_once
     from pins_ext.pruning.pruner import Pruner
     from pins_ext.pruning.sharded_state import ShardedState
@@ -29,6 +30,7 @@ _HOME = {
     "Pruner": "pruning.pruner",
     "SelfRegularizer": "regularization.self_regularizer",
     "ShardedState": "pruning.sharded_state",
+    "StepGraphs": "pruning.graphs",
     "load_sparse": "sparse.format",
     "merge_lora": "integrations.lora",
     "prune_once": "pruning.once",
@@ -43,6 +45,7 @@ __all__ = [
     "Pruner",
     "SelfRegularizer",
     "ShardedState",
+    "StepGraphs",
     "__version__",
     "integrations",
     "load_sparse",

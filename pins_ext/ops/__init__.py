@@ -36,7 +36,7 @@ from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_, search_bytes
-from pins_ext.ops.rounding import rounding_key
+from pins_ext.ops.rounding import rounding_key, rounding_keys
 from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, bin_or_cutoff, pack_lowest_, score_of_key
 from pins_ext.ops.select import select as select_on_any_device
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
@@ -53,7 +53,7 @@ from pins_ext.ops.threshold import (
     settle,
     tie_index,
 )
-from pins_ext.ops.transfer import PointerTables, to_device
+from pins_ext.ops.transfer import PointerTables, Uploads, capturing, to_device
 from pins_ext.ops.update import masked_adamw_, masked_sgd_
 from pins_ext.triton_kernels import register as register_triton
 
@@ -78,6 +78,7 @@ __all__ = [
     "Search",
     "Shard",
     "Subsets",
+    "Uploads",
     "accumulate_",
     "apply_mask_",
     "bin_of",
@@ -87,6 +88,7 @@ __all__ = [
     "bracket_around",
     "bracket_of",
     "by_group",
+    "capturing",
     "check_cut",
     "clip_factor",
     "coded_box",
@@ -117,6 +119,7 @@ __all__ = [
     "pack_bits",
     "pack_lowest_",
     "rounding_key",
+    "rounding_keys",
     "sample",
     "score_of_key",
     "search_bytes",

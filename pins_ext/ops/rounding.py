@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 _MASK64 = (1 << 64) - 1
+_SEED, _STEP, _STREAM = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
+_FIRST = 0x2545F4914F6CDD1D
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def rounding_key(seed: int, step: int, stream: int) -> tuple[int, int]:
@@ -16,9 +22,37 @@ def rounding_key(seed: int, step: int, stream: int) -> tuple[int, int]:
     Returns:
         Two 32-bit keys of the counter-based generator.
     """
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7) & _MASK64
-    z = (z + 0x2545F4914F6CDD1D) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z = (seed * _SEED + step * _STEP + stream * _STREAM + _FIRST) & _MASK64
+    z = ((z ^ (z >> 30)) * _FACTORS[0]) & _MASK64
+    z = ((z ^ (z >> 27)) * _FACTORS[1]) & _MASK64
     z ^= z >> 31
     return z & 0xFFFFFFFF, z >> 32
+
+
+def rounding_keys(seed: int, step: Tensor, stream: int) -> Tensor:
+    """`rounding_key` of a step that is counted on a device, without waiting for it.
+
+    Args:
+        seed: PruneConfig.seed.
+        step: int64 [], the count.
+        stream: see `rounding_key`.
+
+    Returns:
+        int64 [2], the same two keys.
+    """
+    z = step * _signed(_STEP) + _signed(seed * _SEED + stream * _STREAM + _FIRST)
+    z = (z ^ _shifted(z, 30)) * _signed(_FACTORS[0])
+    z = (z ^ _shifted(z, 27)) * _signed(_FACTORS[1])
+    z = z ^ _shifted(z, 31)
+    return torch.stack([z & 0xFFFFFFFF, _shifted(z, 32)])
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same 64 bits; products and sums of such wrap around as those of unsigned numbers do."""
+    value &= _MASK64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shifted right as an unsigned number."""
+    return (z >> bits) & (_MASK64 >> bits)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured: what is launched on this device now runs in the replays alone."""
+    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -18,10 +24,46 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
     Returns:
         The copy; `values` itself where `device` is the CPU.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured: its replays would repeat these values, from memory that is not theirs.
     """
+    if capturing(device):
+        raise RuntimeError(
+            "a CUDA graph is captured, and this step has something to upload: take a step of the same kind before, "
+            "with the same hyperparameters, and leave gradients where they are (capture forward and backward before "
+            "it, or zero_grad(set_to_none=False))"
+        )
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+class Uploads:
+    """Host data that most steps have in common: uploaded when it changes, and otherwise on the device already.
+
+    What a captured step reads is kept for good, as replays read it again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[object, Tensor]] = {}
+        self._captured: list[Tensor] = []
+
+    def of(self, use: Hashable, key: object, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """The data on a device; not to be written to.
+
+        Args:
+            use: what for; one tensor is kept for each, and each device.
+            key: what it depends on, compared by value.
+            device: where it is needed.
+            make: makes it on the host.
+        """
+        before = self._kept.get((use, device))
+        if before is None or before[0] != key:
+            before = self._kept[use, device] = key, to_device(make(), device)
+        if capturing(device):
+            self._captured.append(before[1])
+        return before[1]
 
 
 class PointerTables:
@@ -32,7 +74,7 @@ class PointerTables:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[tuple[tuple[int, ...], ...], Tensor]] = {}
+        self._uploads = Uploads()
 
     def of(self, use: Hashable, places: Tensor, *lists: Sequence[Tensor]) -> Tensor | None:
         """The addresses of the lists, int64 [lists, n] on the device of `places`; None where nobody reads them.
@@ -46,14 +88,9 @@ class PointerTables:
             return None
         n = len(places)
         rows = tuple(tuple(x.data_ptr() for x in tensors) if tensors else (0,) * n for tensors in lists)
-        before = self._kept.get(use)
-        if before is not None and before[0] == rows:
-            return before[1]
-        if places.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # the operator says why it can't go on
-        table = to_device(torch.tensor(rows, dtype=torch.int64).view(len(lists), n), places.device)
-        self._kept[use] = rows, table
-        return table
+        return self._uploads.of(
+            use, rows, places.device, lambda: torch.tensor(rows, dtype=torch.int64).view(len(lists), n)
+        )
 
     @staticmethod
     def read_on(device: torch.device) -> bool:

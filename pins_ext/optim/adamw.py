@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext.optim.capturable import bias_corrections
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.step import host_rate, rates_on
 from pins_ext.storage import STORAGES
@@ -36,6 +37,8 @@ class PinsAdamW(FusedOptimizer):
         moment_dtype: storage of both moments, whatever that of the weights: "float32", or "bfloat16" with stochastic
             rounding, half of its memory, or "8bit": a byte each, rounded stochastically,
             and a scale for every 32 weights. A loaded state is converted to it.
+        capturable: count steps on the parameters' device, so that a CUDA graph can hold a step, see `StepGraphs`;
+            to the same bits. Then lr must be a tensor on that device; other hyperparameters are those of the capture.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -51,13 +54,14 @@ class PinsAdamW(FusedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         moment_dtype: str = "float32",
+        capturable: bool = False,
     ) -> None:
         check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         if moment_dtype not in MOMENT_DTYPES:
             raise ValueError(f"moment_dtype must be one of {', '.join(MOMENT_DTYPES)}; got {moment_dtype!r}")
-        self.moment_dtype = moment_dtype
+        self.moment_dtype, self.capturable = moment_dtype, capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -71,7 +75,22 @@ class PinsAdamW(FusedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"moment_dtype": self.moment_dtype}
 
+    def _hyper_on_device(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        device, use = parameters[0].device, id(parameters[0])
+        rows = tuple((g["weight_decay"], *g["betas"], g["eps"]) for g in owners)
+        table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float64))
+        decay, beta1, beta2, eps = table.unbind(1)
+        taken = self._taken(parameters).clamp(min=1)
+        first, second = (
+            bias_corrections([g["betas"][i] for g in owners], taken, self._uploads, (i, use)) for i in (0, 1)
+        )
+        lr = rates_on([g["lr"] for g in owners], device)
+        columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -(lr / first), second.sqrt(), eps]
+        return torch.stack(columns, 1).float()
+
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        if self.capturable:
+            return self._hyper_on_device(parameters, owners)
         groups = {id(group): group for group in owners}
         rates = {key: host_rate(group["lr"]) for key, group in groups.items()}
         of_groups = {

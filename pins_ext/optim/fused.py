@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, like, local, local_gradient, locals_of, shard_of
+from pins_ext.optim.capturable import begin_counting, count
 from pins_ext.optim.listener import PruningArguments, StepListener
 from pins_ext.optim.moments import converted_moment, exported_state, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
-from pins_ext.optim.step import Scaling, is_rehearsal, refuse_capture
+from pins_ext.optim.step import Scaling, check_capturable, is_captured, is_rehearsal, rates_on, refuse_capture
 
 COPY_WARNING = (
     "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner along, "
@@ -37,10 +38,13 @@ class FusedOptimizer(Optimizer):
         listener: told of every step, see `StepListener`; None: a plain optimizer.
         grad_clip: float32 [1], what the next step multiplies gradients by, see `clip_grad_norm_`.
         release: see `release_gradients`; None: gradients wait for the step.
+        capturable: whether steps are counted on the parameters' device, so that a CUDA graph can hold one.
 
     Raises:
         ValueError: a parameter group, given or loaded, asks for something of torch.optim's that is not there.
     """
+
+    capturable: bool = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -51,6 +55,7 @@ class FusedOptimizer(Optimizer):
         self.release: GradientRelease | None = None
         self._norm = GradientNorm()
         self._pointers = ops.PointerTables()
+        self._uploads = ops.Uploads()
         self._left_listener = False  # a copy, of one that had a listener
         self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
@@ -73,7 +78,8 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A listener knows the parameters it was made for: a copy is left without one.
-        left = {"_left_listener": self.listener is not None, "_left_release": self.release is not None}
+        left: dict[str, Any] = {"_left_listener": self.listener is not None, "_left_release": self.release is not None}
+        left["capturable"] = self.capturable
         return super().__getstate__() | left
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,6 +93,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_plain", {})
         self.__dict__.setdefault("_norm", GradientNorm())
         self.__dict__.setdefault("_pointers", ops.PointerTables())
+        self.__dict__.setdefault("_uploads", ops.Uploads())
         for name in ("_left_listener", "_left_release"):
             self.__dict__.setdefault(name, False)
         self._eager_step = torch.compiler.disable(self._step)
@@ -100,10 +107,12 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a closure while pruning: its gradients would come too late for the importance; or a CUDA graph
-                is captured.
+                is captured, and this optimizer is not capturable or the step not one that can be.
         """
         loss = None
-        refuse_capture(self)
+        captured = is_captured(self)
+        if captured:
+            self._check_captured()
         if self.listener is None and self._left_listener:
             warnings.warn(COPY_WARNING, stacklevel=2)
         self._left_listener = False
@@ -124,10 +133,25 @@ class FusedOptimizer(Optimizer):
             return loss
         try:
             # torch.compile breaks its graph here: a listener's decisions are the host's, other ones in every step.
-            (self._step if self.listener is None else self._eager_step)(self.listener)
+            alone = self.listener is None and not self.capturable
+            (self._step if alone else self._eager_step)(self.listener)
+        except BaseException:
+            if captured and self.listener is not None:
+                self.listener.abandon_step()
+            raise
         finally:
             self.grad_clip = None
         return loss
+
+    def _check_captured(self) -> None:
+        """Refuse what a CUDA graph can't hold."""
+        if not self.capturable:
+            refuse_capture(self)
+        if self.release is not None:
+            raise RuntimeError(
+                "a CUDA graph can't hold a step with release_gradients(), which waits for the device: keep_gradients()"
+            )
+        check_capturable(self)
 
     def _step(self, listener: StepListener | None) -> None:
         if listener is not None:
@@ -296,7 +320,10 @@ class FusedOptimizer(Optimizer):
 
     def _rng(self, parameters: list[Tensor]) -> Tensor:
         """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; new ones in every step."""
-        step = max(int(self.state[p].get("step", 0)) for p in parameters)
+        steps = [self.state[p].get("step", 0) for p in parameters]
+        if self.capturable:
+            return ops.rounding_keys(0, rates_on(steps, parameters[0].device).max().long(), _ROUNDING)
+        step = max(map(int, steps))
         return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING)), parameters[0].device)
 
     def _run(
@@ -348,12 +375,18 @@ class FusedOptimizer(Optimizer):
     def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
         """State of a parameter at the first step that needs its moments, or a count of steps alone."""
         state = self.state[p]
+        if ops.capturing(p.device) and not {"skipped", *names} <= state.keys():
+            raise RuntimeError("a CUDA graph is captured before the optimizer has its state: take a step before")
         if names and state.get(names[0]) is None:  # they come together
             moments = {name: _new_moment(p, self._storage(p, name)) for name in names}
             state.pop("skipped", None)
             state.update({"step": 0.0, **moments})
         if not names:
             state.setdefault("step", 0.0)
+        if self.capturable:
+            state.setdefault("step", 1.0)
+            begin_counting(state, p.device)
+            return
         # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
         state["step"] = float(state.get("step", 1))
 
@@ -363,6 +396,9 @@ class FusedOptimizer(Optimizer):
         Leaving a skipped step out of the host's count would need a synchronisation. Parameters that took part in the
         same steps share one counter; it is replaced, never written to.
         """
+        if self.capturable:
+            count([self.state[p] for p in parameters], found_inf)
+            return
         skips = None if found_inf is None else (found_inf != 0).double().reshape(())
         counters: dict[Tensor | None, Tensor] = {}
         for p in parameters:
@@ -381,6 +417,12 @@ class FusedOptimizer(Optimizer):
             return counters[0]
         none = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         return torch.stack([none if counter is None else counter for counter in counters])
+
+    def _taken(self, parameters: list[Tensor]) -> Tensor:
+        """Steps of each parameter that were not skipped, where a capturable optimizer counts them: float64 [n]."""
+        steps, skipped = ([self.state[p][name] for p in parameters] for name in ("step", "skipped"))
+        device = parameters[0].device
+        return rates_on(steps, device) - rates_on(skipped, device)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""

@@ -100,3 +100,6 @@ class StepListener(Protocol):
 
     def end_step(self) -> None:
         """All parameters are updated."""
+
+    def abandon_step(self) -> None:
+        """A step that was to be captured failed: none was taken."""

@@ -44,13 +44,15 @@ class GradientNorm:
             # Of replicas one counts; the others keep the same device and dtype, so that every rank sums alike.
             part = grad.contiguous() if ranks.counts(i) else grad.new_empty(0)
             batches.setdefault((grad.device, grad.dtype), []).append(part)
-        sums, layouts = [torch.zeros(1, dtype=torch.float64)], {}
+        sums, layouts = [], {}
         for kind, grads in batches.items():
             key = tuple(g.numel() for g in grads)
             layout = layouts[key] = self._layouts.get(key) or ops.Layout.of(grads)
             pointers = self._pointers.of(kind, layout.places, grads)
             sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks, pointers=pointers))
         self._layouts = layouts
+        if not sums:
+            return ranks.sum(torch.zeros(1, dtype=torch.float64))
         device = sums[-1].device
         return ranks.sum(torch.stack([s.to(device) for s in sums]).sum(0))
 

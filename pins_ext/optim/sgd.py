@@ -26,6 +26,7 @@ class PinsSGD(FusedOptimizer):
         dampening: share of a gradient that does not enter the buffer.
         weight_decay: L2 penalty.
         nesterov: look ahead along the buffer.
+        capturable: see PinsAdamW.
 
     Raises:
         ValueError: a hyperparameter out of range, or Nesterov without momentum or with dampening.
@@ -39,10 +40,12 @@ class PinsSGD(FusedOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        capturable: bool = False,
     ) -> None:
         check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        self.capturable = capturable
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"nesterov": nesterov})
 
@@ -52,7 +55,23 @@ class PinsSGD(FusedOptimizer):
     def _storage(self, p: Tensor, moment: str) -> torch.dtype:
         return p.dtype
 
+    def _hyper_on_device(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        rows = tuple(
+            (0.0, g["weight_decay"], g["momentum"], 1 - g["dampening"], 1.0, float(g["nesterov"]), 0.0, 0.0)
+            for g in owners
+        )
+        device, use = parameters[0].device, id(parameters[0])
+        table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float32))
+        hyper = table.clone()
+        hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
+        hyper[:, 6] = -hyper[:, 0]
+        if self._moments(owners[0]):
+            hyper[:, 4] = self._taken(parameters) <= 1
+        return hyper
+
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
+        if self.capturable:
+            return self._hyper_on_device(parameters, owners)
         steps = [self.state[p].get("step", 0.0) for p in parameters]
         rows = []
         for step, g in zip(steps, owners, strict=True):

@@ -59,8 +59,13 @@ def rates_on(rates: Sequence[Rate], device: torch.device) -> Tensor:
         float64 [n].
     """
     known = [host_rate(lr) for lr in rates]
+    there = [lr for lr in rates if isinstance(lr, Tensor) and lr.device == device]
+    if there and all(rate is None for rate in known) and len(there) == len(rates):
+        if all(lr is there[0] for lr in there):
+            return there[0].double().reshape(1).repeat(len(rates))
+        return torch.stack([lr.reshape(()) if lr.dim() else lr for lr in there]).double()
     column = ops.to_device(torch.tensor([lr or 0.0 for lr in known], dtype=torch.float64), device)
-    for tensor in {id(lr): lr for lr, there in zip(rates, known, strict=True) if there is None}.values():
+    for tensor in {id(lr): lr for lr, rate in zip(rates, known, strict=True) if rate is None}.values():
         assert isinstance(tensor, Tensor)
         its_own = ops.to_device(torch.tensor([lr is tensor for lr in rates]), device)
         column = torch.where(its_own, tensor.to(device, torch.float64), column)
@@ -86,16 +91,36 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
 
 def refuse_capture(optimizer: Optimizer) -> None:
     """Raise RuntimeError where a step would become part of a CUDA graph, whose replays would repeat it."""
-    if not torch.compiler.is_compiling() and _captured(optimizer):
+    if not is_captured(optimizer):
+        return
+    if getattr(optimizer, "capturable", False):
         raise RuntimeError(
-            "a CUDA graph of this step would repeat its learning rate, its count of steps, its masks and its rounding, "
-            "which the host decides anew in every step: capture forward and backward, and call step() after the replay"
+            "a CUDA graph can't hold a step that a Pruner follows by hooks, as over a frozen base: capture forward, "
+            "and call step() after the replay"
         )
+    raise RuntimeError(
+        "a CUDA graph of this step would repeat its learning rate, its count of steps, its masks and its rounding, "
+        "which the host decides anew in every step: use PinsAdamW or PinsSGD with capturable=True, or capture "
+        "forward and backward, and call step() after the replay"
+    )
 
 
-def _captured(optimizer: Optimizer) -> bool:
-    on_gpu = any(p.is_cuda for group in optimizer.param_groups for p in group["params"][:1])
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+def is_captured(optimizer: Optimizer) -> bool:
+    """Whether this optimizer's step is to become part of a CUDA graph."""
+    return any(ops.capturing(p.device) for group in optimizer.param_groups for p in group["params"][:1])
+
+
+def check_capturable(optimizer: Optimizer) -> None:
+    """Raise RuntimeError where replays of a captured step would repeat a number of the host's.
+
+    What else the host decides, a capturable optimizer keeps on the device.
+    """
+    for group in optimizer.param_groups:
+        if any(host_rate(group["lr"]) is not None for _ in group["params"][:1]):
+            raise RuntimeError(
+                f"a CUDA graph would repeat the learning rate {float(group['lr'])!r}: make lr a tensor on the "
+                "parameters' device, lr=torch.tensor(1e-3, device='cuda'); schedulers of torch write to it in place"
+            )
 
 
 def _whole(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pins_ext import ops
 from pins_ext.distributed.shards import local, local_gradient, shard_of
 from pins_ext.optim.step import Rate, Scaling
+from pins_ext.pruning.captured import CapturedSteps
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.moments import check_moments
@@ -69,6 +70,7 @@ class Slots(Sequence["Slot"]):
     Attributes:
         begun: slots whose optimizers have begun the step under way, in this order; empty between steps.
         seconds: host time spent in pruning, the fused update apart.
+        captured: which steps CUDA graphs hold; None where an optimizer is not capturable.
     """
 
     def __init__(self, slots: Sequence[Slot], driver: StepDriver) -> None:
@@ -76,6 +78,7 @@ class Slots(Sequence["Slot"]):
         self.begun: list[Slot] = []
         self.seconds = 0.0
         self._step = Step(0, None, False, False)
+        self.captured = CapturedSteps(len(slots)) if all(slot.capturable for slot in slots) else None
         for slot in slots:
             slot.attach(self)
 
@@ -122,6 +125,14 @@ class Slots(Sequence["Slot"]):
             self.finish()
         self.seconds += time.perf_counter() - begin
 
+    def abandon(self) -> None:
+        """Forget a step that was to be captured: nothing of it has run."""
+        for slot in self.begun:
+            slot.reset()
+        self.begun = []
+        if self.captured is not None:
+            self.captured.put_back(self._slots[0].masks)
+
     def finish(self) -> None:
         """End the step under way, also where some optimizers have not stepped."""
         self.driver.end_step()
@@ -167,6 +178,9 @@ class Slot(ABC):
         self.importance, self.masks = importance, masks
         self.parameters = importance.parameters
         self._subsets = ops.Subsets(masks.weights_layout)
+        if self.capturable and not importance.on_host:
+            device = importance.layout.places.device
+            importance.clock, masks.in_place = torch.zeros((), dtype=torch.int64, device=device), True
 
     def attach(self, slots: Slots) -> None:
         """Tell these of each of the optimizer's steps from now on."""
@@ -184,6 +198,11 @@ class Slot(ABC):
     @property
     def one_pass(self) -> bool:
         """Whether the optimizer's coming pass may choose masks and end a window."""
+        return False
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the optimizer's step."""
         return False
 
     # ---- the step ---------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class FusedSlot(Slot):
 
         The pass at a longer window's end also reads ipt, and took as long as the separate ones.
         """
-        if self.importance.config.delta_t > 1:
+        if self.importance.config.delta_t > 1 or self.optimizer.capturable:
             return False
         if not (self.importance.folds_in_pass and self.masks.selection.one_cutoff):
             return False
@@ -168,6 +168,15 @@ class FusedSlot(Slot):
     def end_step(self) -> None:
         """See StepListener."""
         self.slots.end(self)
+
+    def abandon_step(self) -> None:
+        """See StepListener."""
+        self.slots.abandon()
+
+    @property
+    def capturable(self) -> bool:
+        """See Slot."""
+        return self.optimizer.capturable
 
 
 def _boundary_of(step: Step, importance: Importance, masks: Masks, scored: bool) -> BoundaryArguments | None:

@@ -94,6 +94,7 @@ class Importance:
         dtype: storage of the states.
         on_host: whether the states are on the host while the weights are elsewhere, see HostImportance.
         ahead: whether the last step's pass has ended the window already, so that the next `fold` has nothing to do.
+        clock: int64 [], the pruner's step on the device, where steps can be captured; else None.
     """
 
     moments: Callable[[], Moments]
@@ -124,6 +125,7 @@ class Importance:
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
         self.ahead = False
+        self.clock: Tensor | None = None
         self._counted_ahead: Counted | None = None
         self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -474,6 +476,8 @@ class Importance:
         """
         if self.dtype != torch.bfloat16 and not rounds:
             return self._no_rounding
+        if self.clock is not None:
+            return ops.rounding_keys(self.config.seed, self.clock, stream)
         return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:

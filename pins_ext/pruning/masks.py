@@ -69,6 +69,7 @@ class Masks:
         packed_fixed: `fixed` likewise.
         stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
         in_view: whether they are zero only as long as a view is open, see `view.masked`.
+        in_place: whether a new cutoff is written over the last one, for steps that are captured.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Masks:
         self.frozen = False
         self.applied = False
         self.in_view = False
+        self.in_place = False
         self._chosen_for: tuple[int, ...] | None = None
         self.coming: Coming | None = None
         self.stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
@@ -107,12 +109,23 @@ class Masks:
         """What the last selection was made for; it is another one for every new selection."""
         return self._chosen_for
 
+    @chosen_for.setter
+    def chosen_for(self, choice: tuple[int, ...] | None) -> None:
+        """A replay has made the choice, or a capture has not."""
+        self._chosen_for = choice
+
     def wanted(self, mask_due: bool) -> bool:
         """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""
         return mask_due or self.frozen or (self.config.mask_policy == "strict" and self.chosen)
 
     def renew(
-        self, importance: Importance, ratio: float, t: int, counted: Counted | None = None, in_pass: bool = False
+        self,
+        importance: Importance,
+        ratio: float,
+        t: int,
+        counted: Counted | None = None,
+        in_pass: bool = False,
+        target: Tensor | None = None,
     ) -> None:
         """Choose anew, unless neither the scores nor the number to prune changed since the last time.
 
@@ -122,9 +135,9 @@ class Masks:
             t: pruner step.
             counted: see Selection.cutoffs.
             in_pass: leave it to the optimizer's pass where that can do it, see `coming`.
+            target: see Selection.cutoffs.
         """
-        window = t // self.config.delta_t if importance.constant_in_window else t
-        wanted = (window, *self.scopes.n_prune(ratio))
+        wanted = self.choice(importance, ratio, t)
         if wanted == self._chosen_for:
             return
         score = importance.score()
@@ -145,13 +158,19 @@ class Masks:
                 self.coming = Coming(*found, ratio, t, wanted)
                 return
         units = self._units.scored(score) if self._units is not None else None
-        cutoff = self.selection.cutoffs(score, ratio, counted, self.cutoff if self.chosen else None, units)
+        before = self.cutoff if self.chosen else None
+        cutoff = self.selection.cutoffs(score, ratio, counted, before, units, target)
         if self.scopes.exact:
             # Before any score is known an exact count could only be met by position; the lowest cutoff prunes nothing.
             # The released rule, strictly below zero, prunes nothing by itself.
             cutoff = cutoff * importance.known
         self._pack(score, cutoff, units)
         self._chosen_for = wanted
+
+    def choice(self, importance: Importance, ratio: float, t: int) -> tuple[int, ...]:
+        """What a selection at this step would be made for; an equal one need not be made again."""
+        window = t // self.config.delta_t if importance.constant_in_window else t
+        return (window, *self.scopes.n_prune(ratio))
 
     def came(self) -> None:
         """The optimizer's pass has made the choice."""
@@ -219,6 +238,8 @@ class Masks:
 
     def _pack(self, score: Operands, cutoff: Tensor, units: ScoredUnits | None = None) -> None:
         self._before_packing()
+        if self.in_place and self.cutoff.shape == cutoff.shape:
+            cutoff = self.cutoff.copy_(cutoff)
         self.cutoff = cutoff
         if units is None:
             kind, a, b, factors = score[:4]

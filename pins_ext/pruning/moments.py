@@ -42,11 +42,15 @@ def reader(
     """What reads the moments of the pruned tensors; owned: each optimizer and the places of its tensors."""
     owners = {i: optimizer for optimizer, indices in owned for i in indices}
     in_order = [owners[i] for i in range(len(names))]
-    return partial(read_moments, config.rule.name, names, parameters, in_order)
+    return partial(read_moments, config.rule.name, names, parameters, in_order, ops.Uploads())
 
 
 def read_moments(
-    criterion: str, names: Sequence[str], parameters: Sequence[Tensor], owners: Sequence[Optimizer]
+    criterion: str,
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    owners: Sequence[Optimizer],
+    uploads: ops.Uploads,
 ) -> Moments:
     """Find the moments, without waiting for a device that counts steps itself.
 
@@ -55,6 +59,7 @@ def read_moments(
         names: of the pruned tensors.
         parameters: the pruned tensors.
         owners: the optimizer of each.
+        uploads: keeps what most steps have in common.
 
     Raises:
         ValueError: an optimizer whose state is not a plain exp_avg and exp_avg_sq of the parameter's shape.
@@ -66,6 +71,7 @@ def read_moments(
     stored = (optimizer.state.get(p) for p, optimizer in zip(parameters, owners, strict=True))
     known: dict[str, Any] = next((state for state in stored if state and set(_KINDS) <= set(state)), {})
     rows: list[tuple[Any, ...]] = []
+    betas: list[tuple[float, float]] = []
     for name, p, optimizer in zip(names, parameters, owners, strict=True):
         check_moments(criterion, name, p, optimizer)
         state, group = optimizer.state.get(p, {}), groups.get(id(p), {})
@@ -75,9 +81,12 @@ def read_moments(
             else:
                 moment.append(ops.new_state(local(p), known[kind].dtype if known else p.dtype, shard_of(name, p)))
         beta1, beta2 = group.get("betas", (0.0, 0.0))
-        rows.append((group.get("lr", 0.0), beta1, beta2, state.get("step", 0.0), state.get("skipped", 0.0)))
+        betas.append((beta1, beta2))
+        rows.append((group.get("lr", 0.0), state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
-    lr, beta1, beta2, step, skipped = (rates_on(column, device) for column in zip(*rows, strict=True))
+    lr, step, skipped = (rates_on(column, device) for column in zip(*rows, strict=True))
+    table = uploads.of("betas", betas, device, lambda: torch.tensor(betas, dtype=torch.float64))
+    beta1, beta2 = table.unbind(1)
     taken = (step - skipped).clamp(min=1)
     factors = torch.stack([lr, 1 / (1 - beta1**taken), 1 / (1 - beta2**taken)], 1)
     return Moments(*found, factors.float())

@@ -213,6 +213,11 @@ class Pruner:
         self._settle()
         self._settled = True
         t, importance, masks = self.step, self.importance, self.masks
+        target = None
+        if (captured := self.slots.captured) is not None:
+            hooks = {"score_gradients": self.score_gradients, "before_mask": self.before_mask}
+            captured.begin(t, self.schedule, importance, masks, hooks)
+            target = captured.target(self.schedule, importance, masks)
         gradients = self.score_gradients() if self.score_gradients is not None else None
         if gradients is not None and self.importance.rule.reads_moments:
             raise ValueError(
@@ -227,7 +232,7 @@ class Pruner:
                 counting = due and importance.constant_in_window and alone and not importance.at_once
                 counted = importance.fold(t, masks.counting() if counting else None)
             if due and importance.scored_before_step:
-                masks.renew(importance, self.schedule.remaining_ratio(t), t, counted, one_pass)
+                masks.renew(importance, self.schedule.remaining_ratio(t), t, counted, one_pass, target)
         final = masks.frozen or not due or importance.scored_before_step
         scored = t % self.config.importance_every == 0
         ends, due_next = one_pass and (t + 1) % self.config.delta_t == 0, self.schedule.mask_due(t + 1)
@@ -236,14 +241,15 @@ class Pruner:
 
     def end_step(self) -> None:
         """See StepDriver: choose masks that could not be chosen before, and zero what they prune."""
-        t, importance, masks = self.step, self.importance, self.masks
+        t, importance, masks, captured = self.step, self.importance, self.masks, self.slots.captured
         due = self.schedule.mask_due(t)
         masks.settle(importance)
         if not masks.frozen:
             for slot in self.slots.begun:
                 slot.count()
             if due and not importance.scored_before_step:
-                masks.renew(importance, self.schedule.remaining_ratio(t), t)
+                target = captured.target(self.schedule, importance, masks) if captured is not None else None
+                masks.renew(importance, self.schedule.remaining_ratio(t), t, target=target)
             # One synchronisation, where an empty mask would otherwise stay for good.
             if due and self.schedule.selects_once(t) and bool(importance.known):
                 self.freeze()
@@ -252,8 +258,11 @@ class Pruner:
             self.before_mask()
         for slot in self.slots:
             slot.close(masked)
-        masks.applied = masked
-        self.step += 1
+        if importance.clock is not None:
+            importance.clock += 1
+        if captured is None or not captured.end(masks):
+            masks.applied = masked
+            self.step += 1
 
     # ---- what the user asks for -------------------------------------------------------------------------------------
 
@@ -405,6 +414,10 @@ class Pruner:
         checkpoint.restore(state, own, self.masks)
         self.step, self._settled = state["step"], True
         self.importance.ahead = False
+        if self.importance.clock is not None:
+            self.importance.clock.fill_(self.step)
+        if self.slots.captured is not None:
+            self.slots.captured.forget()
         for slot in self.slots:
             if isinstance(slot, BaseSlot):
                 slot.restored()

@@ -49,6 +49,7 @@ class Selection:
         counted: Counted | None = None,
         before: Tensor | None = None,
         units: ScoredUnits | None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
         """Cutoff of each tensor, int64 [n, 2] or [1, 2] for all: (order key, tie index), see ops.select.
 
@@ -60,10 +61,16 @@ class Selection:
             counted: a counting pass already made over all weights (one region without bounds only).
             before: the last cutoffs, which the new ones are near.
             units: the scores of what competes in tensors that have a pattern; None where none has one.
+            target: int64 [1], on the device, how many weights of all are pruned, where all compete together; None: as
+                the ratio says.
         """
         wanted = [n - held for n, held in zip(self.scopes.units_to_prune(remaining_ratio), self.held, strict=True)]
         if self.scopes.is_global:
-            return self._select(score, wanted[0], counted, before).reshape(1, 2)
+            if target is None:
+                target = ops.to_device(torch.tensor(wanted[0]), self.layout.places.device)
+            else:
+                target = target - self.held[0]
+            return self._select(score, target, counted, before).reshape(1, 2)
         found = [field.cutoffs(score, wanted, before, units) for field in self._fields]
         if len(found) == 1:
             return found[0]
@@ -145,10 +152,9 @@ class Selection:
             a, b, *tables, kind, target, known, total, bracket=bracket, counts=counts, pointers=pointers
         )
 
-    def _select(self, score: Operands, count: int, counted: Counted | None, before: Tensor | None) -> Tensor:
-        """The cutoff below which `count` of all weights go; see `cutoffs`."""
-        layout, device = self._whole, self.layout.places.device
-        target = ops.to_device(torch.tensor(count), device)
+    def _select(self, score: Operands, target: Tensor, counted: Counted | None, before: Tensor | None) -> Tensor:
+        """The cutoff below which `target` of all weights go; see `cutoffs`."""
+        layout = self._whole
         a, b, factors = _of(score, self._owned)
         bracket, counts = counted or (None, None)
         if not self.ranks.alone:
