@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from pins_ext.runs.errors import EXIT_OK, UsageError
+from pins_ext.sparse.inference import _candidates
 
 from . import inference_curves as curves
 from .inference_contest import Contest, key, random_inputs
+from .inference_peers import LEAST_SPARSITY as LEAST_PRUNED
 from .machine import describe
 
 ROUNDS = {"cpu": 20, "cuda": 100}
@@ -32,6 +34,7 @@ def run(given: dict[str, Any]) -> int:
         return _curves(given, threads, device)
     shapes = [_shape("--tokens", text) for text in given.get("tokens", TOKENS)]
     models = _models(given, device)
+    _refuse_long(next(iter(models.values())), shapes)
     torch.set_num_threads(threads)
     cases = []
     with torch.inference_mode():
@@ -133,11 +136,22 @@ def _models(given: dict[str, Any], device: torch.device) -> dict[str, nn.Module]
         model, _ = load_or_refuse(Path(given["checkpoint"]))
         # A cache of keys and values is of no use to one call, and torch.onnx can't export it.
         model.config.use_cache = False
+        if not _candidates(model, LEAST_PRUNED)[0]:
+            raise UsageError(
+                f"{given['checkpoint']} has no linear layer with {LEAST_PRUNED:.0%} zeros: prune it first, or leave "
+                f"the checkpoint out"
+            )
         return {Path(given["checkpoint"]).name: model.float().to(device)}
     sparsities, least = given.get("sparsity", [0.8, 0.9, 0.95]), LEAST_SPARSITY[device.type]
     if not all(least <= s < 1 for s in sparsities):
         raise UsageError(f"--sparsity must lie between {least} and 1: below, layers stay dense")
     return {f"{s:.1%}".replace(".0%", "%"): _random_bert(s, given.get("layers", 12), device) for s in sparsities}
+
+
+def _refuse_long(model: nn.Module, shapes: Sequence[tuple[int, int]]) -> None:
+    most, longest = getattr(model.config, "max_position_embeddings", None), max(length for _, length in shapes)
+    if isinstance(most, int) and 0 < most < longest:
+        raise UsageError(f"--tokens {longest}: {type(model).__name__} reads {most} at most; 4x{most} is four sequences")
 
 
 def _random_bert(sparsity: float, layers: int, device: torch.device) -> nn.Module:

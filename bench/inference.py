@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pins_ext.cli.run import check_threads
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.options import Parser
 
@@ -55,8 +56,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     given = vars(parser.parse_args(argv))
-    if given.get("threads", 1) < 1 or given.get("rounds", 1) < 1:
-        raise UsageError("--threads and --rounds must be at least 1")
+    check_threads(given.get("threads", 1))
+    if given.get("rounds", 1) < 1:
+        raise UsageError("--rounds must be at least 1")
     if not given.get("seconds", 1.0) > 0:
         raise UsageError("--seconds must be above 0")
     if "output" in given:

@@ -171,10 +171,13 @@ def random_inputs(model: nn.Module, shape: tuple[int, int]) -> dict[str, Any]:
     vocabulary = int(getattr(model.config, "vocab_size", 100))
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     ids = ids.to(next(model.parameters()).device)
-    # Models look at a mask's values on the host, which no CUDA graph holds; none means the same.
-    return (
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if ids.device.type == "cpu" else {"input_ids": ids}
-    )
+    inputs = {"input_ids": ids}
+    if ids.device.type == "cpu":
+        # On a GPU models would look at its values on the host, which no CUDA graph holds; none means the same.
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
 
 
 def wait(device: torch.device) -> None:

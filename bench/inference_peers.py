@@ -44,6 +44,8 @@ class _Csr(nn.Module):
         super().__init__()
         self.matrix = layer.weight.detach().to_sparse_csr()
         self.bias = layer.bias
+        # Models ask for its dtype.
+        self.weight = torch.empty_like(layer.weight, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -53,10 +53,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{target} exists: choose another --output-dir, or replace it with --overwrite")
     model, tokenizer = load_or_refuse(source)
     dtype = _dtype(given.get("dtype"))
-    if form == "dense":
-        _write_dense(model, tokenizer, target, dtype)
-    else:
-        _write_sparse(model, tokenizer, target, dtype, "int8" in given, given.get("compression", "none"))
+    try:
+        if form == "dense":
+            _write_dense(model, tokenizer, target, dtype)
+        else:
+            _write_sparse(model, tokenizer, target, dtype, "int8" in given, given.get("compression", "none"))
+    except ValueError as error:
+        # Weights that the asked form doesn't hold.
+        raise UsageError(str(error)) from error
     return EXIT_OK
 
 
@@ -99,8 +103,12 @@ def _write_sparse(model: Any, tokenizer: Any, target: Path, dtype: Any, int8: bo
 
 def _write_dense(model: Any, tokenizer: Any, target: Path, dtype: Any) -> None:
     from pins_ext.files.atomic import written_aside
+    from pins_ext.sparse.format import refuse_overflow
 
     if dtype is not None:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                refuse_overflow(name, tensor, dtype)
         model.to(dtype)
     with written_aside(target) as aside:
         model.save_pretrained(aside)

@@ -22,12 +22,20 @@ examples:
   pins-ext run runs/mine --file texts.txt --json
 """
 
+MOST_THREADS = 1024
+"""With tens of thousands, which no machine has, torch ends in a segmentation fault."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = _parser()
     given = vars(parser.parse_args(argv))
     texts, pairs = _texts(given)
+    if "threads" in given:
+        check_threads(given["threads"])
+    ignored = [flag for flag in ("values", "min_sparsity") if flag in given and "dense" in given]
+    if ignored:
+        raise UsageError(f"--{ignored[0].replace('_', '-')} is for sparse layers: leave it out with --dense")
     if given.get("max_new_tokens", 1) < 1:
         raise UsageError("--max-new-tokens must be at least 1")
     if not 0 <= given.get("min_sparsity", 0.7) <= 1:
@@ -40,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     if tokenizer is None:
         raise UsageError(f"{given['checkpoint']} has no tokenizer: save it beside the model")
     if "threads" in given:
-        _set_threads(given["threads"])
+        import torch
+
+        torch.set_num_threads(given["threads"])
     if "dense" not in given:
         _sparsify(model, given)
     begin = time.perf_counter()
@@ -64,7 +74,12 @@ def _parser() -> Parser:
         "--pair", action="append", metavar="TEXT", help="the second text, or the question, for each --text in order"
     )
     parser.add_argument("--file", metavar="FILE", help="texts, one a line (text and pair separated by a tab)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="generation: how much to add (default: 40)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="generation: how much to add, as far as the model's positions go (default: 40)",
+    )
     parser.add_argument("--min-sparsity", type=float, metavar="S", help="layers with fewer zeros stay dense (.7)")
     parser.add_argument(
         "--values",
@@ -101,12 +116,10 @@ def _texts(given: dict[str, Any]) -> tuple[list[str], list[str] | None]:
     return [row[0] for row in rows], [row[1] for row in rows] if len(rows[0]) == 2 else None
 
 
-def _set_threads(threads: int) -> None:
-    import torch
-
-    if threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {threads}")
-    torch.set_num_threads(threads)
+def check_threads(threads: int) -> None:
+    """Refuse numbers of threads with which torch would crash."""
+    if not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads must be between 1 and {MOST_THREADS}, got {threads}")
 
 
 def _sparsify(model: Any, given: dict[str, Any]) -> None:

@@ -52,14 +52,15 @@ def answers(
         tokenizer: its tokenizer.
         texts: one by one; the contexts for questions.
         pairs: a second text for each, for tasks on pairs; the questions for questions.
-        max_new_tokens: how much to generate.
+        max_new_tokens: how much to generate, less where the model's positions end before.
 
     Yields:
         classification: {"label", "score"}, or {"value"} for regression. entities: {"entities": [{"label", "text",
         "start", "end", "score"}]}. questions: {"answer", "start", "end", "score"}. generation: {"text"}.
 
     Raises:
-        UnanswerableError: a kind that needs `pairs` without them, or the other way round.
+        UnanswerableError: a kind that needs `pairs` without them, or the other way round; a text to go on from that is
+            empty or fills the model's positions.
     """
     kind = kind_of(model)
     if kind == "questions" and pairs is None:
@@ -81,7 +82,7 @@ def answers(
 
 
 def _classified(model: Any, tokenizer: Any, text: str, pair: str | None) -> dict[str, Any]:
-    inputs = tokenizer(text, pair, truncation=True, return_tensors="pt")
+    inputs = tokenizer(text, pair, truncation=True, max_length=_longest(model, tokenizer), return_tensors="pt")
     logits = model(**inputs).logits[0].float()
     if logits.numel() == 1:
         return {"value": float(logits[0])}
@@ -96,6 +97,8 @@ def _classified(model: Any, tokenizer: Any, text: str, pair: str | None) -> dict
 def _entities(model: Any, tokenizer: Any, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
     from transformers import pipeline
 
+    # Where nobody said how long a text may be, the pipeline would not cut it.
+    tokenizer.model_max_length = _longest(model, tokenizer) or tokenizer.model_max_length
     tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
     for text in texts:
         entities: list[Any] = tagger(text)
@@ -117,7 +120,7 @@ def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[s
     """The likeliest span over all windows of the context (Devlin et al. 2019)."""
     from pins_ext.tasks.families.questions import best_span
 
-    length = min(tokenizer.model_max_length, 512)
+    length = min(_longest(model, tokenizer) or 512, 512)
     encoded = tokenizer(
         question,
         context,
@@ -147,7 +150,32 @@ def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[s
 
 def _generated(model: Any, tokenizer: Any, texts: Iterable[str], max_new_tokens: int) -> Iterator[dict[str, Any]]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    positions = _positions(model)
     for text in texts:
         inputs = tokenizer(text, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-        yield {"text": tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)}
+        given = inputs["input_ids"].shape[1]
+        if given == 0:
+            raise UnanswerableError("a text is empty: a model for generation needs something to go on from")
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - given)
+        if room < 1:
+            raise UnanswerableError(f"a text has {given} tokens and the model {positions} positions: shorten the text")
+        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=pad)
+        yield {"text": tokenizer.decode(output[0, given:], skip_special_tokens=True)}
+
+
+def _longest(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model reads, by its positions and its tokenizer; None where neither tells."""
+    # Tokenizers say 10^30 where nobody said.
+    told = [n for n in (_positions(model), tokenizer.model_max_length) if n is not None and n < 1 << 24]
+    return min(told, default=None)
+
+
+def _positions(model: Any) -> int | None:
+    """Positions that the model has; None where its configuration tells none."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the padding's.
+    tables = (m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return most if padding is None else most - padding - 1

@@ -7,8 +7,7 @@ docs/sparse_format.md describes the files, with a reader in NumPy. Dense safeten
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from pins_ext.files.atomic import folder_aside, sha256
 from pins_ext.patterns import recognised
 from pins_ext.pruning.patterns import input_axes
 from pins_ext.sparse import compression as zstd
-from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, check, decode, encode, plan
-from pins_ext.sparse.index import COMPRESSIONS, FILE, Index, SparseFormatError, sizes
-from pins_ext.sparse.shards import ShardReader, ShardWriter
+from pins_ext.sparse.checkpoint import SparseCheckpoint, array_name
+from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, encode, plan
+from pins_ext.sparse.index import COMPRESSIONS, Index, SparseFormatError, sizes
+from pins_ext.sparse.shards import ShardWriter
 
 PRODUCER = "pins_ext"
 SHARD_BYTES = 2 << 30
@@ -59,7 +59,7 @@ def save_sparse(
 
     Raises:
         FileExistsError: there is something at `path` and `overwrite` is False.
-        ValueError: a tensor or an option that the format doesn't hold.
+        ValueError: a tensor or an option that the format doesn't hold, or weights that are infinite in a smaller dtype.
         OSError: the folder can't be written; what was at `path` before is untouched.
     """
     folder = Path(os.path.abspath(path))
@@ -67,6 +67,8 @@ def save_sparse(
         raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}; got {compression!r}")
     if dtype is not None and dtype not in [DTYPES[name] for name in _FLOATS]:
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None; got {dtype}")
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be a number of bytes, at least 1; got {shard_bytes!r}")
     taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if taken and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or replace it with overwrite=True")
@@ -101,100 +103,12 @@ def load_sparse(path: str | Path, *, model: nn.Module | None = None) -> Any:
     if model is not None:
         # The caller's model keeps its weights if any tensor can't be read.
         checkpoint.check()
-    built = _built(checkpoint) if model is None else model
-    _fill(built, checkpoint)
-    return built.eval() if model is None else built
-
-
-class SparseCheckpoint:
-    """A sparse checkpoint, verified, tensor by tensor.
-
-    Args:
-        path: the folder.
-
-    Attributes:
-        folder: the same.
-        index: what it holds.
-
-    Raises:
-        SparseFormatError: no sparse checkpoint, an unknown version, or damaged files.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
-        if not self.folder.is_dir():
-            raise SparseFormatError(f"{self.folder} is no folder")
-        self.index = Index.read(self.folder)
-        self.index.verify(self.folder)
-
-    def arrays(self) -> Iterator[tuple[str, Entry, dict[str, Tensor]]]:
-        """(name, entry, arrays by kind as pins_ext.sparse.encoding describes them) of each tensor, one at a time.
-
-        Raises:
-            SparseFormatError: arrays that are missing, of another shape, or not announced.
-        """
-        try:
-            for shard in sorted(set(self.index.shards.values())):
-                yield from self._arrays_of(shard)
-        except ValueError as error:
-            raise SparseFormatError(str(error)) from error
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, dense tensor) one at a time, aliases left out. Tensors may share the mapped file: copy to change them.
-
-        Raises:
-            SparseFormatError: arrays that are missing or contradict each other.
-        """
-        for name, entry, arrays in self.arrays():
-            # Without a name here, or it would live on while the next one is made.
-            yield name, self._decoded(name, entry, arrays)
-
-    def check(self) -> None:
-        """Read all arrays, one tensor at a time, without expanding them.
-
-        Raises:
-            SparseFormatError: as `tensors`.
-        """
-        for name, entry, arrays in self.arrays():
-            if entry.layout == "rows":
-                with self._named(name):
-                    check(arrays, entry)
-
-    def _decoded(self, name: str, entry: Entry, arrays: dict[str, Tensor]) -> Tensor:
-        with self._named(name):
-            return decode(arrays, entry)
-
-    @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except EncodingError as error:
-            raise SparseFormatError(f"{name!r} in {self.folder}: {error}") from error
-
-    def _arrays_of(self, shard: str) -> Iterator[tuple[str, Entry, dict[str, Tensor]]]:
-        reader = ShardReader(self.folder / shard)
-        try:
-            here = [name for name, place in self.index.shards.items() if place == shard]
-            expected = {array_name(name, kind) for name in here for kind in self.index.entries[name].arrays()}
-            if reader.names != expected:
-                odd = sorted(reader.names ^ expected)[0]
-                raise SparseFormatError(f"{odd!r} is in {self.folder / shard} or in {FILE}, but not in both")
-            for name in here:
-                entry = self.index.entries[name]
-                yield name, entry, {kind: self._read(reader, name, kind, entry) for kind in entry.arrays()}
-        finally:
-            reader.close()
-
-    def _read(self, reader: ShardReader, name: str, kind: str, entry: Entry) -> Tensor:
-        dtype, shape = entry.arrays()[kind]
-        if self.index.compression == "none":
-            return reader.read(array_name(name, kind), dtype, shape)
-        return zstd.decompress(reader.read(array_name(name, kind), "uint8"), DTYPES[dtype], shape)
-
-
-def array_name(name: str, kind: str) -> str:
-    """Name, in a shard, of an array of a tensor. No checkpoint of another format has such names."""
-    return name if kind == "dense" else f"{name}.pins_{kind}"
+    if model is not None:
+        _fill(model, checkpoint, untie=False)
+        return model
+    built = _built(checkpoint)
+    _fill(built, checkpoint, untie=True)
+    return built.eval()
 
 
 def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, _Source], dict[str, str]]:
@@ -218,7 +132,7 @@ def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, 
             aliases[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = _Source(tensor, dtype if dtype is not None and tensor.is_floating_point() else None)
+            tensors[name] = _Source(name, tensor, dtype if dtype is not None and tensor.is_floating_point() else None)
     return tensors, aliases
 
 
@@ -236,12 +150,27 @@ def _patterns(model: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
 class _Source:
     """A tensor that is cast and moved to the CPU only while it is written."""
 
-    def __init__(self, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    def __init__(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+        self._name = name
         self._tensor = tensor
         self._dtype = dtype
 
     def load(self) -> Tensor:
-        return self._tensor.detach().to(device="cpu", dtype=self._dtype or self._tensor.dtype).contiguous()
+        tensor = self._tensor.detach()
+        if self._dtype is not None and torch.finfo(self._dtype).max < torch.finfo(tensor.dtype).max:
+            refuse_overflow(self._name, tensor, self._dtype)
+        return tensor.to(device="cpu", dtype=self._dtype or tensor.dtype).contiguous()
+
+
+def refuse_overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a cast that would make finite numbers infinite.
+
+    Raises:
+        ValueError: it would.
+    """
+    if tensor.numel() and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise ValueError(f"{name} has weights up to {largest:.3g}, which are infinite in {dtype}: use bfloat16")
 
 
 def _write_shards(
@@ -309,7 +238,14 @@ def _built(checkpoint: SparseCheckpoint) -> Any:
     import transformers
     from transformers.initialization import no_init_weights
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise SparseFormatError(
+            f"{checkpoint.folder / 'config.json'} can't be read: {' '.join(str(error).split())[:300]}"
+        ) from error
     kind = model_class(config, checkpoint.folder)
     with no_init_weights():
         model = kind(config)
@@ -343,8 +279,14 @@ def model_class(config: Any, folder: Path) -> Any:
     return kind
 
 
-def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
-    """Put the tensors into the model, each with the dtype it was saved in, on the device of the one it replaces."""
+def _fill(model: nn.Module, checkpoint: SparseCheckpoint, untie: bool) -> None:
+    """Put the tensors into the model, each with the dtype it was saved in, on the device of the one it replaces.
+
+    Args:
+        model: unchanged where it doesn't fit.
+        checkpoint: to load.
+        untie: give tensors that were saved as different ones, and are one in the model, a place each.
+    """
     index = checkpoint.index
     expected = model.state_dict()
     stored = index.entries.keys() | index.aliases.keys()
@@ -362,14 +304,14 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
             f"the model has {tuple(expected[wrong[0]].shape)}"
         )
     del expected
-    places = {name: _place(model, name) for name in stored}
-    names_of: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {name: [name] for name in index.entries}
     for name, target in index.aliases.items():
-        names_of.setdefault(target, []).append(name)
+        names_of[target].append(name)
+    places = _places(model, names_of, checkpoint.folder, untie)
     for name, tensor in checkpoint.tensors():
         mapped = index.entries[name].layout == "dense"
         done: list[Tensor] = []
-        for one in (name, *names_of.get(name, [])):
+        for one in names_of[name]:
             place = places[one]
             if not any(place is other for other in done):
                 # A copy where two places have it: tied weights are one place. The file's mapping is not the model's.
@@ -377,6 +319,33 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint) -> None:
                 done.append(place)
         # The old memory goes before the next tensor comes.
         del tensor
+
+
+def _places(model: nn.Module, names_of: Mapping[str, Sequence[str]], folder: Path, untie: bool) -> dict[str, Tensor]:
+    """The parameter or buffer of each name; no two that were saved as different tensors are one.
+
+    Raises:
+        SparseFormatError: two are, and `untie` is False.
+    """
+    places = {name: _place(model, name) for names in names_of.values() for name in names}
+    owners: dict[int, str] = {}
+    for first, names in names_of.items():
+        own: Tensor | None = None
+        for name in names:
+            owner = owners.setdefault(id(places[name]), first)
+            if owner == first:
+                continue
+            if not untie:
+                raise SparseFormatError(
+                    f"{folder} doesn't fit {type(model).__name__}: it holds different tensors for {owner!r} and "
+                    f"{name!r}, which are one in the model: give the model two, or save it with one"
+                )
+            if own is None:
+                own = nn.Parameter(torch.empty_like(places[name]), requires_grad=places[name].requires_grad)
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, own)
+            places[name] = own
+    return places
 
 
 def _place(model: nn.Module, name: str) -> Tensor:

@@ -129,6 +129,10 @@ class SparseLinear(nn.Module):
         self._dtype = probe.dtype
         return self
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse, as where a model ties the weights of its layers."""
+        raise RuntimeError(_PACKED.format("replaced or tied"))
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise RuntimeError(_PACKED.format("saved"))
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pins_ext.chance import blocks_hold_by_chance, groups_hold_by_chance, lines_hold_by_chance
 from pins_ext.sparse.attention_heads import HeadLayout, head_layout
+from pins_ext.sparse.checkpoint import SparseCheckpoint
 from pins_ext.sparse.encoding import DTYPES, NAMES, SPARSE_DTYPES, Entry
-from pins_ext.sparse.format import SparseCheckpoint
 from pins_ext.sparse.index import SparseFormatError
 from pins_ext.sparse.source import is_sparse
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.small_models import characters, decoder_config
 from torch import Tensor
-from transformers import BertConfig, BertModel, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from pins_ext.bench import bench_inference, inference_peers
 from pins_ext.bench.inference_contest import Contest, first_output, measure, random_inputs
@@ -56,6 +56,31 @@ def checkpoint(folder: Path) -> Path:
     model.save_pretrained(folder)
     characters().save_pretrained(folder)
     return folder
+
+
+def test_a_checkpoint_without_zeros_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2LMHeadModel(decoder_config()).save_pretrained(tmp_path / "dense")
+    assert main(["bench-inference", str(tmp_path / "dense")]) == 2
+    said = capsys.readouterr()
+    assert "has no linear layer with 40% zeros: prune it first" in said.err
+    assert "tokens" not in said.out
+
+
+def test_an_encoder_and_decoder_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exported(*_: object) -> None:
+        raise inference_peers.AbsentError("left out: it takes seconds")
+
+    monkeypatch.setattr(inference_peers, "exported", exported)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    for p in model.parameters():
+        p.data[torch.rand(p.shape) < 0.9] = 0
+    with torch.inference_mode():
+        case = bench_inference._case({"90%": model}, (2, 3), 1, {"rounds": 1})
+    assert case["rows"]["pins_ext float32 90%"]["error"] < 1e-5
 
 
 @pytest.mark.slow
@@ -107,7 +132,10 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
         (["--tokens", "8y"], "--tokens 8y: a number of tokens, or sequences x tokens as in 8x128"),
         (["--tokens", "1x2x3"], "sequences x tokens as in 8x128"),
         (["--sparsity", "0.2"], "--sparsity must lie between 0.7 and 1"),
-        (["--threads", "0"], "--threads and --rounds must be at least 1"),
+        (["--threads", "0"], "--threads must be between 1 and 1024, got 0"),
+        (["--threads", "100000"], "--threads must be between 1 and 1024, got 100000"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--layers", "1", "--tokens", "8", "2x513"], "--tokens 513: BertModel reads 512 at most"),
         (["none", "--sparsity", "0.9"], "leave them out with a checkpoint"),
         (["none"], "none is no folder"),
         (["none", "--curves"], "leave the checkpoint out"),

@@ -136,11 +136,51 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "one --pair for each --text" in refused(capsys, "run", folder, "--text", "a", "--pair", "a", "--pair", "b")
     assert "every line must hold one text, or" in refused(capsys, "run", folder, "--file", tmp_path / "texts.txt")
     assert "between 0 and 1, got 90" in refused(capsys, "run", folder, "--text", "a", "--min-sparsity", 90)
-    assert "--threads must be at least 1" in refused(capsys, "run", folder, "--text", "a", "--threads", 0)
+    for threads in (0, 100_000):
+        said = refused(capsys, "run", folder, "--text", "a", "--threads", threads)
+        assert f"--threads must be between 1 and 1024, got {threads}" in said
+    for flag, value in (("--values", "int8"), ("--min-sparsity", 0.5)):
+        said = refused(capsys, "run", folder, "--text", "a", "--dense", flag, value)
+        assert f"{flag} is for sparse layers: leave it out with --dense" in said
     questions = saved("questions", tmp_path / "questions")
     assert "needs a question for each text" in refused(capsys, "run", questions, "--text", "a")
     entities = saved("entities", tmp_path / "entities")
     assert "takes one text at a time" in refused(capsys, "run", entities, "--text", "a", "--pair", "b")
+
+
+def test_generation_ends_with_the_models_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("generation", tmp_path / "dense")
+    positions = decoder_config().n_positions
+    (answer,) = run(capsys, folder, "--text", "a cab", "--max-new-tokens", 100_000, "--dense")
+    assert 0 < len(answer["text"]) <= positions - 5
+    assert "a text is empty: a model for generation needs" in refused(capsys, "run", folder, "--text", "")
+    said = refused(capsys, "run", folder, "--text", "a" * (positions + 3))
+    assert f"a text has {positions + 3} tokens and the model {positions} positions: shorten the text" in said
+
+
+@pytest.mark.parametrize("kind", ["classification", "entities", "questions"])
+def test_a_text_that_is_longer_than_the_models_positions(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(kind, tmp_path / "dense")
+    tokenizer = word_pieces()
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(folder)
+    pair = ["--pair", "what?"] if kind == "questions" else []
+    (answer,) = run(capsys, folder, "--text", "a bad cab " * 100, *pair, "--dense")
+    assert answer
+
+
+def test_weights_that_the_asked_form_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "dense"
+    model = pruned(MODELS["classification"]())
+    model.classifier.weight.data[0, 0] = 1e6
+    model.save_pretrained(folder)
+    for form in ("sparse", "dense"):
+        said = refused(capsys, "export", folder, "--dtype", "float16", "--format", form)
+        assert "classifier.weight has weights up to 1e+06, which are infinite in torch.float16: use bfloat16" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+    assert main(["export", str(folder), "--dtype", "bfloat16"]) == 0
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.files.atomic import sha256
-from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
+from pins_ext.sparse.checkpoint import SparseCheckpoint
+from pins_ext.sparse.format import load_sparse, save_sparse
 from pins_ext.sparse.index import FILE, SparseFormatError, digest_of
 
 RANDOM_CHANGES = 400

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2LMHeadModel, pipeline
 
 from pins_ext import Pruner, reference
+from pins_ext.files.atomic import sha256
+from pins_ext.sparse.checkpoint import SparseCheckpoint
 from pins_ext.sparse.encoding import Entry, decode, encode, plan, row_scales
-from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
+from pins_ext.sparse.format import load_sparse, save_sparse
 from pins_ext.sparse.index import FILE, Index, SparseFormatError, digest_of, sizes
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +118,79 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert dict(index.aliases) == {"lm_head.weight": "transformer.wte.weight"}
     again = load_sparse(tmp_path / "sparse")
     assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_weights_that_were_untied_come_back_as_two(tmp_path: Path) -> None:
+    """The configuration ties them, the saved model did not."""
+    model = pruned(gpt2())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    save_sparse(model, tmp_path / "sparse")
+    again = load_sparse(tmp_path / "sparse")
+    assert again.lm_head.weight is not again.transformer.wte.weight
+    assert_same(model.state_dict(), again.state_dict())
+    tied = gpt2()
+    before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    with pytest.raises(SparseFormatError, match=r"different tensors for 'transformer.wte.weight' and 'lm_head.weight'"):
+        load_sparse(tmp_path / "sparse", model=tied)
+    assert_same(before, tied.state_dict())
+
+
+class Pairs(nn.Module):
+    """Four names; those of a group are one layer."""
+
+    def __init__(self, *groups: str) -> None:
+        super().__init__()
+        for group in groups:
+            layer = nn.Linear(40, 40)
+            for name in group:
+                self.add_module(name, layer)
+
+
+def test_names_of_shared_layers_load_into_models_that_share_others(tmp_path: Path) -> None:
+    saved = pruned(Pairs("ac", "bd"))
+    save_sparse(saved, tmp_path / "sparse")
+    for groups in (("ac", "bd"), ("a", "b", "c", "d"), ("a", "c", "bd")):
+        other = Pairs(*groups)
+        load_sparse(tmp_path / "sparse", model=other)
+        assert_same({k: saved.state_dict()[k] for k in other.state_dict()}, other.state_dict())
+    for groups in (("abcd",), ("ab", "cd"), ("abc", "d")):
+        with pytest.raises(SparseFormatError, match="which are one in the model: give the model two"):
+            load_sparse(tmp_path / "sparse", model=Pairs(*groups))
+
+
+def test_weights_that_a_smaller_dtype_makes_infinite_are_refused(tmp_path: Path) -> None:
+    model = pruned(bert())
+    model.classifier.weight.data[0, 0] = -1e6
+    with pytest.raises(
+        ValueError, match=r"classifier.weight has weights up to 1e\+06, which are infinite in torch.float16"
+    ):
+        save_sparse(model, tmp_path / "a", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    model.classifier.weight.data[0, 0] = torch.inf
+    save_sparse(model, tmp_path / "a", dtype=torch.float16)
+    save_sparse(model, tmp_path / "b", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("shard_bytes", [0, -1, "2GB", 1.5])
+def test_shards_without_room_are_refused(shard_bytes: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard_bytes must be a number of bytes, at least 1; got"):
+        save_sparse(nn.Linear(3, 3), tmp_path / "a", shard_bytes=shard_bytes)
+
+
+def test_a_configuration_that_transformers_refuses(tmp_path: Path) -> None:
+    """Its code is never run."""
+    save_sparse(pruned(bert()), tmp_path / "sparse")
+    file = tmp_path / "sparse" / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "sparse" / "mine.py").write_text("raise SystemExit('was run')")
+    for text in (json.dumps(config), json.dumps({"model_type": "no such"}), "{"):
+        file.write_text(text)
+        body = json.loads((tmp_path / "sparse" / FILE).read_text())
+        body.pop("sha256")
+        body["files"]["config.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        (tmp_path / "sparse" / FILE).write_text(json.dumps(body | {"sha256": digest_of(body)}))
+        with pytest.raises(SparseFormatError, match=r"config.json can't be read: "):
+            load_sparse(tmp_path / "sparse")
 
 
 def test_a_plain_module_is_loaded_into_one_of_its_kind(tmp_path: Path) -> None:

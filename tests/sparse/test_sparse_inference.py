@@ -25,7 +25,8 @@ from transformers import (
 
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial
-from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
+from pins_ext.sparse.checkpoint import SparseCheckpoint
+from pins_ext.sparse.format import load_sparse, save_sparse
 from pins_ext.sparse.inference import sparsify_for_inference
 from pins_ext.sparse.linear import SparseLinear
 
@@ -181,6 +182,7 @@ def test_what_packed_weights_can_not_do_is_refused_politely(tmp_path: Path) -> N
         lambda: model.load_state_dict({}),
         lambda: save_sparse(model, tmp_path / "sparse"),
         lambda: sparse(bert()).to("meta"),
+        lambda: setattr(model.bert.encoder.layer[0].output.dense, "weight", nn.Parameter(torch.ones(2))),
     ):
         with pytest.raises((TypeError, RuntimeError), match=r"save the model with pins_ext\.save_sparse before"):
             attempt()

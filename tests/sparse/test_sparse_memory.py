@@ -18,7 +18,8 @@ import json, re, sys
 from pathlib import Path
 import torch
 from torch import nn
-from pins_ext.sparse.format import SparseCheckpoint, load_sparse, save_sparse
+from pins_ext.sparse.checkpoint import SparseCheckpoint
+from pins_ext.sparse.format import load_sparse, save_sparse
 
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
