@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import storages
+import torch.distributed as dist
+from allocations import allocated, storages
 from ranks import run
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
@@ -60,3 +62,33 @@ def test_what_a_rank_holds_is_planned(size: int, replicas: int) -> None:
     print(told)
     there, planned, _ = max(told)
     assert planned == pytest.approx(there, rel=0.05)
+
+
+def asked_for(options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that this rank asks for while masks are chosen by several thresholds, and what is planned."""
+    size = dist.get_world_size()
+    model: Any = nn.Sequential(*(nn.Linear(64, 128, bias=False) for _ in range(40)))
+    names = [name for name, _ in model.named_parameters()]
+    config = PruneConfig(sparsity=0.5, warmup=0, cooldown=2, delta_t=1, **options)
+    planned = memory(model, names, config, ranks=size).selection
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    pruner = Pruner(model, torch.optim.SGD(model.parameters(), lr=0.1), config, 20)
+    for tensors in pruner.importance.tensors().values():
+        for t in tensors:
+            t.uniform_()
+    score, places = pruner.importance.score(), pruner.importance.layout
+    # Work lists are there all the time.
+    planned -= places.places.nbytes + places.chunks.nbytes
+    return allocated(lambda: pruner.masks.choose(score, 0.7)), planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"scope": "layer"}, {"min_density": {"*": 0.1}}, {"scope": "layer", "max_density": {"*": 0.9}}],
+    ids=str,
+)
+def test_what_several_thresholds_ask_for_is_planned(options: dict[str, Any]) -> None:
+    for asked, planned in run(2, asked_for, options):
+        print(f"{asked:,} bytes there, {planned:,} planned")
+        assert 0.95 * planned < asked <= 1.05 * planned

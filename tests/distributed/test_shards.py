@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from pins_ext import ops
+from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import box, local, shard_of
 
 
@@ -122,3 +123,21 @@ def test_offloaded_parameters_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"w lies on a cpu while its ranks talk on cuda: offloading .* leave it out"):
         shard_of("w", parameter)
+
+
+def on_meshes_that_cross() -> str:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensors = [distribute_tensor(torch.ones(4, 4), mesh[name], [Shard(0)]) for name in ("dp", "tp")]
+    with pytest.raises(ValueError, match="none of them covers the others") as caught:
+        Ranks(tensors)
+    # Beside one that covers both it is clear who counts what.
+    everyone = Ranks([*tensors, distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)])])
+    assert everyone.size == 4
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_meshes_of_which_none_covers_the_others_are_refused_on_every_rank() -> None:
+    told = run(4, on_meshes_that_cross)
+    assert "ranks [0, 2] and [0, 1]" in told[0]
+    assert "ranks [1, 3] and [2, 3]" in told[3]

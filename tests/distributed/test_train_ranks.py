@@ -62,6 +62,28 @@ def test_one_result_and_a_stopped_run_goes_on_to_the_same_bits(tiny: Path, tmp_p
     assert_same(tmp_path / "unbroken", tmp_path / "stopped")
 
 
+def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, "train", *flags(tiny, tmp_path / "result", "--save-steps", "4"))
+    work = tmp_path / "result.unfinished"
+    while not checkpoints(work) and process.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - begin < 90
+    assert process.returncode != 0
+    assert "exitcode  : -9" in err
+    assert checkpoints(work)
+    assert not (tmp_path / "result").exists()
+    again = start(tmp_path, "train", "--output-dir", str(tmp_path / "result"), "--resume")
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert "resuming from checkpoint-" in out
+    assert main(["verify", str(tmp_path / "result")]) == 0
+
+
 def test_accelerate_launch_writes_one_result(tiny: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "train", *flags(tiny, tmp_path / "result"), launch=ACCELERATE)
     out, err = process.communicate(timeout=300)
