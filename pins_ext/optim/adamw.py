@@ -98,11 +98,14 @@ class PinsAdamW(FusedOptimizer):
             for key, group in groups.items()
         }
         steps = [self.state[p]["step"] for p in parameters]
-        factors = [(*of_groups[id(group)], step) for group, step in zip(owners, steps, strict=True)]
         device, skipped = parameters[0].device, self._skipped(parameters)
         if skipped is None and all(rate is not None for rate in rates.values()):
-            rows = {f: _adamw_row(*f) for f in set(factors)}
-            return ops.to_device(torch.tensor([rows[f] for f in factors], dtype=torch.float32), device)
+            # Few rows differ, of thousands that torch would read number by number.
+            uses = [(id(group), step) for group, step in zip(owners, steps, strict=True)]
+            places = {use: i for i, use in enumerate(dict.fromkeys(uses))}
+            rows = torch.tensor([_adamw_row(*(*of_groups[key], step)) for key, step in places], dtype=torch.float32)
+            return ops.to_device(rows[torch.tensor([places[use] for use in uses])], device)
+        factors = [(*of_groups[id(group)], step) for group, step in zip(owners, steps, strict=True)]
         table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
         _, decay, beta1, beta2, eps, step = table.unbind(1)
         lr = rates_on([group["lr"] for group in owners], device)
