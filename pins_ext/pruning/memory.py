@@ -140,9 +140,10 @@ def memory(
     if ranks > 1 and (release or frozen_base):
         raise ValueError(f"gradients that are freed inside backward are of one process, not of {ranks} ranks")
     shards = ranks // replicas
-    if shards > 1 and config.state_device:
+    moved = moves_states(config, frozen_base)
+    if shards > 1 and moved:
         raise ValueError("state_device='cpu' is for weights that one process holds whole: leave it out, or use DDP")
-    if release and config.state_device:
+    if release and moved:
         raise ValueError(
             "state_device='cpu' is not for gradients that are freed inside backward: leave one of them out"
         )
@@ -166,7 +167,7 @@ def memory(
     selection = _selection(sizes, ranks if shards > 1 else 1, scopes)
     selection += _patterned(fits or {}, parameters, shards, config)
     host = 0
-    if moves_states(config, frozen_base):
+    if moved:
         element = max(size for _, size in shapes)
         each_tensor = [shape for shape, _ in shapes]
         host = selection + host_bytes(

@@ -14,6 +14,7 @@ from torch import nn
 from pins_ext.integrations.meta import meta_model
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.frozen import base_config
+from pins_ext.pruning.kept import moves_states
 from pins_ext.pruning.memory import Memory, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.patterns import fitted
@@ -65,7 +66,7 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
             "release": request.run.release_gradients,
             "frozen_base": frozen_base,
         }
-        alone = fixed["release"] or frozen_base
+        alone = fixed["release"] or frozen_base or moves_states(pruning)
 
         def split(ranks: int, replicas: int) -> Memory:
             patterns = dict(zip(pruned, fits, strict=True))

@@ -57,6 +57,12 @@ def test_flags_change_what_they_say(large: str, capsys: pytest.CaptureFixture[st
     assert "moments" not in page("--optimizer", "sgd").split("fits")[0]
     for small in ("--state-dtype", "--moment-dtype"):
         assert "never on a GPU" in page(small, "8bit", "--dtype", "bfloat16")
+    moved = page("--state-device", "cpu", "--teacher", "none").split("fits")[0]
+    assert "statistics" in plain.split("fits")[0].split("together")[0]
+    assert "statistics" not in moved.split("together")[0]
+    # 12 B a weight of float32 states, a bit of the mask, twice the weights and gradients of the largest tensor.
+    held = (12 + 1 / 8) * 68_451_041_280 + 2 * 8 * 8192 * 28672
+    assert f"on the host {int(held / 1e9)}." in re.sub(r"(\d),(\d)", r"\1\2", moved)
     assert "8 copies of the model, 2 ranks each (HSDP)" in page("--ranks", "16", "--replicas", "8")
     assert "buckets 282.21 GB" in page("--ranks", "2", "--replicas", "2")
     assert "in 240 tensors" in page("--exclude", "*.self_attn.*")
@@ -138,6 +144,8 @@ def test_a_tied_head_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--ranks", "two"], "argument --ranks"),
         (["--exclude", "*nothing*"], "the pattern '*nothing*' matches no parameter"),
         (["--frozen-base", "--ranks", "2"], "are of one process, not of 2 ranks"),
+        (["--state-device", "cpu", "--ranks", "2"], "weights that one process holds whole"),
+        (["--state-device", "cpu", "--release-gradients", "--max-grad-norm", "0"], "leave one of them out"),
         (["--frozen-base", "--criterion", "fisher"], "a frozen base has none"),
         (["--frozen-base", "--state-dtype", "8bit", "--min-density", "0.1"], "leave min_density and max_density out"),
         (["--task", "rte", "--frozen-base"], "--frozen-base is about a model without data"),

@@ -41,6 +41,14 @@ def test_small_states_train_and_hold(
     assert config["pruning"]["state_dtype"] == config["training"]["moment_dtype"] == small
 
 
+def test_statistics_on_the_host_are_asked_for_by_a_flag(tiny: Path, unbroken: Path, tmp_path: Path) -> None:
+    """On a machine without a GPU they are there already: the same run, which goes on where the other one stopped."""
+    assert main(["train", *flags(tiny, tmp_path / "run", "--state-device", "cpu")]) == 0
+    assert_same(unbroken, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    assert config["pruning"]["state_device"] == "cpu"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--state-dtype", "8bit", "--moment-dtype", "8bit", "--dtype", "bfloat16")])
 def test_released_gradients_end_at_the_same_weights(tiny: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
