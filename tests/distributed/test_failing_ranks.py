@@ -11,6 +11,7 @@ from ranks import run
 from sharded import CONFIG, OPTIMIZERS, STEPS, inject, sharded
 
 from pins_ext import PruneConfig, Pruner, SelfRegularizer
+from pins_ext.distributed.first import on_first
 
 
 def left_alone() -> str | None:
@@ -66,3 +67,27 @@ def test_a_file_that_one_rank_can_not_write_is_an_error_on_all(tmp_path: Path) -
     assert all("file" in said and not said.startswith("RuntimeError") for said in first), first
     assert all("the rank that writes says why" in said for said in second)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["rank0.safetensors"]
+
+
+class OddError(Exception):
+    """One that can't be made again from its arguments, as those of libraries for downloads."""
+
+    def __init__(self, name: str, *, answer: int) -> None:
+        super().__init__(f"{name} answers {answer}")
+
+
+def fails_on_the_first(kind: str) -> str:
+    def action() -> None:
+        raise OddError("the hub", answer=404) if kind == "odd" else ValueError("no such folder")
+
+    with pytest.raises((OddError, ValueError, RuntimeError)) as caught:
+        on_first(action)
+    # They go on together.
+    return f"{caught.typename}: {caught.value} {on_first(lambda: 7)}"
+
+
+def test_what_fails_on_the_first_rank_is_said_on_all() -> None:
+    assert run(2, fails_on_the_first, "plain") == ["ValueError: no such folder 7"] * 2
+    first, second = run(2, fails_on_the_first, "odd")
+    assert first == "OddError: the hub answers 404 7"
+    assert second == "RuntimeError: OddError: the hub answers 404 7"
