@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pins_ext.runs.errors import EXIT_OK, UsageError
+from pins_ext.files.atomic import unsaved
+from pins_ext.runs.errors import EXIT_OK, CommandError, UsageError
 from pins_ext.runs.options import Parser
 
 _ABOUT = """Writes the model of a checkpoint, and its tokenizer, into a new folder:
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         # Weights that the asked form doesn't hold.
         raise UsageError(str(error)) from error
+    except OSError as error:
+        raise CommandError(unsaved(target, error)) from error
     return EXIT_OK
 
 

@@ -83,7 +83,7 @@ def written_aside(folder: Path, manifest: Mapping[str, Any] | None = None) -> It
             if manifest is not None:
                 _seal(aside, manifest)
     except Exception as error:
-        raise SaveError(_why(folder, error)) from error
+        raise SaveError(unsaved(folder, error)) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -232,7 +232,7 @@ def write_file(file: Path, content: str) -> None:
         with file_aside(file) as aside:
             aside.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise SaveError(_why(file, error)) from error
+        raise SaveError(unsaved(file, error)) from error
 
 
 def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -278,7 +278,7 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _why(path: Path, error: Exception) -> str:
+def unsaved(path: Path, error: Exception) -> str:
     """One line that names the folder, the reason and, when the disk is nearly full, the space left."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from pathlib import Path
@@ -25,6 +26,7 @@ from pins_ext.cli.main import main
 from pins_ext.runs.sparse_ending import end_sparse
 from pins_ext.sparse.format import load_sparse
 from pins_ext.sparse.linear import SparseLinear
+from pins_ext.sparse.shards import ShardWriter
 
 
 def pruned(model: nn.Module) -> Any:
@@ -181,6 +183,25 @@ def test_weights_that_the_asked_form_does_not_hold(tmp_path: Path, capsys: pytes
         assert "classifier.weight has weights up to 1e+06, which are infinite in torch.float16: use bfloat16" in said
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
     assert main(["export", str(folder), "--dtype", "bfloat16"]) == 0
+
+
+def test_a_folder_that_can_t_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("classification", tmp_path / "dense")
+    (tmp_path / "file").write_text("in the way")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        assert main(["export", str(folder), "--output-dir", str(tmp_path / "a")]) == 1
+    said = capsys.readouterr().err
+    assert f"could not save {tmp_path / 'a'}: OSError: [Errno 28] No space left on device" in said
+    assert main(["export", str(folder), "--output-dir", str(tmp_path / "file" / "a")]) == 1
+    assert f"could not save {tmp_path / 'file' / 'a'}: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "file"]
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
