@@ -112,8 +112,9 @@ class Staging:
                     ready[1]()
                     yield ready[0]
             if coming is not None:
-                coming[1]()
-                yield coming[0]
+                ready, coming = coming, None
+                ready[1]()
+                yield ready[0]
         finally:
             if coming is not None:
                 coming[1]()

@@ -16,10 +16,19 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _NAME = "second"
 _CROSSING = (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten._copy_from)
+_READS = (
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten.equal,
+)
 _UNSET = object()
 
 _setup_privateuseone_for_python_backend(_NAME)
 DEVICE = torch.device(_NAME, 0)
+
+READ: list[str] = []
+"""Operators that brought something from the device to the CPU: a GPU's host would wait there."""
 
 
 class Far(Tensor):
@@ -57,6 +66,7 @@ class Far(Tensor):
         return self.inner.data_ptr()
 
     def tolist(self) -> Any:
+        READ.append("tolist")
         return self.inner.tolist()
 
     def __getitem__(self, at: Any) -> Tensor:
@@ -83,6 +93,9 @@ def _run(f: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     args, kwargs = tree_map_only(Far, _inner, (args, kwargs))
+    leaves = f.overloadpacket in _CROSSING and not (to_far and isinstance(given[0], Far))
+    if far and (leaves or f.overloadpacket in _READS):
+        READ.append(str(f))
     with _disable_current_modes():
         found = f(*args, **kwargs)
     known = {id(x.inner): x for x in far} | {id(x): x for x in given}

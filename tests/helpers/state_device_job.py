@@ -97,7 +97,12 @@ class Job:
         self.seen: list[list[Tensor]] = []
         self.t = 0
 
-    def run(self, until: int = STEPS, before_step: Callable[[], None] = lambda: None) -> Job:
+    def run(
+        self,
+        until: int = STEPS,
+        before_step: Callable[[], Any] = lambda: None,
+        after_step: Callable[[], Any] = lambda: None,
+    ) -> Job:
         while self.t < until:
             torch.manual_seed(self.t)
             self.optimizer.zero_grad()
@@ -109,6 +114,7 @@ class Job:
                 self.optimizer.found_inf = torch.tensor(float(self.t in (2, 9))).to(self.device)
             before_step()
             self.optimizer.step()
+            after_step()
             self.t += 1
             self.seen.append([x.detach().cpu().clone() for x in (*self.model.parameters(), *self.pruner.masks.bits)])
         return self
@@ -256,6 +262,7 @@ def only_what_is_needed_is_copied(device: torch.device) -> None:
     """Tensors that come down in each step, by whether it takes importance; masks go up when one was chosen."""
     kinds = {"second": staging.BlockingCopies, "cuda": staging.StreamCopies}[device.type]
     start, down, up = kinds.start, 0, 0
+    read = sys.modules["second_device"].READ if device.type == "second" else []
 
     def counting(self: Any, pairs: Any, to_host: bool) -> Any:
         nonlocal down, up
@@ -264,11 +271,16 @@ def only_what_is_needed_is_copied(device: torch.device) -> None:
 
     kinds.start = counting  # type: ignore[method-assign]
     try:
+        seen: list[list[str]] = []
         for config, taken in (({}, 1), ({"importance_every": 2}, 2), ({"criterion": "moments"}, 4)):
             job = Job(device, state_device="cpu", **config)
             for t in range(STEPS):
                 down = up = 0
-                job.run(t + 1)
+                job.run(t + 1, before_step=read.clear, after_step=lambda: seen.append(list(read)))
+                (found,) = seen
+                seen.clear()
+                waited = [name for name in found if "copy" not in name] + (found if t % taken else [])
+                assert not waited, (config, t, waited)
                 assert down == (3 if t % taken == 0 else 0), (config, t, down)
                 # A mask at every window's end of the schedule, and where its last part begins.
                 chosen = (t >= 8 and t % 4 == 0) or t == STEPS - 5

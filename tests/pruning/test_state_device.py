@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from pins_ext import PruneConfig, Pruner
 from pins_ext.optim import PinsAdamW
-from pins_ext.pruning.staging import Pair, Staging
+from pins_ext.pruning.staging import Pair, Staging, StreamCopies
 
 OTHERS = tuple(name for name in CASES if name not in QUICK)
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -118,6 +119,49 @@ def test_what_is_sent_is_not_written_before_it_was_read() -> None:
     staging.sent()
     here[0].fill_(9)
     assert there[0].tolist() == [7] * 5
+
+
+class Stream:
+    """A stream that notes what it is asked for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> Stream:
+        self.log.append(f"{self.name} records")
+        return self
+
+    def synchronize(self) -> None:
+        self.log.append(f"the host waits for {self.name}")
+
+
+def test_copies_on_a_stream_come_behind_what_the_device_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls, with streams that do nothing; on a GPU the cases above run."""
+    log: list[str] = []
+    current, made = Stream("current", log), Stream("side", log)
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        log.append(f"on {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(StreamCopies, "memory", lambda self, size: torch.empty(size, dtype=torch.uint8))
+    staging = Staging.of(torch.device("cuda", 0))
+    items = [[torch.randn(3)], [torch.randn(5, 2)]]
+    assert all(torch.equal(x, y) for (x,), (y,) in zip(items, staging.read(items), strict=True))
+    begins = ["side waits for current", "on side", "side records"]
+    assert log == [*begins, *begins, "the host waits for side", "the host waits for side"]
+    log.clear()
+    staging.send([torch.zeros(4)], [torch.ones(4)])
+    assert log == ["on current", "current records"]
+    staging.sent()
+    assert log[2:] == ["the host waits for current"]
 
 
 def test_weights_on_the_cpu_have_their_states_beside_them() -> None:
