@@ -121,11 +121,13 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
 def _boundary_bytes(problem: Problem, delta_t: int) -> float:
     """What a window's boundary moves beside its steps' update and ipt.
 
-    Fold, one read to select, pack. A window of one step reads both averages and writes them in its own pass, and has no
-    ipt.
+    On the CPU fold, one read to select, pack. On a GPU the last step's pass reads and writes both averages and leaves
+    ipt, and the next one's reads them. A window of one step reads and writes them in its own pass, and has no ipt.
     """
     _, state = problem.sizes
-    return 9 * state + 0.25 if delta_t > 1 else 2 * state + 0.25
+    if delta_t == 1:
+        return 2 * state + 0.25
+    return (9 if problem.device.type == "cpu" else 5) * state + 0.25
 
 
 def _settle(model: Model, delta_t: int, exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor]) -> None:

@@ -95,6 +95,7 @@ TRAININGS = [
     {"optimizer": "momentum", "state_dtype": "bfloat16", "mask_optimizer_state": True},
     {"moment_dtype": "bfloat16", "dtype": torch.bfloat16, "ugly": True},
     {"beta2": 1.0, "schedule": "constant"},
+    {"delta_t": 3, "mask_policy": "strict"},
 ]
 
 

@@ -59,6 +59,9 @@ class BoundaryJob(Job):
             drawn = tensors(sizes, torch.float32, self.values, seed + 11) if wanted else []
             signed = self.values == "special"
             self.lists[name] = [(x if signed else x.abs()).to(self.state) for x in drawn]
+        if self.chooses:  # what a mask holds behind its last weight counts for nothing
+            for bits, n in zip(self.lists["masks"], sizes, strict=True):
+                bits[-1:] |= 0x80 * (n % 64 != 0)
         total = sum(sizes)
         rank = torch.tensor(min(max(round((1 - self.keep) * total), 0), max(total - 1, 0)))
         cut = pins.select(*self.scores(self.lists), rank).reshape(1, 2)

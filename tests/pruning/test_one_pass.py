@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,16 @@ def test_the_bits_are_those_of_separate_passes(settings: dict[str, Any]) -> None
     same(one, other)
 
 
+LONGER = [
+    {"delta_t": 4},
+    {"delta_t": 3, "mask_policy": "strict", "mask_optimizer_state": True, "state_dtype": "bfloat16"},
+    {"delta_t": 4, "importance_every": 2, "optimizer": "momentum"},
+    {"delta_t": 2, "criterion": "platon", "mask_policy": "strict", "ugly": True},
+]
+
+
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS + LONGER, ids=str)
 def test_where_the_host_looks_at_nothing_the_bits_are_the_same(
     settings: dict[str, Any], full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +168,29 @@ def test_a_checkpoint_between_windows_goes_on_to_the_same_bits(tmp_path: Path, a
         assert [told[1:] for told in again.told] == [told[1:] for told in whole.told[at:]]
 
 
+@pytest.mark.parametrize("at", [12, 13, 15, 16, 24])
+def test_longer_windows_as_on_a_gpu_resume_and_finalize_to_the_same_bits(tmp_path: Path, at: int) -> None:
+    settings: dict[str, Any] = {"delta_t": 4}
+    with like_a_gpu():
+        one = train(Training(**settings), range(at))
+        one.pruner.save(tmp_path / "pruner.safetensors")
+        again = Training(**settings)
+        again.model.load_state_dict(one.model.state_dict())
+        again.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+        again.pruner.load(tmp_path / "pruner.safetensors")
+        train(again, range(at, STEPS))
+    with separately():
+        whole, stopped = train(Training(**settings)), train(Training(**settings), range(at))
+    assert [told[1:] for told in again.told] == [told[1:] for told in whole.told[at:]]
+    for run in (one, stopped, again, whole):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ended early
+            run.pruner.finalize()
+    assert again.weights() == whole.weights()
+    # Where a window ended before the final ratio, finalize counts it in.
+    assert (one.weights() == stopped.weights()) == (at not in (12, 16))
+
+
 def test_a_state_from_a_separate_pass_goes_on_in_one() -> None:
     with separately():
         one = train(Training(), range(12))
@@ -213,7 +245,7 @@ def test_skipped_steps_and_missing_gradients_take_separate_passes() -> None:
 
 
 def test_longer_windows_take_separate_passes() -> None:
-    """Measured: one pass that reads ipt beside the averages took as long as two."""
+    """Measured on a CPU: one pass that reads ipt beside the averages took as long as two."""
     with counted("boundary_adamw_") as passes:
         train(Training(delta_t=4))
     assert not passes.called
