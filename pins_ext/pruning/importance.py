@@ -385,7 +385,7 @@ class Importance:
     def folds_in_pass(self) -> bool:
         """Whether an optimizer's pass over all tensors can end their window: of one process."""
         averaged = self.smoothed and self.config.beta2 != 0 and self.rule.instant
-        return averaged and self.in_pass and len(self.parts) == 1 and self.ranks.alone
+        return averaged and self.in_pass and len(self.parts) == 1 and self.ranks.alone and not self.on_host
 
     def fold_keys(self, step: int) -> Tensor:
         """Keys of the stochastic rounding of a fold, int64 [2]; step: the first of the next window."""

@@ -29,7 +29,7 @@ from pins_ext.pruning.memory import memory
 from pins_ext.pruning.offload import HostImportance
 
 warnings.simplefilter("ignore")
-STEPS = 24
+STEPS = 25  # within a window: at its end one pass is a window ahead of separate ones
 FIXED: dict[str, Any] = {"sparsity": 0.7, "warmup": 4, "cooldown": 6, "delta_t": 4, "include": ["*.weight"]}
 CONFIGS: dict[str, dict[str, Any]] = {
     "pins": {},
