@@ -191,3 +191,24 @@ def compare(device: str, **options: Any) -> Training:
     assert sum(captured.replays.values()) >= STEPS // 3
     assert captured.pruner.finalize() == eager.pruner.finalize()
     return captured
+
+
+def compare_without_a_pruner(device: str) -> PinsAdamW:
+    """The same of an optimizer alone, over weights that round by random bits; returns the captured one."""
+    weights = [nn.Parameter(torch.ones(70, dtype=torch.bfloat16, device=device)) for _ in range(2)]
+    lr = torch.tensor(0.0, dtype=torch.float64, device=device)
+    plain, captured = PinsAdamW(weights[:1]), PinsAdamW(weights[1:], lr=lr, capturable=True)
+    for p in weights:
+        p.grad = torch.linspace(-1, 1, 70).to(p)
+    graph: graphs.Graph | None = None
+    for t in range(6):
+        lr.fill_(rate(t))
+        plain.param_groups[0]["lr"] = rate(t)
+        plain.step()
+        if t == 0:
+            captured.step()
+            continue
+        graph = graph or capture_on(device)(captured.step)
+        graph.replay()
+        assert torch.equal(*weights), t
+    return captured

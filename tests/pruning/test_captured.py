@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import STEPS, Training, compare, differences, record, recording
+from recorded import STEPS, Training, compare, compare_without_a_pruner, differences, recording
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from watch import like_a_gpu
+from watch import Watch, like_a_gpu
 
 from pins_ext import PruneConfig, Pruner, StepGraphs, ops
 from pins_ext.optim import PinsAdamW, PinsSGD
@@ -98,26 +98,10 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
 
 
 def test_an_optimizer_without_a_pruner() -> None:
-    weights = [nn.Parameter(torch.ones(70, dtype=torch.bfloat16)) for _ in range(2)]
-    rate = torch.tensor(0.0, dtype=torch.float64)
-    plain, captured = PinsAdamW(weights[:1]), PinsAdamW(weights[1:], lr=rate, capturable=True)
-    for p in weights:
-        p.grad = torch.linspace(-1, 1, 70).bfloat16()
-    for t in range(6):
-        rate.fill_(0.1 / (t + 1))
-        plain.param_groups[0]["lr"] = 0.1 / (t + 1)
-        plain.step()
-        if t == 0:
-            captured.step()
-            continue
-        if t == 1:
-            graph = record(captured.step)
-        graph.replay()
-        assert torch.equal(*weights), t
-    assert captured.state[weights[1]]["step"] == 6
+    captured = compare_without_a_pruner("cpu")
     copied = copy.deepcopy(captured)
     assert copied.capturable
-    assert torch.equal(copied.state_dict()["state"][0]["step"], plain.state_dict()["state"][0]["step"])
+    assert copied.state_dict()["state"][0]["step"] == 6
 
 
 @pytest.mark.parametrize("seed", [0, 7, 1 << 63, 123_456_789_012_345])
@@ -275,3 +259,31 @@ def test_a_gradient_that_moved_is_refused_and_no_step_is_lost() -> None:
         captured.optimizer.step()
         assert differences(plain.state(), captured.state()) == [], t
     assert refusals
+
+
+@pytest.mark.parametrize("case", ["pins", "moments in bfloat16", "scaled in bfloat16", "SGD"])
+def test_eager_steps_with_capturable_read_nothing(case: str) -> None:
+    training, watch = Training("cpu", True, **CASES[case]), Watch()
+    for t in range(STEPS):
+        training.give_gradients(t)
+        with watch.on():
+            training.optimizer.step()
+    assert not watch.reads
+
+
+def test_a_checkpoint_of_either_serves_the_other() -> None:
+    plain, capturable = (Training("cpu", on, **BF16) for on in (False, True))
+    for t in range(STEPS):
+        if t == STEPS // 3 or t == STEPS // 2:
+            first, second = (plain, capturable) if t == STEPS // 2 else (capturable, plain)
+            second.model.load_state_dict(first.model.state_dict())
+            second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+            second.pruner.load_state_dict(first.pruner.state_dict())
+            rate = torch.tensor(0.0, dtype=torch.float64)
+            for group in second.optimizer.param_groups:
+                group["lr"] = rate if second is capturable else 0.0
+        plain.step(t)
+        capturable.step(t)
+        # A checkpoint leaves out the counts of the last selection.
+        assert differences(plain.state(), capturable.state()) in ([], ["stats"]), t
+    assert capturable.replays

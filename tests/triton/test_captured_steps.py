@@ -6,12 +6,14 @@ tests/pruning/test_captured.py.
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recorded import compare
+from recorded import compare, compare_without_a_pruner
 from watch import like_a_gpu
 
 CASES: dict[str, dict[str, Any]] = {
@@ -27,3 +29,18 @@ def test_replays_are_eager_steps(device: str, case: str) -> None:
         replays = compare(device, **CASES[case]).replays
     assert any(kind.chooses and kind.folds for kind in replays)
     assert any(kind.zeroes and not kind.chooses for kind in replays)
+
+
+def test_an_optimizer_without_a_pruner(device: str) -> None:
+    with nullcontext() if device == "cuda" else like_a_gpu():
+        compare_without_a_pruner(device)
+
+
+@pytest.mark.gpu
+def test_the_page_about_it() -> None:
+    """Forward and backward in a graph of their own, whose gradients the steps' graphs read."""
+    page = Path(__file__).parents[2] / "docs" / "how_to" / "cuda_graphs.md"
+    found: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(code, found)
+    assert found["step"].graphs
