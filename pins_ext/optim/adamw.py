@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
-from pins_ext.optim.capturable import bias_corrections
+from pins_ext.optim.bias_corrections import bias_corrections
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.step import host_rate, rates_on
+from pins_ext.optim.step import host_rate, rates_on, steps_skipped, steps_taken
 from pins_ext.storage import STORAGES
 
 MOMENT_DTYPES = dict(zip(STORAGES, (torch.float32, torch.bfloat16, torch.int8), strict=True))
@@ -80,7 +80,7 @@ class PinsAdamW(FusedOptimizer):
         rows = tuple((g["weight_decay"], *g["betas"], g["eps"]) for g in owners)
         table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float64))
         decay, beta1, beta2, eps = table.unbind(1)
-        taken = self._taken(parameters).clamp(min=1)
+        taken = steps_taken([self.state[p] for p in parameters], device).clamp(min=1)
         first, second = (
             bias_corrections([g["betas"][i] for g in owners], taken, self._uploads, (i, use)) for i in (0, 1)
         )
@@ -97,8 +97,9 @@ class PinsAdamW(FusedOptimizer):
             key: (rates[key] or 0.0, group["weight_decay"], *group["betas"], group["eps"])
             for key, group in groups.items()
         }
-        steps = [self.state[p]["step"] for p in parameters]
-        device, skipped = parameters[0].device, self._skipped(parameters)
+        states, device = [self.state[p] for p in parameters], parameters[0].device
+        steps = [state["step"] for state in states]
+        skipped = steps_skipped(states, device)
         if skipped is None and all(rate is not None for rate in rates.values()):
             # Few rows differ, of thousands that torch would read number by number.
             uses = [(id(group), step) for group, step in zip(owners, steps, strict=True)]

@@ -15,12 +15,22 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, like, local, local_gradient, locals_of, shard_of
-from pins_ext.optim.capturable import begin_counting, count
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.moments import converted_moment, exported_state, take_loaded
+from pins_ext.optim.moments import converted_moment, exported_state, loaded_moments, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
-from pins_ext.optim.step import Scaling, check_capturable, is_captured, is_rehearsal, rates_on, refuse_capture
+from pins_ext.optim.step import (
+    Scaling,
+    begin_on_device,
+    begin_on_host,
+    check_capturable,
+    count_on_device,
+    count_on_host,
+    is_captured,
+    is_rehearsal,
+    rates_on,
+    refuse_capture,
+)
 
 COPY_WARNING = (
     "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner along, "
@@ -175,14 +185,9 @@ class FusedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        saved = [i for group in given[0]["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
-            for name, value in given[0]["state"].get(i, {}).items():
-                if name == "step" or not isinstance(value, Tensor):
-                    continue
-                if value.shape == p.shape or ops.is_coded(value, p.shape):
-                    self.state[p][name] = converted_moment(value, p, self._storage(p, name))
+        for p, moments in loaded_moments(self, given[0]):
+            for name, moment in moments.items():
+                self.state[p][name] = converted_moment(moment, p, self._storage(p, name))
 
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the pass over these parameters rounds anything stochastically, and so needs random bits."""
@@ -356,7 +361,8 @@ class FusedOptimizer(Optimizer):
         if names or self.rounds(parameters):
             for p in parameters:
                 self._initialise(p, names)
-            self._count(parameters, scaling.found_inf if released is None else None)
+            count = count_on_device if self.capturable else count_on_host
+            count([self.state[p] for p in parameters], scaling.found_inf if released is None else None)
         states = [self.state[p] for p in parameters]
         moments = {key: locals_of(state[key] for state in states) for key in names}
         operands = self._operands(moments)
@@ -368,7 +374,8 @@ class FusedOptimizer(Optimizer):
         use = (id(parameters[0]), *map(bool, lists))
         compiling = torch.compiler.is_compiling()
         pointers = None if compiling else self._pointers.of(use, pruning.layout.places, *lists)
-        self._kernel(operands, parts, grads, self._hyper(parameters, owners), pruning, scaling, pointers)
+        hyper = self._hyper(parameters, owners)
+        _run_operator(self._name, parts, operands, grads, hyper, pruning, scaling, pointers)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
@@ -383,46 +390,7 @@ class FusedOptimizer(Optimizer):
             state.update({"step": 0.0, **moments})
         if not names:
             state.setdefault("step", 0.0)
-        if self.capturable:
-            state.setdefault("step", 1.0)
-            begin_counting(state, p.device)
-            return
-        # A torch.optim.SGD checkpoint has buffers and no step: its first step is over.
-        state["step"] = float(state.get("step", 1))
-
-    def _count(self, parameters: list[Tensor], found_inf: Tensor | None) -> None:
-        """Count a step of these parameters, and on their device whether the kernel skips it.
-
-        Leaving a skipped step out of the host's count would need a synchronisation. Parameters that took part in the
-        same steps share one counter; it is replaced, never written to.
-        """
-        if self.capturable:
-            count([self.state[p] for p in parameters], found_inf)
-            return
-        skips = None if found_inf is None else (found_inf != 0).double().reshape(())
-        counters: dict[Tensor | None, Tensor] = {}
-        for p in parameters:
-            state = self.state[p]
-            state["step"] += 1
-            if skips is not None:
-                before = state.get("skipped")
-                if before not in counters:
-                    counters[before] = skips if before is None else before + skips
-                state["skipped"] = counters[before]
-
-    def _skipped(self, parameters: list[Tensor]) -> Tensor | None:
-        """How many of each parameter's steps were skipped, float64 [n], or [] where they agree; None: none was."""
-        counters = [self.state[p].get("skipped") for p in parameters]
-        if all(counter is counters[0] for counter in counters):
-            return counters[0]
-        none = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-        return torch.stack([none if counter is None else counter for counter in counters])
-
-    def _taken(self, parameters: list[Tensor]) -> Tensor:
-        """Steps of each parameter that were not skipped, where a capturable optimizer counts them: float64 [n]."""
-        steps, skipped = ([self.state[p][name] for p in parameters] for name in ("step", "skipped"))
-        device = parameters[0].device
-        return rates_on(steps, device) - rates_on(skipped, device)
+        (begin_on_device if self.capturable else begin_on_host)(state, p.device)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""
@@ -430,44 +398,6 @@ class FusedOptimizer(Optimizer):
         exported = {key: exported_state(state) for key, state in packed["state"].items()}
         packed["state"] = {key: state for key, state in exported.items() if state}
         return packed
-
-    def _kernel(
-        self,
-        moments: tuple[list[Tensor], ...],
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        hyper: Tensor,
-        pruning: PruningArguments,
-        scaling: Scaling,
-        pointers: Tensor | None,
-    ) -> None:
-        """Run the operator: the one for a window's boundary where there is one."""
-        before = (parameters, *moments, pruning.ipt, pruning.shadow)
-        tables = (pruning.layout.places, pruning.layout.chunks, hyper)
-        after = (*tables, pruning.accepted, pruning.rng, pruning.criterion, pruning.clear_state)
-        if (ends := pruning.boundary) is not None:
-            boundary = getattr(torch.ops.pins_ext, f"boundary_{self._name}_")
-            boundary(
-                *before,
-                pruning.masks,
-                ends.exp_avg_ipt,
-                ends.exp_avg_unc,
-                grads,
-                *after,
-                clip=scaling.clip,
-                around=ends.around,
-                stats=ends.stats,
-                threshold=ends.threshold,
-                fold_rng=ends.fold_rng,
-                beta1=ends.beta1,
-                beta2=ends.beta2,
-                bracket=ends.bracket,
-                counts=ends.counts,
-                pointers=pointers,
-            )
-            return
-        masked = getattr(torch.ops.pins_ext, f"masked_{self._name}_")
-        masked(*before, grads, pruning.masks, *after, **vars(scaling), pointers=pointers)
 
     @property
     @abstractmethod
@@ -489,6 +419,57 @@ class FusedOptimizer(Optimizer):
     @abstractmethod
     def _operands(self, moments: dict[str, list[Tensor]]) -> tuple[list[Tensor], ...]:
         """The lists of moments that the operator takes, in order; empty where there is none."""
+
+
+def _run_operator(
+    name: str,
+    parameters: list[Tensor],
+    moments: tuple[list[Tensor], ...],
+    grads: list[Tensor],
+    hyper: Tensor,
+    pruning: PruningArguments,
+    scaling: Scaling,
+    pointers: Tensor | None,
+) -> None:
+    """Step parameters with what pruning takes along; at a window's end by the operator that ends it in the same pass.
+
+    Args:
+        name: of the algorithm, as the operators are called: "adamw", "sgd".
+        parameters: this rank's parts, contiguous.
+        moments: the lists of moments that the operator takes, in order.
+        grads: gradients in the same order.
+        hyper: float32 [n, 8], see reference.masked_adamw_ and masked_sgd_.
+        pruning: masks, importance, and what ends a window.
+        scaling: of the gradients.
+        pointers: table of addresses, see ops.PointerTables; None: the operator makes it.
+    """
+    before = (parameters, *moments, pruning.ipt, pruning.shadow)
+    tables = (pruning.layout.places, pruning.layout.chunks, hyper)
+    after = (*tables, pruning.accepted, pruning.rng, pruning.criterion, pruning.clear_state)
+    ends = pruning.boundary
+    if ends is None:
+        masked = getattr(torch.ops.pins_ext, f"masked_{name}_")
+        masked(*before, grads, pruning.masks, *after, **vars(scaling), pointers=pointers)
+        return
+    boundary = getattr(torch.ops.pins_ext, f"boundary_{name}_")
+    boundary(
+        *before,
+        pruning.masks,
+        ends.exp_avg_ipt,
+        ends.exp_avg_unc,
+        grads,
+        *after,
+        clip=scaling.clip,
+        around=ends.around,
+        stats=ends.stats,
+        threshold=ends.threshold,
+        fold_rng=ends.fold_rng,
+        beta1=ends.beta1,
+        beta2=ends.beta2,
+        bracket=ends.bracket,
+        counts=ends.counts,
+        pointers=pointers,
+    )
 
 
 def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:

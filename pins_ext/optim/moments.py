@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ def take_loaded(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[
                     f"state[{i}][{name!r}] is {tuple(value.shape)} in 8 bits, and {ops.coded_shape(p.shape)} for a "
                     f"parameter of shape {tuple(p.shape)}: another parameter's, or an earlier version's"
                 )
+
+
+def loaded_moments(optimizer: Optimizer, loaded: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Each parameter, with the moments that a loaded state_dict has for it by name."""
+    saved = [i for group in loaded["param_groups"] for i in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(saved, own, strict=True):
+        state = {name: x for name, x in loaded["state"].get(i, {}).items() if name != "step" and isinstance(x, Tensor)}
+        yield p, {name: x for name, x in state.items() if x.shape == p.shape or ops.is_coded(x, p.shape)}
 
 
 def converted_moment(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:

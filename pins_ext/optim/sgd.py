@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.step import host_rate, rates_on
+from pins_ext.optim.step import host_rate, rates_on, steps_skipped, steps_taken
 
 
 class PinsSGD(FusedOptimizer):
@@ -66,18 +66,19 @@ class PinsSGD(FusedOptimizer):
         hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
         hyper[:, 6] = -hyper[:, 0]
         if self._moments(owners[0]):
-            hyper[:, 4] = self._taken(parameters) <= 1
+            hyper[:, 4] = steps_taken([self.state[p] for p in parameters], device) <= 1
         return hyper
 
     def _hyper(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         if self.capturable:
             return self._hyper_on_device(parameters, owners)
-        steps = [self.state[p].get("step", 0.0) for p in parameters]
+        states, device = [self.state[p] for p in parameters], parameters[0].device
+        steps = [state.get("step", 0.0) for state in states]
         rows = []
         for step, g in zip(steps, owners, strict=True):
             lr, momentum, first = host_rate(g["lr"]) or 0.0, g["momentum"], float(step <= 1)
             rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
-        device, skipped = parameters[0].device, self._skipped(parameters)
+        skipped = steps_skipped(states, device)
         hyper = ops.to_device(torch.tensor(rows, dtype=torch.float32), device)
         if any(host_rate(g["lr"]) is None for g in owners):
             hyper[:, 0] = rates_on([g["lr"] for g in owners], device)

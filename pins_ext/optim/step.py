@@ -1,4 +1,8 @@
-"""What an optimizer's step is taken with: learning rates, gradient scaling, clipping; and steps that are none."""
+"""What an optimizer's step is taken with: learning rates, gradient scaling, clipping, counts; and steps that are none.
+
+A parameter's state counts its steps, on the host or, for CUDA graphs, on its device: "step" counts every one, "skipped"
+those that gradient scaling left out, which the host can't know without waiting.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import is_dtensor, local
 
 Rate = float | Tensor
+State = dict[str, Any]
 
 
 class NonFiniteError(RuntimeError):
@@ -70,6 +75,74 @@ def rates_on(rates: Sequence[Rate], device: torch.device) -> Tensor:
         its_own = ops.to_device(torch.tensor([lr is tensor for lr in rates]), device)
         column = torch.where(its_own, tensor.to(device, torch.float64), column)
     return column
+
+
+def begin_on_host(state: State, device: torch.device) -> None:
+    """Let a state count steps as a number; a torch.optim.SGD checkpoint has none: its first step is over."""
+    state["step"] = float(state.get("step", 1))
+
+
+def begin_on_device(state: State, device: torch.device) -> None:
+    """Let a state count steps, and those that are skipped, in scalars on this device, which are written in place."""
+    step = state.setdefault("step", 1.0)
+    if isinstance(step, Tensor) and step.device == device and "skipped" in state:
+        return
+    state["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+    state["skipped"] = torch.zeros((), dtype=torch.float32, device=device)
+
+
+def count_on_host(states: Sequence[State], found_inf: Tensor | None) -> None:
+    """Count a step, and on the device whether it is skipped.
+
+    Parameters that took part in the same steps share one tensor of skipped ones; it is replaced, never written to.
+
+    Args:
+        states: of the parameters that are stepped together.
+        found_inf: float32 [1], not 0 where the step is skipped; None: it is not.
+    """
+    skips = None if found_inf is None else (found_inf != 0).double().reshape(())
+    counters: dict[Tensor | None, Tensor] = {}
+    for state in states:
+        state["step"] += 1
+        if skips is not None:
+            before = state.get("skipped")
+            if before not in counters:
+                counters[before] = skips if before is None else before + skips
+            state["skipped"] = counters[before]
+
+
+def count_on_device(states: Sequence[State], found_inf: Tensor | None) -> None:
+    """As `count_on_host`, of states that `begin_on_device` has seen."""
+    torch._foreach_add_([state["step"] for state in states], 1)
+    if found_inf is not None:
+        # With one tensor for all of them torch reads it on the CPU.
+        skip = (found_inf != 0).float().reshape(())
+        torch._foreach_add_([state["skipped"] for state in states], [skip] * len(states))
+
+
+def steps_skipped(states: Sequence[State], device: torch.device) -> Tensor | None:
+    """How many steps were skipped, float64 [n], or [] where all agree; None: none was. Of states counted on the host.
+
+    Args:
+        states: of n parameters.
+        device: of the parameters.
+    """
+    counters = [state.get("skipped") for state in states]
+    if all(counter is counters[0] for counter in counters):
+        return counters[0]
+    none = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([none if counter is None else counter for counter in counters])
+
+
+def steps_taken(states: Sequence[State], device: torch.device) -> Tensor:
+    """Steps that were not skipped, float64 [n]. Of states counted on the device.
+
+    Args:
+        states: of n parameters.
+        device: of the parameters.
+    """
+    steps, left_out = ([state[name] for state in states] for name in ("step", "skipped"))
+    return rates_on(steps, device) - rates_on(left_out, device)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from watch import Watch, like_a_gpu
 
 from pins_ext import PruneConfig, Pruner, StepGraphs, ops
 from pins_ext.optim import PinsAdamW, PinsSGD
-from pins_ext.optim.capturable import bias_corrections
+from pins_ext.optim.bias_corrections import bias_corrections
 from pins_ext.pruning.captured import hosted
 
 BF16 = {"dtype": torch.bfloat16, "state_dtype": "bfloat16", "moment_dtype": "bfloat16"}

@@ -1,11 +1,10 @@
-"""What an optimizer counts on its parameters' device, so that a CUDA graph of its step can be replayed."""
+"""Bias corrections of steps that are counted on a device, so that a CUDA graph can hold one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,29 +13,6 @@ from pins_ext import ops
 
 _MOST_STEPS = 1 << 22
 """Of a table of bias corrections: 32 MB, which betas up to 0.99999 need."""
-
-
-def begin_counting(state: dict[str, Any], device: torch.device) -> None:
-    """Let a parameter's state count steps, and those that gradient scaling skips, on this device.
-
-    Args:
-        state: with a "step" so far, of any form.
-        device: of the parameter.
-    """
-    step = state["step"]
-    if isinstance(step, Tensor) and step.device == device and "skipped" in state:
-        return
-    state["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
-    state["skipped"] = torch.zeros((), dtype=torch.float32, device=device)
-
-
-def count(states: Sequence[dict[str, Any]], found_inf: Tensor | None) -> None:
-    """Count a step in these states, and whether it is skipped, in place."""
-    torch._foreach_add_([state["step"] for state in states], 1)
-    if found_inf is not None:
-        # With one tensor for all of them torch reads it on the CPU.
-        skip = (found_inf != 0).float().reshape(())
-        torch._foreach_add_([state["skipped"] for state in states], [skip] * len(states))
 
 
 def bias_corrections(betas: Sequence[float], steps: Tensor, uploads: ops.Uploads, use: object) -> Tensor:
