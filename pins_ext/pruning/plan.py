@@ -136,7 +136,8 @@ def _rounded_away(slots: Sequence[Slot]) -> Iterable[str]:
     for slot in slots:
         owner = type(slot.optimizer)
         narrow = any(slot.parameters[i].dtype == torch.bfloat16 for i in slot.indices)
-        if narrow and owner.__module__.partition(".")[0] == "torch":
+        # Whose step it is: a class of the user's may inherit torch's.
+        if narrow and owner.step.__module__.partition(".")[0] in ("torch", "transformers"):
             yield (
                 f"{owner.__name__} rounds bfloat16 weights to nearest, so that updates below 2^-9 of a weight, most of "
                 "fine-tuning's, are lost: PinsAdamW and PinsSGD round stochastically"

@@ -12,6 +12,7 @@ import torch
 from models import Network, batches, start, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from transformers.optimization import Adafactor
 
 from pins_ext import PruneConfig, Pruner, ops, reference
 from pins_ext.optim import PinsAdamW, PinsSGD
@@ -354,3 +355,23 @@ def test_a_pruner_says_that_nearest_rounding_loses_small_updates() -> None:
             pruner = Pruner(model, kind(model.parameters()), PruneConfig(delta_t=4, warmup=5, cooldown=20), 60)
         said = [str(w.message) for w in found if "AdamW rounds bfloat16 weights to nearest" in str(w.message)]
         assert len(said) == told == len([c for c in pruner.plan()["conflicts"] if c in said])
+
+
+class Inherits(torch.optim.AdamW):
+    """With the step of torch's."""
+
+
+class Own(torch.optim.AdamW):
+    """With a step of its own, of which nothing is known."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("owner", "told"), [(Inherits, True), (Adafactor, True), (Own, False), (PinsAdamW, False)])
+def test_whose_step_rounds_to_nearest_is_known_by_the_step(owner: Any, told: bool) -> None:
+    model = nn.Linear(32, 32, dtype=torch.bfloat16)
+    pruner = Pruner(model, owner(model.parameters(), lr=None if owner is Adafactor else 1e-3), PruneConfig(), 100)
+    found = [text for text in pruner.plan()["conflicts"] if text.startswith(f"{owner.__name__} rounds bfloat16")]
+    assert len(found) == told
