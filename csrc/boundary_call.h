@@ -47,10 +47,16 @@ inline void check_boundary(const UpdateCall& call, const BoundaryCall& boundary,
                       {"around", if_given(boundary.around)},
                       {"fold_rng", if_given(boundary.fold_rng)},
                       {"bracket", if_given(boundary.bracket)}};
-  inputs.check_outputs({{"params", call.params}, {"ipt", call.ipt}, {"shadow", call.shadow}});
-  for (const List& moment : call.moments) inputs.check_outputs({moment});
-  inputs.check_outputs({{"masks", call.masks}, {"exp_avg_ipt", boundary.exp_avg_ipt}});
-  inputs.check_outputs({{"exp_avg_unc", boundary.exp_avg_unc}});
+  // What is counted, too: a weight in its memory would become a count.
+  const Inputs tallies{{"stats", if_given(boundary.stats)},
+                       {"threshold", if_given(boundary.threshold)},
+                       {"counts", if_given(boundary.counts)}};
+  for (const Inputs* memory : {&inputs, &tallies}) {
+    memory->check_outputs({{"params", call.params}, {"ipt", call.ipt}, {"shadow", call.shadow}});
+    for (const List& moment : call.moments) memory->check_outputs({moment});
+    memory->check_outputs({{"masks", call.masks}, {"exp_avg_ipt", boundary.exp_avg_ipt}});
+    memory->check_outputs({{"exp_avg_unc", boundary.exp_avg_unc}});
+  }
   if (boundary.chooses()) {
     check_shape("around", *boundary.around, {5}, ScalarType::Long, device);
     check_shape("stats", *boundary.stats, {n, 3}, ScalarType::Long, device);

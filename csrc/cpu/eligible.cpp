@@ -40,6 +40,7 @@ void eligible_(const Tensors& scores, const Tensor& nans, const Tensors& a, cons
   const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"groups", &groups}, {"factors", if_given(factors)}};
   inputs.check_outputs({{"scores", scores}});
   inputs.check_output([] { return "nans"; }, nans);
+  Inputs{{"nans", &nans}}.check_outputs({{"scores", scores}});
   int64_t* counts = static_cast<int64_t*>(nans.data_ptr());
   std::fill(counts, counts + work.tensors(), 0);
   const Group* rows = static_cast<const Group*>(groups.const_data_ptr());

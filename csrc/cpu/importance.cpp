@@ -79,6 +79,8 @@ Work check_fold(const FoldCall& call, const Tensor* factors) {
   if (call.counts.has_value()) {
     check_counts(*call.counts);
     inputs.check_output([] { return "counts"; }, *call.counts);
+    Inputs{{"counts", &*call.counts}}.check_outputs(
+        {{"exp_avg_ipt", call.exp_avg_ipt}, {"exp_avg_unc", call.exp_avg_unc}});
   }
   return work;
 }

@@ -161,6 +161,7 @@ Scored check_packing(const Work& work, const Tensors& masks, const Tensor& stats
   check_shape("stats", stats, {static_cast<int64_t>(work.tensors()), 3}, ScalarType::Long, kCpu);
   inputs.check_outputs({{"masks", masks}});
   inputs.check_output([] { return "stats"; }, stats);
+  Inputs{{"stats", &stats}}.check_outputs({{"masks", masks}});
   return scored;
 }
 
@@ -205,6 +206,7 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
   const CheckedBracket checked = check_bracket(bracket);
   check_shape("threshold", threshold, {1, 2}, ScalarType::Long, kCpu);
   inputs.check_output([] { return "threshold"; }, threshold);
+  Inputs{{"threshold", &threshold}}.check_outputs({{"masks", masks}});
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * work.tensors(), 0);
   const Masks masks_at(masks);

@@ -35,6 +35,26 @@ def test_bad_arguments_are_refused_by_name(case: str) -> None:
         getattr(pins, name)(*args, **kwargs)
 
 
+COUNTED = ("stats", "threshold", "counts", "nans")
+
+
+def counted() -> list[tuple[str, str, str]]:
+    """(operator, what it counts in, list that it writes)."""
+    found = []
+    for op, call in CALLS.items():
+        given, outputs = by_name(op, call()), written(op)
+        lists = [name for name in sorted(outputs) if isinstance(given.get(name), list) and given[name]]
+        found += [
+            (op, name, one) for name in COUNTED if name in outputs and given.get(name) is not None for one in lists
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("op", "count", "output"), counted())
+def test_counts_in_the_memory_of_a_written_list_are_refused(op: str, count: str, output: str) -> None:
+    refuse_overlap(op, count, output, getattr(pins, op))
+
+
 @pytest.mark.parametrize(("op", "table", "output"), list(overlaps()))
 def test_a_table_in_the_memory_of_an_output_is_refused(op: str, table: str, output: str) -> None:
     refuse_overlap(op, table, output, getattr(pins, op))
