@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_training import separately
 from recorded import STEPS, Training, compare, compare_without_a_pruner, differences, recording
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,8 +51,11 @@ class _Nothing(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def branches() -> Iterator[None]:
-    """Those of a GPU's host."""
-    with like_a_gpu():
+    """Those of a GPU's host; eager steps by the separate passes that captured ones are made of.
+
+    One pass has the window that ends folded a step before, to the same weights and masks (test_one_pass.py).
+    """
+    with like_a_gpu(), separately():
         yield
 
 
