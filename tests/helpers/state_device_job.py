@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "PinsAdamW": lambda p: PinsAdamW(p, lr=1e-2),
     "PinsAdamW in 8 bits": lambda p: PinsAdamW(p, lr=1e-2, moment_dtype="8bit"),
+    "capturable PinsAdamW": lambda p: PinsAdamW(p, lr=1e-2, capturable=True),
     "PinsSGD": lambda p: PinsSGD(p, lr=1e-2, momentum=0.9),
 }
 CASES: dict[str, Callable[[torch.device], None]] = {}
@@ -174,7 +175,7 @@ def compare(device: torch.device, *args: Any, **options: Any) -> None:
 for _name, _config in CONFIGS.items():
     for _optimizer in OPTIMIZERS:
         if (_name == "moments" and _optimizer == "PinsSGD") or (
-            "8 bits" in _optimizer and _name not in ("pins", "moments")
+            (" in " in _optimizer or "capturable" in _optimizer) and _name not in ("pins", "moments", "bfloat16")
         ):
             continue
         CASES[f"{_name}, {_optimizer}"] = lambda device, o=_optimizer, c=_config: compare(device, o, **c)
