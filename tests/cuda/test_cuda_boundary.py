@@ -106,10 +106,9 @@ def test_training_is_that_of_separate_passes_on_the_cpu(gpu: Gpu, settings: dict
     """Bracket and threshold, bins that serve and thresholds that left, in one pass."""
     steps = range(gpu.choose(STEPS, 14))
     name = "boundary_sgd_" if "optimizer" in settings else "boundary_adamw_"
-    on_gpu = Training(device=gpu.device, **settings)
     counted = patch.object(torch.ops.pins_ext, name, wraps=getattr(torch.ops.pins_ext, name))
     with gpu.kernels(), nullcontext() if gpu.device == "cuda" else like_a_gpu(), counted as passes:
-        train(on_gpu, steps)
+        on_gpu = train(Training(device=gpu.device, **settings), steps)
     assert passes.called
     with separately():
         on_cpu = train(Training(**settings), steps)
