@@ -12,8 +12,9 @@ from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.optim.listener import BoundaryArguments, PruningArguments
 from pins_ext.optim.step import Scaling
 from pins_ext.pruning.attachment import Slot, Slots, Step
-from pins_ext.pruning.importance import Counted, Importance
+from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
+from pins_ext.pruning.scores import Counted
 
 
 class FusedSlot(Slot):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pins_ext import ops
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import Operands, own_score
 from pins_ext.pruning.inputs import InputNorms
+from pins_ext.pruning.scores import Operands, own_score
 
 
 class Gathered:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,53 +14,18 @@ from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import check_codes, local, shard_of
 from pins_ext.optim.step import Rate, Scaling, rates_on
+from pins_ext.pruning.bars import write_bars
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.kept import folds_at_once, state_names
 from pins_ext.pruning.moments import Moments
+from pins_ext.pruning.scores import Counted, Operands, own_score
 
 _ACCUMULATE, _FOLD = 0, 1
-_NAN_CODE = 255
-"""Of an average in 8 bits, see reference.encode: all bits are ones."""
-
-
-class Operands(NamedTuple):
-    """What a score is made of.
-
-    Attributes:
-        kind: one of ops.SCORES.
-        a: first operand, a tensor for each pruned tensor.
-        b: second operand, likewise; empty where there is one operand.
-        factors: float32 [n], of the score "fisher".
-        shapes: of the tensors, where an operand may be stored in 8 bits.
-    """
-
-    kind: str
-    a: list[Tensor]
-    b: list[Tensor]
-    factors: Tensor | None = None
-    shapes: Sequence[torch.Size] = ()
-
-
-Counted = tuple[Tensor, Tensor]
-"""A bracket of order keys and the counts of the weights inside it, see ops.select."""
 
 
 def _float32(rate: Rate) -> Rate:
     """The rate that the kernels compute with; a tensor is left on its device."""
     return rate if isinstance(rate, Tensor) else float(struct.unpack("f", struct.pack("f", rate))[0])
-
-
-def own_score(criterion: Any, p: Tensor, g: Tensor, lr: Any) -> Tensor:
-    """The instant score of a user's function, float32, contiguous.
-
-    Raises:
-        ValueError: it returned something else than one number per weight.
-    """
-    c = criterion(p.float(), g.float(), lr)
-    if not isinstance(c, Tensor) or c.shape != p.shape:
-        got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-        raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
-    return c.float().contiguous()
 
 
 class Importance:
@@ -144,7 +108,8 @@ class Importance:
             if name != "shadow"
         }
         states |= {"shadow": [p.detach().clone() for p in parts]} if "shadow" in kept else {}
-        self._write_bars(states)
+        if self._barred is not None:
+            write_bars(states, self.parameters, self._barred, self.smoothed)
         return states
 
     def _check_storage(self) -> None:
@@ -154,36 +119,14 @@ class Importance:
             check_codes("state_dtype='8bit'", "a pruned parameter", p)
 
     def bar(self, masks: Sequence[Tensor]) -> None:
-        """Mark the weights that these masks prune, for good: they score below all others, or in 8 bits NaN.
-
-        An average of minus infinity stays what it is, whatever is averaged into it, and so does a sum. 8 bits have no
-        infinity, but NaN, which stays as well and lies above all others: there the selection leaves them out, see
-        Selection.held.
+        """Mark the weights that these masks prune, for good: they score below all others, see write_bars.
 
         Args:
             masks: packed bits of each tensor.
         """
         self._barred, self.ahead = masks, False
         if "_states" in vars(self):
-            self._write_bars(self._states)
-
-    def _write_bars(self, states: dict[str, list[Tensor]]) -> None:
-        if self._barred is None:
-            return
-        values = {"exp_avg_ipt": -math.inf, "exp_avg_unc": math.inf, "shadow": 0.0}
-        if not self.smoothed:
-            values["ipt"] = -math.inf
-        coded = self.dtype in ops.CODED
-        for i, (p, bits) in enumerate(zip(self.parameters, self._barred, strict=True)):
-            pruned = ~ops.unpack_bits(bits, local(p).shape)
-            # masked_fill_ takes several times as long as an OR with bytes of ones.
-            codes = ops.by_group(pruned, shard_of(str(i), p)).to(torch.uint8).mul_(_NAN_CODE) if coded else pruned
-            for name in values.keys() & states.keys():
-                state = states[name][i]
-                if state.dtype in ops.CODED:
-                    state[..., : ops.GROUP] |= codes.to(state.device)
-                else:
-                    state.masked_fill_(pruned.to(state.device), values[name])
+            write_bars(self._states, self.parameters, masks, self.smoothed)
 
     @property
     def ipt(self) -> list[Tensor]:

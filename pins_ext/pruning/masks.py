@@ -14,8 +14,9 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import Counted, Importance, Operands
+from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.scores import Counted, Operands
 from pins_ext.pruning.selection import Selection
 from pins_ext.pruning.units import ScoredUnits, Units
 

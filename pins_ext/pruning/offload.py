@@ -16,10 +16,11 @@ from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local, shard_of
 from pins_ext.optim.step import Rate, Scaling, rates_on
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import Counted, Importance, Operands
+from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.kept import moves_states
 from pins_ext.pruning.masks import ZERO, Masks
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.scores import Counted, Operands
 from pins_ext.pruning.staging import Staging
 
 HOST = torch.device("cpu")

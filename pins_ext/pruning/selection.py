@@ -10,8 +10,8 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.select import select
-from pins_ext.pruning.importance import Counted, Operands
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.scores import Counted, Operands
 from pins_ext.pruning.units import ScoredUnits
 
 

@@ -12,7 +12,7 @@ from pins_ext import ops
 from pins_ext.distributed.shards import local, shard_of
 from pins_ext.patterns import Fit
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import Operands
+from pins_ext.pruning.scores import Operands
 
 BATCH = 1 << 22
 """Weights whose scores are written out at a time where no selection needs all of them; in groups N:M a larger tensor is

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pins_ext import PruneConfig, ops, reference
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.patterns import Fit, Pattern
-from pins_ext.pruning.importance import Operands
 from pins_ext.pruning.masks import Masks
 from pins_ext.pruning.patterns import fitted, input_axes
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.scores import Operands
 from pins_ext.pruning.units import Units
 
 LOWEST = torch.finfo(torch.float32).min

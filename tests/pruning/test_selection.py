@@ -15,8 +15,8 @@ from torch import Tensor
 from pins_ext import ops, reference
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.pruning.importance import Operands
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.pruning.scores import Operands
 from pins_ext.pruning.selection import Selection
 
 
