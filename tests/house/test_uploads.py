@@ -22,7 +22,7 @@ ALLOWED = {
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "_on": "released gradients: sums of other devices, and a checkpoint's norm, once",
     "_down": "state_device='cpu': a few numbers for the host's operators, and a checkpoint's masks, once",
-    "_write_bars": "marks of what stays pruned, from the masks to states on the host: at a new mask",
+    "write_bars": "marks of what stays pruned, from the masks to states on the host: at a new mask",
     "load_state": "a checkpoint, once",
     "converted_moment": "a checkpoint, once",
     "read": "a checkpoint, once",
