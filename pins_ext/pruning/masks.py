@@ -64,12 +64,12 @@ class Masks:
         fits: the pattern of each tensor, None where it has none.
         frozen: whether the masks never change again.
         applied: whether pruned weights are zero at this moment, and stay so.
+        in_view: whether they are zero only as long as a view is open, see `view.masked`.
         coming: what the optimizer's pass of the step under way chooses; None: bits and cutoff are final.
         weights_layout: of the parts, where the weights are: what `apply` is called with.
         packed: `bits`, or where selections write them if that is another device.
         packed_fixed: `fixed` likewise.
         stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
-        in_view: whether they are zero only as long as a view is open, see `view.masked`.
         in_place: whether a new cutoff is written over the last one, for steps that are captured.
     """
 

@@ -151,12 +151,11 @@ def memory(
     buffers = sum(b.nbytes for b in model.buffers())
     weights = sum(_local_bytes(p, shards) for p in parameters.values())
     learning = [p for p in parameters.values() if p.requires_grad and not frozen_base]
-    each = [_local_bytes(p, shards) for p in learning]
     if frozen_base:
-        each = [p.nbytes for name, p in parameters.items() if name in pruned]
-        if folds_at_once(config):
-            each = [p.nbytes + state_size(config, p.shape) for name, p in parameters.items() if name in pruned]
-    gradients = max(each, default=0) if release or frozen_base else sum(each)
+        gradients = max((_passing(p, config) for name, p in parameters.items() if name in pruned), default=0)
+    else:
+        each = [_local_bytes(p, shards) for p in learning]
+        gradients = max(each, default=0) if release else sum(each)
     whole = {name: p.numel() for name, p in parameters.items() if name in pruned}
     scopes = Scopes(list(whole), list(whole.values()), config, [(fits or {}).get(name) for name in whole])
     shapes = [(_local(parameters[name], shards), parameters[name].element_size()) for name in whole]
@@ -168,13 +167,10 @@ def memory(
     selection += _patterned(fits or {}, parameters, shards, config)
     host = 0
     if moved:
-        element = max(size for _, size in shapes)
-        each_tensor = [shape for shape, _ in shapes]
-        host = selection + host_bytes(
-            config, each_tensor, element, frozen_base, lambda shape: state_of(tuple(shape), element)
-        )
-        statistics -= sum(state_bytes(config, shape, 0, frozen_base) for shape in each_tensor)
-        selection = _tables(sizes)
+        element, each_shape = max(size for _, size in shapes), [shape for shape, _ in shapes]
+        own = host_bytes(config, each_shape, element, frozen_base, lambda shape: state_of(tuple(shape), element))
+        statistics -= sum(state_bytes(config, shape, 0, frozen_base) for shape in each_shape)
+        host, selection = selection + own, _tables(sizes)
     return Memory(
         weights=weights + buffers,
         gradients=gradients,
@@ -192,6 +188,11 @@ def ranks_needed(fits: Callable[[int], bool], limit: int = 4096) -> int | None:
     """The fewest ranks that `fits` accepts, among 1, 2, 4, ... up to `limit`; None: not even that many do."""
     counts: Iterator[int] = (2**i for i in range(limit.bit_length()))
     return next((count for count in counts if fits(count)), None)
+
+
+def _passing(p: Tensor, config: PruneConfig) -> int:
+    """Bytes of a frozen base's gradient, and of the window's mean that is made of it alone."""
+    return p.nbytes + (state_size(config, p.shape) if folds_at_once(config) else 0)
 
 
 def _local(p: Tensor, shards: int) -> Shape:

@@ -49,6 +49,9 @@ def parser(prog: str, about: str, examples: str, without: Iterable[str] = ()) ->
     """The parser of our own flags; the Trainer's are parsed after them.
 
     Args:
+        prog: the command, as it is typed.
+        about: what it does.
+        examples: a few lines of it.
         without: flags of train that have no meaning for this command, by name: not listed, and refused.
     """
     made = options.Parser(without, prog=prog, usage=f"{prog} [flags]", description=f"{about}\n\n{examples}")
@@ -183,6 +186,10 @@ def _check_start(request: Request) -> None:
         raise UsageError("--release-clip says how to clip, --release-norm to which norm: give it too")
     if run.release_gradients and request.regularizer.score_gradient == "task" and request.regularizes:
         raise UsageError("--release-gradients: --score-gradient task needs gradients that are gone by then: use joint")
+    if run.release_gradients and request.pruning is not None and request.pruning.state_device is not None:
+        raise UsageError(
+            "--release-gradients: --state-device cpu would let each wait for the host: leave one of them out"
+        )
 
 
 def _optimizer(given: Mapping[str, Any], typed: Mapping[str, Any]) -> str | None:
