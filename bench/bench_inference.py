@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pins_ext.runs.errors import EXIT_OK, UsageError
-from pins_ext.sparse.inference import _candidates
+from pins_ext.sparse.inference import candidates
 
 from . import inference_curves as curves
 from .inference_contest import Contest, key, random_inputs
@@ -136,7 +136,7 @@ def _models(given: dict[str, Any], device: torch.device) -> dict[str, nn.Module]
         model, _ = load_or_refuse(Path(given["checkpoint"]))
         # A cache of keys and values is of no use to one call, and torch.onnx can't export it.
         model.config.use_cache = False
-        if not _candidates(model, LEAST_PRUNED)[0]:
+        if not candidates(model, LEAST_PRUNED)[0]:
             raise UsageError(
                 f"{given['checkpoint']} has no linear layer with {LEAST_PRUNED:.0%} zeros: prune it first, or leave "
                 f"the checkpoint out"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pins_ext.sparse.inference import _bias, _candidates, _matrix
-from pins_ext.sparse.semi_structured import _layer, _says
+from pins_ext.sparse.inference import bias_of, candidates, weight_matrix
+from pins_ext.sparse.semi_structured import layer_over, packed, refusal
 
 from .inference_peers import LEAST_SPARSITY, AbsentError, Call
 
@@ -129,13 +128,7 @@ def two_of_four_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """The two larger of every four weights, in torch's 2:4 kernels; of a matrix with other zeros some weights go."""
     if weight.shape[1] % 4:
         raise AbsentError(f"2:4 takes inputs of 4, not {weight.shape[0]} x {weight.shape[1]}")
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    layer.weight = nn.Parameter(two_of_four(weight), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    with warnings.catch_warnings():
-        # That the interface is a prototype.
-        warnings.simplefilter("ignore", UserWarning)
-        return _layer(layer)
+    return layer_over(packed(two_of_four(weight)), bias)
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -174,7 +167,7 @@ def kernels_for(name: str, device: torch.device) -> Iterator[None]:
         raise
     # The operators are private to torch: another version may lack them.
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        raise AbsentError(f"torch {torch.__version__}: {_says(error)}") from error
+        raise AbsentError(f"torch {torch.__version__}: {refusal(error)}") from error
 
 
 def with_layers(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Call:
@@ -185,9 +178,9 @@ def with_layers(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Call:
     """
     own = copy.deepcopy(model).to(torch.bfloat16)
     with kernels_for(name, inputs["input_ids"].device):
-        places, _ = _candidates(own, LEAST_SPARSITY)
+        places, _ = candidates(own, LEAST_SPARSITY)
         modules = {place: own.get_submodule(place) for place in places}
-        made = {m: LAYERS[name][1](_matrix(m).contiguous(), _bias(m)) for m in dict.fromkeys(modules.values())}
+        made = {m: LAYERS[name][1](weight_matrix(m).contiguous(), bias_of(m)) for m in dict.fromkeys(modules.values())}
         for place, module in modules.items():
             path, _, leaf = place.rpartition(".")
             own.get_submodule(path)._modules[leaf] = made[module]

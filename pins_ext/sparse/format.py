@@ -103,7 +103,6 @@ def load_sparse(path: str | Path, *, model: nn.Module | None = None) -> Any:
     if model is not None:
         # The caller's model keeps its weights if any tensor can't be read.
         checkpoint.check()
-    if model is not None:
         _fill(model, checkpoint, untie=False)
         return model
     built = _built(checkpoint)
@@ -170,7 +169,9 @@ def refuse_overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """
     if tensor.numel() and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
         largest = float(tensor[tensor.isfinite()].abs().max())
-        raise ValueError(f"{name} has weights up to {largest:.3g}, which are infinite in {dtype}: use bfloat16")
+        wide = largest <= torch.finfo(torch.bfloat16).max
+        advice = "use bfloat16" if wide else "keep their own dtype, the default"
+        raise ValueError(f"{name} has weights up to {largest:.3g}, which are infinite in {dtype}: {advice}")
 
 
 def _write_shards(
@@ -325,27 +326,38 @@ def _places(model: nn.Module, names_of: Mapping[str, Sequence[str]], folder: Pat
     """The parameter or buffer of each name; no two that were saved as different tensors are one.
 
     Raises:
-        SparseFormatError: two are, and `untie` is False.
+        SparseFormatError: two are, and `untie` is False, or they are one attribute of one module.
     """
     places = {name: _place(model, name) for names in names_of.values() for name in names}
     owners: dict[int, str] = {}
+    # A module of several names has one attribute for all of them.
+    homes: dict[tuple[nn.Module, str], str] = {}
     for first, names in names_of.items():
         own: Tensor | None = None
         for name in names:
+            path, _, leaf = name.rpartition(".")
+            home = model.get_submodule(path)
+            holder = homes.setdefault((home, leaf), first)
             owner = owners.setdefault(id(places[name]), first)
-            if owner == first:
+            if owner == holder == first:
                 continue
-            if not untie:
+            if not untie or holder != first:
+                other = owner if holder == first else holder
                 raise SparseFormatError(
-                    f"{folder} doesn't fit {type(model).__name__}: it holds different tensors for {owner!r} and "
+                    f"{folder} doesn't fit {type(model).__name__}: it holds different tensors for {other!r} and "
                     f"{name!r}, which are one in the model: give the model two, or save it with one"
                 )
             if own is None:
-                own = nn.Parameter(torch.empty_like(places[name]), requires_grad=places[name].requires_grad)
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, own)
+                own = _like(places[name])
+            setattr(home, leaf, own)
             places[name] = own
     return places
+
+
+def _like(place: Tensor) -> Tensor:
+    """Memory of its own for a further parameter or buffer."""
+    new = torch.empty_like(place)
+    return nn.Parameter(new, requires_grad=place.requires_grad) if isinstance(place, nn.Parameter) else new
 
 
 def _place(model: nn.Module, name: str) -> Tensor:

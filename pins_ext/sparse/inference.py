@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial, measure
+from pins_ext.sparse.format import refuse_overflow
 from pins_ext.sparse.grouped import VALUES as GPU_VALUES
 from pins_ext.sparse.grouped import GroupedLinear
 from pins_ext.sparse.linear import VALUES, SparseLinear
@@ -59,8 +60,8 @@ def sparsify_for_inference(
         The model; `model.pins_calibration` holds what was measured (`pins_ext.sparse.calibration.Calibration`).
 
     Raises:
-        ValueError: options out of range, a model on several devices or on another than a CPU or GPU, or weights that
-            are infinite or NaN where int8 is asked for. The model is unchanged.
+        ValueError: options out of range, a model on several devices or on another than a CPU or GPU, weights that
+            are infinite or NaN where int8 is asked for, or infinite in the values asked for. The model is unchanged.
         NothingSparseError: no layer has enough zeros.
         SaveError: `save_to` can't be written; where its folder is missing, before anything else is done.
     """
@@ -69,26 +70,29 @@ def sparsify_for_inference(
     device = _device(model)
     if tokens is None:
         tokens = TOKENS[device.type]
-    if not isinstance(tokens, Sequence) or not tokens or not all(isinstance(n, int) and n > 0 for n in tokens):
+    if not isinstance(tokens, Sequence) or not tokens or not all(type(n) is int and n > 0 for n in tokens):
         raise ValueError(f"tokens must be positive numbers of tokens, such as (1, 128); got {tokens!r}")
     allowed = VALUES if device.type == "cpu" else GPU_VALUES
     if values is not None and values not in allowed:
         raise ValueError(f"on {device} values must be one of {', '.join(allowed)}; got {values!r}")
     if save_to is not None and not Path(save_to).parent.is_dir():
         raise SaveError(f"could not save {save_to}: there is no folder {Path(save_to).parent}")
-    places, dense = _candidates(model, min_sparsity)
+    places, dense = candidates(model, min_sparsity)
     if not places:
         raise NothingSparseError(_nothing(min_sparsity, dense))
     if values == "int8":
         _refuse_not_finite(model, places)
+    elif values is not None:
+        for name in places:
+            refuse_overflow(name, weight_matrix(model.get_submodule(name)), getattr(torch, values))
     model.eval()
     trials = []
-    for group in _groups(model, places):
+    for group in groups_of(model, places):
         trial = _tried(model, group, tuple(tokens) if calibrate else (), values)
         if trial is not None:
             trials.append(trial)
         if trial is None or trial.chosen == "sparse":
-            for names in _by_weight(model, group):
+            for names in by_weight(model, group):
                 _replace(model, names, values)
     calibration = Calibration(_machine(device), tuple(trials), dense)
     if say is not None:
@@ -112,7 +116,7 @@ def _nothing(min_sparsity: float, dense: Mapping[str, str]) -> str:
 
 def _refuse_not_finite(model: nn.Module, places: Sequence[str]) -> None:
     for name in places:
-        if not _matrix(model.get_submodule(name)).isfinite().all():
+        if not weight_matrix(model.get_submodule(name)).isfinite().all():
             raise ValueError(f'{name} has infinite or NaN weights, which have no int8 codes: use values="float32"')
 
 
@@ -133,27 +137,41 @@ def _machine(device: torch.device) -> str:
     return f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight as [out, in]: Conv1D of transformers stores its transpose."""
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as [out, in], a view: Conv1D of transformers stores its transpose.
+
+    Args:
+        module: a Linear or Conv1D.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().t()
 
 
-def _sparsity(module: nn.Module) -> float:
-    weight = _matrix(module)
+def sparsity_of(module: nn.Module) -> float:
+    """Share of the weight that is zero.
+
+    Args:
+        module: a Linear or Conv1D.
+    """
+    weight = weight_matrix(module)
     return 1 - int(weight.count_nonzero()) / max(1, weight.numel())
 
 
-def _candidates(model: nn.Module, min_sparsity: float) -> tuple[list[str], dict[str, str]]:
-    """Names of the layers to try, and why the others stay dense."""
+def candidates(model: nn.Module, min_sparsity: float) -> tuple[list[str], dict[str, str]]:
+    """Names of the linear layers to try, and why the others stay dense.
+
+    Args:
+        model: whose layers.
+        min_sparsity: share of zeros from which on a layer is tried.
+    """
     places: list[str] = []
     dense: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear) and not _is_conv1d(module):
             continue
         reason = _reason(model, name, module)
-        if reason is None and _sparsity(module) < min_sparsity:
+        if reason is None and sparsity_of(module) < min_sparsity:
             reason = f"less than {min_sparsity:.0%} zeros"
         if reason is None:
             places.append(name)
@@ -186,13 +204,18 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _groups(model: nn.Module, places: Sequence[str]) -> list[list[str]]:
-    """Layers of one shape, dtype and sparsity, to five percent: one of them is measured for all."""
+def groups_of(model: nn.Module, places: Sequence[str]) -> list[list[str]]:
+    """Layers of one shape, dtype and sparsity, to five percent: one of them is measured for all.
+
+    Args:
+        model: whose layers.
+        places: their names.
+    """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in places:
         module = model.get_submodule(name)
-        weight = _matrix(module)
-        key = (tuple(weight.shape), weight.dtype, type(module), round(_sparsity(module) * 20))
+        weight = weight_matrix(module)
+        key = (tuple(weight.shape), weight.dtype, type(module), round(sparsity_of(module) * 20))
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
@@ -201,28 +224,33 @@ def _tried(model: nn.Module, group: Sequence[str], tokens: tuple[int, ...], valu
     if not tokens:
         return None
     # The middle one by sparsity stands for the group.
-    name = sorted(group, key=lambda n: _sparsity(model.get_submodule(n)))[len(group) // 2]
+    name = sorted(group, key=lambda n: sparsity_of(model.get_submodule(n)))[len(group) // 2]
     module = model.get_submodule(name)
-    weight = _matrix(module)
+    weight = weight_matrix(module)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, weight.shape[1], generator=generator).to(weight) for n in tokens]
     dense, sparse = measure(module, _sparse(module, values), inputs)
-    return Trial((weight.shape[0], weight.shape[1]), _sparsity(module), tokens, dense, sparse, tuple(group))
+    return Trial((weight.shape[0], weight.shape[1]), sparsity_of(module), tokens, dense, sparse, tuple(group))
 
 
 def _sparse(module: nn.Module, values: str | None) -> SparseLinear:
-    weight, bias = _matrix(module), _bias(module)
+    weight, bias = weight_matrix(module), bias_of(module)
     if weight.is_cuda:
         return GroupedLinear(weight, bias, values)
     exact = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
     return SparseLinear(weight, bias, values or exact)
 
 
-def _by_weight(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
-    """Names of layers over the same memory, together."""
+def by_weight(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Names of layers over the same memory, together.
+
+    Args:
+        model: whose layers.
+        names: of them.
+    """
     together: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
-        weight = _matrix(model.get_submodule(name))
+        weight = weight_matrix(model.get_submodule(name))
         together.setdefault((weight.data_ptr(), tuple(weight.shape), weight.stride()), []).append(name)
     return list(together.values())
 
@@ -235,12 +263,17 @@ def _replace(model: nn.Module, names: Sequence[str], values: str | None) -> None
     layers: dict[nn.Module, SparseLinear] = {modules[0]: packed}
     for name, parent, module in zip(names, parents, modules, strict=True):
         if module not in layers:
-            layers[module] = packed.with_bias(_bias(module))
+            layers[module] = packed.with_bias(bias_of(module))
         # By its registered name: a parent may be a Sequential or a ModuleDict.
         parent._modules[name.rpartition(".")[2]] = layers[module]
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def bias_of(module: nn.Module) -> Tensor | None:
+    """[out], or None.
+
+    Args:
+        module: a Linear or Conv1D.
+    """
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias

@@ -146,8 +146,9 @@ class SparseLinear(nn.Module):
         """A further layer over the same packed weights, which never change."""
         other = type(self).__new__(type(self))
         nn.Module.__init__(other)
-        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_buffers"})
-        other._buffers = dict(self._buffers)
+        # Buffers and hooks are added to each layer alone.
+        own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(self).items()}
+        other.__dict__.update(own)
         memo[id(self)] = other
         return other
 

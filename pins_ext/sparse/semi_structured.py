@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pins_ext.patterns import Fit, Pattern
 from pins_ext.sparse.calibration import Calibration, Trial, measure
-from pins_ext.sparse.inference import NothingSparseError, _candidates, _groups, _matrix, _sparsity
+from pins_ext.sparse.inference import (
+    NothingSparseError,
+    bias_of,
+    by_weight,
+    candidates,
+    groups_of,
+    sparsity_of,
+    weight_matrix,
+)
 
 TOKENS = (1, 128, 2048)
 
@@ -55,7 +63,7 @@ def to_semi_structured(
     places, dense = two_of_four(model)
     trials, converted = [], 0
     model.eval()
-    for group in _groups(model, places):
+    for group in groups_of(model, places):
         layers, why = _converted(model, group)
         if why is not None:
             dense |= dict.fromkeys(group, why)
@@ -64,11 +72,11 @@ def to_semi_structured(
             trial = _timed(model.get_submodule(group[0]), layers[0], group, tuple(tokens), device)
         except (RuntimeError, NotImplementedError) as error:
             # Packed, and yet no kernel multiplies it on this device.
-            dense |= dict.fromkeys(group, _says(error))
+            dense |= dict.fromkeys(group, refusal(error))
             continue
         trials.append(trial)
         if trial.speedup > 1 or not only_faster:
-            converted += len(group)
+            converted += len(set(layers))
             for name, layer in zip(group, layers, strict=True):
                 path, _, leaf = name.rpartition(".")
                 model.get_submodule(path)._modules[leaf] = layer
@@ -88,10 +96,10 @@ def two_of_four(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     Raises:
         NothingSparseError: there are none.
     """
-    sparse, dense = _candidates(model, 0.5)
+    sparse, dense = candidates(model, 0.5)
     places = []
     for name in sparse:
-        kept = _matrix(model.get_submodule(name)) != 0
+        kept = weight_matrix(model.get_submodule(name)) != 0
         if _TWO_OF_FOUR.misfit(kept.shape) is None and _TWO_OF_FOUR.violations(kept) == 0:
             places.append(name)
         else:
@@ -140,43 +148,61 @@ def _device(model: nn.Module) -> torch.device:
 
 def _converted(model: nn.Module, group: Sequence[str]) -> tuple[list[nn.Module], str | None]:
     """The layers of a group with 2:4 weights; or why torch doesn't take them."""
-    # A layer of several names stays one.
+    # A layer of several names stays one, and layers over one weight share its packed form.
     made: dict[nn.Module, nn.Module] = {}
     try:
-        with warnings.catch_warnings():
-            # That the interface is a prototype.
-            warnings.simplefilter("ignore", UserWarning)
-            for module in dict.fromkeys(map(model.get_submodule, group)):
-                made[module] = _layer(module)
+        for names in by_weight(model, group):
+            modules = [model.get_submodule(name) for name in names]
+            weight = packed(weight_matrix(modules[0]))
+            made |= {module: layer_over(weight, bias_of(module)) for module in dict.fromkeys(modules)}
     except (RuntimeError, NotImplementedError) as error:
-        return [], _says(error)
+        return [], refusal(error)
     return [made[model.get_submodule(name)] for name in group], None
 
 
-def _says(error: Exception) -> str:
+def refusal(error: Exception) -> str:
+    """In one short line, what torch says.
+
+    Args:
+        error: that it raised.
+    """
     return f"torch says: {' '.join(str(error).split())[:200]}"
 
 
-def _layer(module: nn.Module) -> nn.Module:
-    """A linear layer of the same function whose weight is 2:4; a Conv1D becomes a Linear."""
-    weight = _matrix(module).contiguous()
+def packed(weight: Tensor) -> nn.Parameter:
+    """A matrix in torch's 2:4 format.
+
+    Args:
+        weight: [out, in], 2:4 along the inputs.
+
+    Raises:
+        RuntimeError: torch doesn't take it.
+    """
+    with warnings.catch_warnings():
+        # That the interface is a prototype.
+        warnings.simplefilter("ignore", UserWarning)
+        return nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.contiguous()), requires_grad=False)
+
+
+def layer_over(weight: nn.Parameter, bias: Tensor | None) -> nn.Linear:
+    """A linear layer for inference over a packed weight.
+
+    Args:
+        weight: of `packed`, [out, in].
+        bias: [out], or None.
+    """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)
-    bias = module.bias
-    layer.bias = None if bias is None else nn.Parameter(_tensor(bias).detach(), requires_grad=False)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer.eval()
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _timed(
     dense: nn.Module, sparse: nn.Module, group: Sequence[str], tokens: tuple[int, ...], device: torch.device
 ) -> Trial:
-    weight = _matrix(dense)
+    weight = weight_matrix(dense)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, weight.shape[1], generator=generator).to(device, weight.dtype) for n in tokens]
     before, after = measure(copy.copy(dense), sparse, inputs)
-    return Trial((weight.shape[0], weight.shape[1]), _sparsity(dense), tokens, before, after, tuple(group))
+    return Trial((weight.shape[0], weight.shape[1]), sparsity_of(dense), tokens, before, after, tuple(group))

@@ -118,9 +118,28 @@ def test_a_layer_of_two_names_stays_one(
     kernels[64, 128] = 10.0, 5.0
     dense = model().eval()
     dense.again = dense[0]
-    found = pins_ext.to_semi_structured(dense, tokens=(7,), say=None)
+    said: list[str] = []
+    found = pins_ext.to_semi_structured(dense, tokens=(7,), say=said.append)
+    assert said[-1].endswith("2 layers are 2:4 now")
     assert found.again is found[0]
     assert not found[0].weight.requires_grad
+
+
+def test_layers_over_one_weight_share_its_packed_form(
+    kernels: dict[tuple[int, int], tuple[float, float] | RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels[256, 128] = 10.0, 5.0
+    dense = nn.Sequential(model()[0], nn.Linear(128, 256)).eval()
+    dense[1].weight = dense[0].weight
+    biases = [layer.bias for layer in dense]
+    convert, made = torch.sparse.to_sparse_semi_structured, list[torch.Tensor]()
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: (made.append(w), convert(w))[1])
+    said: list[str] = []
+    found = pins_ext.to_semi_structured(dense, tokens=(7,), say=said.append)
+    assert len(made) == 1
+    assert found[0].weight is found[1].weight
+    assert all(torch.equal(layer.bias, bias) for layer, bias in zip(found, biases, strict=True))
+    assert said[-1].endswith("2 layers are 2:4 now")
 
 
 def test_what_torch_refuses_stays_dense_in_its_words(

@@ -17,7 +17,8 @@ import pytest
 import torch
 from helpers.models import Network
 from helpers.small_models import decoder_config, encoder_folder
-from torch import Tensor, nn
+from helpers.sparse_models import assert_same, bits
+from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, GPT2LMHeadModel, pipeline
 
 from pins_ext import Pruner, reference
@@ -38,18 +39,6 @@ def pruned(model: nn.Module, sparsity: float = 0.9) -> Any:
         if p.dim() >= 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
             p.data[torch.rand(p.shape, generator=generator) < sparsity] = 0
     return model
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        assert a[name].shape == b[name].shape, name
-        assert torch.equal(bits(a[name]), bits(b[name])), name
 
 
 def bert() -> BertForSequenceClassification:
@@ -112,52 +101,6 @@ def test_a_model_comes_back_to_the_last_bit(make: Any, dtype: torch.dtype, compr
     assert report["floor"] < report["stored"] < report["dense"]
 
 
-def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
-    save_sparse(pruned(gpt2()), tmp_path / "sparse")
-    index = SparseCheckpoint(tmp_path / "sparse").index
-    assert dict(index.aliases) == {"lm_head.weight": "transformer.wte.weight"}
-    again = load_sparse(tmp_path / "sparse")
-    assert again.lm_head.weight is again.transformer.wte.weight
-
-
-def test_weights_that_were_untied_come_back_as_two(tmp_path: Path) -> None:
-    """The configuration ties them, the saved model did not."""
-    model = pruned(gpt2())
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
-    save_sparse(model, tmp_path / "sparse")
-    again = load_sparse(tmp_path / "sparse")
-    assert again.lm_head.weight is not again.transformer.wte.weight
-    assert_same(model.state_dict(), again.state_dict())
-    tied = gpt2()
-    before = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
-    with pytest.raises(SparseFormatError, match=r"different tensors for 'transformer.wte.weight' and 'lm_head.weight'"):
-        load_sparse(tmp_path / "sparse", model=tied)
-    assert_same(before, tied.state_dict())
-
-
-class Pairs(nn.Module):
-    """Four names; those of a group are one layer."""
-
-    def __init__(self, *groups: str) -> None:
-        super().__init__()
-        for group in groups:
-            layer = nn.Linear(40, 40)
-            for name in group:
-                self.add_module(name, layer)
-
-
-def test_names_of_shared_layers_load_into_models_that_share_others(tmp_path: Path) -> None:
-    saved = pruned(Pairs("ac", "bd"))
-    save_sparse(saved, tmp_path / "sparse")
-    for groups in (("ac", "bd"), ("a", "b", "c", "d"), ("a", "c", "bd")):
-        other = Pairs(*groups)
-        load_sparse(tmp_path / "sparse", model=other)
-        assert_same({k: saved.state_dict()[k] for k in other.state_dict()}, other.state_dict())
-    for groups in (("abcd",), ("ab", "cd"), ("abc", "d")):
-        with pytest.raises(SparseFormatError, match="which are one in the model: give the model two"):
-            load_sparse(tmp_path / "sparse", model=Pairs(*groups))
-
-
 def test_weights_that_a_smaller_dtype_makes_infinite_are_refused(tmp_path: Path) -> None:
     model = pruned(bert())
     model.classifier.weight.data[0, 0] = -1e6
@@ -169,6 +112,28 @@ def test_weights_that_a_smaller_dtype_makes_infinite_are_refused(tmp_path: Path)
     model.classifier.weight.data[0, 0] = torch.inf
     save_sparse(model, tmp_path / "a", dtype=torch.float16)
     save_sparse(model, tmp_path / "b", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype", "advice"),
+    [
+        (torch.float32, torch.bfloat16, "keep their own dtype"),
+        (torch.float64, torch.float32, "keep their own dtype"),
+        (torch.float64, torch.float16, "keep their own dtype"),
+        (torch.float16, torch.float16, None),
+    ],
+)
+def test_what_a_cast_makes_infinite_is_kept_by_a_dtype_that_holds_it(
+    own: torch.dtype, dtype: torch.dtype, advice: str | None, tmp_path: Path
+) -> None:
+    layer = nn.Linear(3, 3, dtype=own)
+    layer.weight.data[0, 0] = torch.finfo(own).max
+    if advice is None:
+        save_sparse(layer, tmp_path / "a", dtype=dtype)
+        return
+    with pytest.raises(ValueError, match=f"infinite in {dtype}: {advice}"):
+        save_sparse(layer, tmp_path / "a", dtype=dtype)
+    save_sparse(layer, tmp_path / "a")
 
 
 @pytest.mark.parametrize("shard_bytes", [0, -1, "2GB", 1.5])

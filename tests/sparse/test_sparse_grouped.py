@@ -144,6 +144,23 @@ def test_a_model_of_grouped_layers_answers_as_before(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(fast(x), model(x))
 
 
+def test_weights_that_16_bits_make_infinite_are_refused_before_anything_is_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = nn.Sequential(nn.Linear(40, 70), nn.Linear(70, 9)).train()
+    for p in model.parameters():
+        p.data[torch.rand(p.shape) < 0.9] = 0
+    model[1].weight.data[0, 0] = 1e5
+    monkeypatch.setattr(inference, "VALUES", inference.GPU_VALUES)
+    monkeypatch.setattr(inference, "_sparse", lambda m, v: GroupedLinear(m.weight, m.bias, v))
+    with pytest.raises(
+        ValueError, match=r"1 has weights up to 1e\+05, which are infinite in torch.float16: use bfloat16"
+    ):
+        sparsify_for_inference(model, values="float16", calibrate=False, say=None)
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+    assert model.training
+
+
 def test_triton_gives_the_dense_product(device: str) -> None:
     """The fallback of builds without CUDA C++, called by name: a build with it does not register it."""
     from pins_ext import triton_kernels
@@ -204,7 +221,8 @@ def test_the_benchmark_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     assert first.split()[:2] == ["80%", "1"]
     assert verdict.startswith("80 %, one token: ")
     peers = [line for line in others if line.lstrip().startswith("torch ")]
-    assert len(others) - len(peers) == 3 * 4 - 1
+    assert "torch's of fewer bits and 2:4, beside cuBLAS, all at 50% zeros" in others
+    assert len(others) - len(peers) == 3 * 4
     found = json.loads(file.read_text())
     assert [(row["sparsity"], row["tokens"]) for row in found["rows"][:5]] == [
         (0.8, 1), (0.8, 2), (0.8, 4), (0.8, 128), (0.5, 1)
@@ -213,3 +231,17 @@ def test_the_benchmark_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     assert {row["name"]: "absent" in row for row in found["peers"]} == dict.fromkeys(LAYERS, True)
     assert "not 172 x 64" in next(line for line in peers if "torch fp8" in line)
     assert "torch says" in next(line for line in peers if "torch 2:4" in line)
+
+
+def test_peers_are_compared_at_their_own_sparsity(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"sparsity": s, "tokens": 1, "cublas_us": us, "ours_us": 1.0, "ratio": us, "bytes": 1.0, "gb_per_s": 1.0}
+        for s, us in ((0.8, 3.0), (0.5, 10.0), (0.9, 7.0))
+    ]
+    monkeypatch.setattr(bench_grouped, "compared", lambda *_: iter(rows))
+    monkeypatch.setattr(bench_grouped, "peer", lambda name, *_: [{"name": name, "tokens": 1, "us": 5.0}])
+    assert bench_grouped.main(["--device", "cpu"]) == 0
+    found = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("torch ")]
+    assert found == ["2.00"] * len(LAYERS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_models import characters, decoder_config, encoder_folder
+from helpers.sparse_models import assert_close, pruned, sparse
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -25,20 +26,9 @@ from transformers import (
 
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial
-from pins_ext.sparse.checkpoint import SparseCheckpoint
 from pins_ext.sparse.format import load_sparse, save_sparse
 from pins_ext.sparse.inference import sparsify_for_inference
 from pins_ext.sparse.linear import SparseLinear
-
-
-def pruned(model: nn.Module, sparsity: float = 0.9, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            weight.data[torch.rand(weight.shape, generator=generator) < sparsity] = 0
-    return model.eval()
 
 
 def bert(seed: int = 0) -> BertForSequenceClassification:
@@ -47,17 +37,8 @@ def bert(seed: int = 0) -> BertForSequenceClassification:
     return pruned(BertForSequenceClassification(BertConfig(**sizes, intermediate_size=130, num_labels=3)), seed=seed)
 
 
-def sparse(model: nn.Module, **options: Any) -> Any:
-    """A copy, every pruned layer sparse."""
-    return sparsify_for_inference(copy.deepcopy(model), calibrate=False, say=None, **options)
-
-
 def sparse_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-
-
-def assert_close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bert_answers_as_before_for_one_to_many_tokens() -> None:
@@ -230,79 +211,6 @@ def test_layers_that_others_read_stay_dense() -> None:
         assert_close(fast(x), model(x))
 
 
-class Shared(nn.Module):
-    """One layer of two names, within one container of two names; and two layers over one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(40, 40)
-        self.again = self.first
-        self.own = nn.Sequential(nn.Linear(40, 40), nn.ReLU())
-        self.container = self.own
-        self.left, self.right = nn.Linear(40, 40), nn.Linear(40, 40)
-        self.right.weight = self.left.weight
-        self.bare = nn.Linear(40, 40, bias=False)
-        self.bare.weight = self.left.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.container(self.own(self.again(self.first(x))))
-        return self.left(x) + 2 * self.right(x) + 3 * self.bare(x)
-
-
-@pytest.mark.parametrize("values", ["float32", "int8"])
-def test_layers_that_share_a_weight_share_its_packed_form(values: str) -> None:
-    model = pruned(Shared())
-    fast = sparse(model, values=values)
-    assert [type(m) for m in fast.modules() if isinstance(m, (nn.Linear, SparseLinear))] == [SparseLinear] * 5
-    assert fast.first is fast.again
-    assert fast.own is fast.container
-    assert isinstance(fast.own[0], SparseLinear)
-    # Three layers with biases of their own over one packed matrix.
-    layers = (fast.left, fast.right, fast.bare)
-    assert len({layer.values.data_ptr() for layer in layers}) == 1
-    assert [None if layer.bias is None else layer.bias.tolist() for layer in layers] == [
-        model.left.bias.tolist(), model.right.bias.tolist(), None
-    ]  # fmt: skip
-    x = torch.randn(3, 40)
-    if values == "int8":
-        torch.testing.assert_close(fast(x), model(x), rtol=0.1, atol=0.05)
-    else:
-        assert_close(fast(x), model(x))
-    # Twice sparse is as good as once: nothing is left to replace.
-    with pytest.raises(ValueError, match="prune the model first"):
-        sparse(fast)
-
-
-def test_shared_layers_from_the_model_to_the_file_and_to_sparse_layers(tmp_path: Path) -> None:
-    model = pruned(Shared())
-    save_sparse(model, tmp_path / "sparse")
-    again = Shared()
-    load_sparse(tmp_path / "sparse", model=again)
-    assert again.left.weight is again.right.weight is again.bare.weight
-    held = SparseCheckpoint(tmp_path / "sparse").index
-    assert sorted(held.entries) == ["first.bias", "first.weight", "left.bias", "left.weight",
-                                    "own.0.bias", "own.0.weight", "right.bias"]  # fmt: skip
-    fast = sparse(again.eval())
-    assert not any(isinstance(m, nn.Linear) for m in fast.modules())
-    x = torch.randn(3, 40)
-    assert_close(fast(x), model(x))
-
-
-def test_a_language_model_whose_head_is_its_embedding() -> None:
-    """The head becomes sparse, the embedding stays what it is, and generation goes on as before."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(decoder_config())
-    model.transformer.wte.weight.data *= torch.rand(model.transformer.wte.weight.shape) < 0.2
-    fast = sparse(pruned(model))
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert isinstance(fast.lm_head, SparseLinear)
-    assert isinstance(fast.transformer.wte, nn.Embedding)
-    ids = torch.randint(1, 257, (2, 7))
-    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(fast.generate(ids, **options), model.generate(ids, **options))
-
-
 def test_calibration_measures_prints_and_saves(tmp_path: Path) -> None:
     model = bert()
     said: list[str] = []
@@ -406,6 +314,9 @@ def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r'layer\.1\.output\.dense has infinite or NaN weights.*use values="float32"'):
         sparsify_for_inference(model, values="int8", calibrate=False, say=None)
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.finfo(torch.float32).max
+    with pytest.raises(ValueError, match=r"3\.4e\+38, which are infinite in torch.bfloat16: keep their own dtype"):
+        sparsify_for_inference(model, values="bfloat16", calibrate=False, say=None)
     with pytest.raises(SaveError, match="there is no folder"):
         sparsify_for_inference(model, calibrate=False, say=None, save_to=tmp_path / "none" / "a.json")
     assert sparse_layers(model) == []
@@ -414,7 +325,7 @@ def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 
 def test_bad_requests_say_what_to_do() -> None:
-    for tokens in ((1.5,), 4, (True, "a")):
+    for tokens in ((1.5,), 4, (True,), (1, "a")):
         with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, such as \(1, 128\); got"):
             sparsify_for_inference(bert(), tokens=tokens)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_sparsity must be between 0 and 1, got 90"):
