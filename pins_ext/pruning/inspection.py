@@ -34,7 +34,7 @@ def stats(parameters: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
 
     Returns:
         sparsity (share of the weights that the last mask prunes, 0 before the first); zeros (share that is zero now:
-        between two masks weights may grow back); threshold (a score) or None before the first mask; churn (share of
+        between two masks weights may grow back); threshold (a score) or None, see Masks.threshold; churn (share of
         mask bits the last selection flipped); nan (scores that are NaN: kept); frozen; per_layer (name to share of
         zeros).
     """

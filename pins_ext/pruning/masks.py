@@ -321,11 +321,13 @@ class Masks:
         """The score below which weights are pruned, the highest where tensors differ; one synchronisation.
 
         Returns:
-            None before the first mask, and where no score decides: all but the best of every group N:M are pruned.
+            None before the first mask, and where no score decides: all but the best of every group N:M are pruned, or
+            in 8 bits nothing but what stays pruned for good.
         """
         if not self.chosen:
             return None
-        found = ops.score_of_key(self.cutoff)
+        # No score has the key 0, with which nothing is pruned.
+        found = ops.score_of_key(self.cutoff).masked_fill(self.cutoff[:, 0] == 0, -torch.inf)
         if self._units is not None:
             found = found.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         highest = found.max().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,17 @@ def test_in_8_bits_what_stays_pruned_is_told_from_weights_that_never_score(every
     assert report["zeros"] == pruner.n_weights - round(0.3 * pruner.n_weights)
     for name, p in zip(pruner.names, pruner.parameters, strict=True):
         assert not p[before[name] == 0].any()
+
+
+@pytest.mark.parametrize("stored", ["float32", "8bit"])
+def test_a_threshold_is_a_number_or_none(stored: str) -> None:
+    """In 8 bits no score decides when the last mask prunes just what stays pruned."""
+    model, optimizer, pruner, _ = start(PruneConfig(**OPTIONS, state_dtype=stored))
+    seen: list[float | None] = []
+    train(model, optimizer, after=lambda: seen.append(pruner.stats()["threshold"]))
+    assert not any(threshold is not None and math.isnan(threshold) for threshold in seen)
+    assert any(threshold is not None and threshold > 0 for threshold in seen)
+    assert (seen[-1] is None) == (stored == "8bit")
 
 
 def test_pins_is_platon_and_says_so() -> None:
