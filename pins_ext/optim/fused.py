@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, like, local, local_gradient, locals_of, shard_of
 from pins_ext.optim.listener import PruningArguments, StepListener
-from pins_ext.optim.moments import converted_moment, exported_state, loaded_moments, take_loaded
+from pins_ext.optim.moments import converted_moment, exported_states, loaded_moments, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import (
@@ -395,8 +395,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""
         packed = super().state_dict()
-        exported = {key: exported_state(state) for key, state in packed["state"].items()}
-        packed["state"] = {key: state for key, state in exported.items() if state}
+        packed["state"] = exported_states(packed["state"])
         return packed
 
     @property

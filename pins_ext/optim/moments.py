@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,33 @@ def converted_moment(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     return like(p, part, coded) if is_dtensor(moment) else part
 
 
-def exported_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state as torch.optim writes it: without its skipped steps, and none if there was no other."""
-    if "step" not in state:
-        return state
-    step = float(state["step"]) - float(state.get("skipped", 0))
-    moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
-    # No step but skipped ones: torch's have no state then.
-    return {"step": torch.tensor(step), **moments} if step > 0 or "skipped" not in state else {}
+def exported_states(states: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """States as torch.optim writes them: without their skipped steps, and none of a parameter that has no other.
+
+    A device is waited for once, however many parameters count their steps on it.
+
+    Args:
+        states: of each parameter, by its key in a state_dict.
+    """
+    counted = {key: state for key, state in states.items() if "step" in state}
+    steps, skipped = (_numbers([s.get(name, 0.0) for s in counted.values()]) for name in ("step", "skipped"))
+    exported = {key: state for key, state in states.items() if state and key not in counted}
+    for (key, state), step, left_out in zip(counted.items(), steps, skipped, strict=True):
+        # No step but skipped ones: torch's have no state then.
+        if step > left_out or "skipped" not in state:
+            moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
+            exported[key] = {"step": torch.tensor(step - left_out), **moments}
+    return {key: exported[key] for key in states if key in exported}
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    found = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    places: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, []).append(i)
+    for there in places.values():
+        numbers = torch.stack([torch.as_tensor(values[i]).double().reshape(()) for i in there]).tolist()
+        for i, number in zip(there, numbers, strict=True):
+            found[i] = number
+    return found
