@@ -78,11 +78,7 @@ def cases(problem: Problem, delta_t: int, peers: bool = True) -> list[Case]:
     parameters = model.tensors
     n = sum(p.numel() for p in parameters)
     optimizer = PinsAdamW(parameters, lr=_LR)
-    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
-    config = PruneConfig(
-        1 - problem.ratio, delta_t=delta_t, schedule="constant", warmup=0, cooldown=2, include=("*",), state_dtype=dtype
-    )
-    pruner = Pruner(model, optimizer, config, total_steps=1 << 40)
+    pruner = _pruner(problem, model, optimizer, delta_t)
     plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
     _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
 
@@ -144,63 +140,72 @@ def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
     """
     weight, state = problem.sizes
     model = Model(problem)
-    parameters = model.tensors
-    n = sum(p.numel() for p in parameters)
-    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
-    plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
+    update = 8 * weight + 0.125
+    pins = update + 2 * state + _boundary_bytes(problem, delta_t) / delta_t
+    return [
+        _clipped(problem, model, delta_t, "pins", pins),
+        _clipped(problem, model, delta_t, "fisher", update + (4 * weight + 0.25) / delta_t),
+        _clipped_floor(problem, model, delta_t),
+    ]
 
-    def ours(criterion: str, counted: float) -> Case:
-        optimizer = PinsAdamW(parameters, lr=_LR)
-        config = PruneConfig(
-            1 - problem.ratio,
-            criterion=criterion,
-            delta_t=delta_t,
-            schedule="constant",
-            warmup=0,
-            cooldown=2,
-            include=("*",),
-            state_dtype=dtype,
-        )
-        pruner = Pruner(model, optimizer, config, total_steps=1 << 40)
-        if criterion == "pins":
-            _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
 
-        def step() -> None:
-            # Half the norm of the gradients: they are multiplied.
-            optimizer.clip_grad_norm_(0.5 * math.sqrt(n) * _GRADIENT)
-            optimizer.step()
+def _clipped(problem: Problem, model: Model, delta_t: int, criterion: str, counted: float) -> Case:
+    """Ours; `counted` bytes per weight and step."""
+    optimizer = PinsAdamW(model.tensors, lr=_LR)
+    pruner = _pruner(problem, model, optimizer, delta_t, criterion)
+    if criterion == "pins":
+        _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
 
-        return Case(
-            clipped_name_of(delta_t, criterion),
-            partial(_window, model, delta_t, step),
-            "step",
-            n,
-            counted,
-            delta_t,
-            setup=partial(_first, model, optimizer),
-            outputs=lambda: [*parameters, *pruner.masks.bits],
-        )
+    def step() -> None:
+        # Half the norm of the gradients: they are multiplied.
+        optimizer.clip_grad_norm_(0.5 * math.sqrt(problem.weights) * _GRADIENT)
+        optimizer.step()
+
+    return Case(
+        clipped_name_of(delta_t, criterion),
+        partial(_window, model, delta_t, step),
+        "step",
+        problem.weights,
+        counted,
+        delta_t,
+        setup=partial(_first, model, optimizer),
+        outputs=lambda: [*model.tensors, *pruner.masks.bits],
+    )
+
+
+def _clipped_floor(problem: Problem, model: Model, delta_t: int) -> Case:
+    plain = torch.optim.AdamW(model.tensors, lr=_LR, fused=True)
 
     def clip_and_step() -> None:
         # Far above the gradients' norm: they keep their values, and torch multiplies all the same.
-        torch.nn.utils.clip_grad_norm_(parameters, 1e12)
+        torch.nn.utils.clip_grad_norm_(model.tensors, 1e12)
         plain.step()
 
-    update = 8 * weight + 0.125
-    return [
-        ours("pins", update + 2 * state + _boundary_bytes(problem, delta_t) / delta_t),
-        ours("fisher", update + (4 * weight + 0.25) / delta_t),
-        Case(
-            CLIPPED_FLOOR,
-            partial(_window, model, delta_t, clip_and_step),
-            "floor",
-            n,
-            10 * weight,
-            delta_t,
-            against=clipped_name_of(delta_t, "pins"),
-            setup=partial(_first, model, plain),
-        ),
-    ]
+    return Case(
+        CLIPPED_FLOOR,
+        partial(_window, model, delta_t, clip_and_step),
+        "floor",
+        problem.weights,
+        10 * problem.sizes[0],
+        delta_t,
+        against=clipped_name_of(delta_t, "pins"),
+        setup=partial(_first, model, plain),
+    )
+
+
+def _pruner(problem: Problem, model: Model, optimizer: PinsAdamW, delta_t: int, criterion: str = "pins") -> Pruner:
+    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
+    config = PruneConfig(
+        1 - problem.ratio,
+        criterion=criterion,
+        delta_t=delta_t,
+        schedule="constant",
+        warmup=0,
+        cooldown=2,
+        include=("*",),
+        state_dtype=dtype,
+    )
+    return Pruner(model, optimizer, config, total_steps=1 << 40)
 
 
 def _window(model: Model, delta_t: int, step: Callable[[], object], turn: int) -> None:

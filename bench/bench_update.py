@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,85 +21,99 @@ from .suite import Group
 _LR, _DECAY, _BETA1, _BETA2, _EPS, _STEP = 3e-5, 1e-2, 0.9, 0.999, 1e-8, 100
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """What one step of the optimizer reads and writes.
+
+    Attributes:
+        p: weights.
+        g: gradients.
+        m: first moments.
+        v: second moments.
+        ipt: importance.
+        masks: bits.
+        averages: exp_avg_ipt and exp_avg_unc.
+        layout: of the tensors.
+    """
+
+    p: list[Tensor]
+    g: list[Tensor]
+    m: list[Tensor]
+    v: list[Tensor]
+    ipt: list[Tensor]
+    masks: list[Tensor]
+    averages: tuple[list[Tensor], list[Tensor]]
+    layout: ops.Layout
+
+    @staticmethod
+    def of(problem: Problem) -> _Operands:
+        draw = Draw(problem)
+        p, g, ipt = draw.normal(0.04), draw.normal(1e-4), draw.positive(3)
+        m, v = draw.normal(1e-4), draw.positive(2, -26.0, problem.dtype)
+        masks = masks_of(problem, p, problem.ratio)
+        return _Operands(p, g, m, v, ipt, masks, draw.states(), ops.Layout.of(p))
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The operators on these operands; with empty lists of ipt and masks they do without."""
+
+    adamw: Callable[[list[Tensor], list[Tensor]], object]
+    sgd: Callable[[list[Tensor], list[Tensor]], object]
+    boundary: Callable[[], object]
+
+
 def cases(problem: Problem, peers: bool = True) -> list[Case]:
     """Bytes counted: AdamW reads p, g and two moments and writes all but g; SGD has one moment; importance reads and
     writes ipt; a mask is one bit; a boundary reads and writes both averages and the mask."""
     weight, state = problem.sizes
-    draw = Draw(problem)
-    p, g, ipt = draw.normal(0.04), draw.normal(1e-4), draw.positive(3)
-    m, v = draw.normal(1e-4), draw.positive(2, -26.0, problem.dtype)
-    masks = masks_of(problem, p, problem.ratio)
-    averages = draw.states()
-    layout = ops.Layout.of(p)
-    places, chunks, n, device = layout.places, layout.chunks, layout.total, layout.places.device
-    kernels = torch.ops.pins_ext
-    adamw_hyper = _table(_adamw_row(), len(p), device)
-    sgd_hyper = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(p), device)
-    accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
-
-    def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_adamw_(p, m, v, ipt, [], g, masks, places, chunks, adamw_hyper, accepted, key, "pins")
-
-    def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_sgd_(p, m, ipt, [], g, masks, places, chunks, sgd_hyper, accepted, key, "pins")
-
-    boundary, first = _boundary(problem, averages, layout), torch.zeros_like(accepted)
-
-    def run_boundary() -> None:
-        rest = (places, chunks, adamw_hyper, first, key, "pins")
-        kernels.boundary_adamw_(p, m, v, ipt, [], masks, *averages, g, *rest, **boundary)
-
+    x = _Operands.of(problem)
+    calls, n = _calls(problem, x), x.layout.total
     # Weights and moments; a state.
     w, s = problem.dtype, problem.state_dtype
     plain, full = 7 * weight, 7 * weight + 2 * state + 0.125
+    p, m, ipt, masks = x.p, x.m, x.ipt, x.masks
+
+    def case(
+        name: str,
+        run: Callable[[], object],
+        counted: float,
+        outputs: Callable[[], list[Tensor]],
+        written: tuple[torch.dtype, ...],
+    ) -> Case:
+        return Case(name, lambda turn: run(), "kernel", n, counted, outputs=outputs, streams=Streams(written, (w,)))
+
     found = [
-        Case(
-            "masked_adamw_ alone",
-            lambda turn: run_adamw([], []),
-            "kernel",
-            n,
-            plain,
-            outputs=lambda: [*p, *m, *v],
-            streams=Streams((w, w, w), (w,)),
-        ),
-        Case(
-            "masked_adamw_ + ipt",
-            lambda turn: run_adamw(ipt, []),
-            "kernel",
-            n,
-            plain + 2 * state,
-            outputs=lambda: [*p, *ipt],
-            streams=Streams((w, w, w, s), (w,)),
-        ),
-        Case(
-            "masked_adamw_ + ipt + mask",
-            lambda turn: run_adamw(ipt, masks),
-            "kernel",
-            n,
-            full,
-            outputs=lambda: [*p, *ipt],
-            streams=Streams((w, w, w, s), (w,)),
-        ),
-        Case(
-            "masked_sgd_ + ipt + mask",
-            lambda turn: run_sgd(ipt, masks),
-            "kernel",
-            n,
-            full - 2 * weight,
-            outputs=lambda: [*p, *m, *ipt],
-            streams=Streams((w, w, s), (w,)),
-        ),
-        Case(
-            "boundary_adamw_",
-            lambda turn: run_boundary(),
-            "kernel",
-            n,
-            plain + 4 * state + 0.25,
-            outputs=lambda: [*p, *masks, *averages[0]],
-            streams=Streams((w, w, w, s, s), (w,)),
-        ),
-    ]
-    return found + (_peers(p, g, m, v, plain) if peers else [])
+        case("masked_adamw_ alone", lambda: calls.adamw([], []), plain, lambda: [*p, *m, *x.v], (w, w, w)),
+        case("masked_adamw_ + ipt", lambda: calls.adamw(ipt, []), plain + 2 * state, lambda: [*p, *ipt], (w, w, w, s)),
+        case("masked_adamw_ + ipt + mask", lambda: calls.adamw(ipt, masks), full, lambda: [*p, *ipt], (w, w, w, s)),
+        case("masked_sgd_ + ipt + mask", lambda: calls.sgd(ipt, masks), full - 2 * weight, lambda: [*p, *m, *ipt],
+             (w, w, s)),
+        case("boundary_adamw_", calls.boundary, plain + 4 * state + 0.25, lambda: [*p, *masks, *x.averages[0]],
+             (w, w, w, s, s)),
+    ]  # fmt: skip
+    return found + (_peers(p, x.g, m, x.v, plain) if peers else [])
+
+
+def _calls(problem: Problem, x: _Operands) -> _Calls:
+    places, chunks, device = x.layout.places, x.layout.chunks, x.layout.places.device
+    kernels = torch.ops.pins_ext
+    adamw_hyper = _table(_adamw_row(), len(x.p), device)
+    sgd_hyper = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(x.p), device)
+    accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
+    boundary, first = _boundary(problem, x.averages, x.layout), torch.zeros_like(accepted)
+
+    def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
+        kernels.masked_adamw_(x.p, x.m, x.v, ipt, [], x.g, masks, places, chunks, adamw_hyper, accepted, key, "pins")
+
+    def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
+        kernels.masked_sgd_(x.p, x.m, ipt, [], x.g, masks, places, chunks, sgd_hyper, accepted, key, "pins")
+
+    def run_boundary() -> None:
+        rest = (places, chunks, adamw_hyper, first, key, "pins")
+        kernels.boundary_adamw_(x.p, x.m, x.v, x.ipt, [], x.masks, *x.averages, x.g, *rest, **boundary)
+
+    return _Calls(run_adamw, run_sgd, run_boundary)
 
 
 def _boundary(problem: Problem, averages: tuple[list[Tensor], list[Tensor]], layout: ops.Layout) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from pins_ext.chance import blocks_hold_by_chance, groups_hold_by_chance
+from pins_ext.chance import EXPLAINED, Zeros, asks_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,17 +29,11 @@ _KNOWN = (
 )  # fmt: skip
 """Patterns that are looked for, of those of one kind the tightest first."""
 
-_EXPLAINED = 0.99
-"""Share of the zeros that must lie in empty blocks for these to be the pattern: a kept weight may be zero by chance."""
-
 _HEAD = 256
 """Rows that are looked at before a whole matrix is."""
 
 _SLAB = 1 << 18
 """Elements of a mask that are counted at once."""
-
-_GROUPED = {4: 0.5, 8: 0.9, 16: 0.9}
-"""M -> share of the zeros that N:M must ask for to be the pattern: without structure few long groups are full."""
 
 
 @dataclass(frozen=True)
@@ -164,33 +158,18 @@ def recognised(mask: Tensor, axis: int) -> Pattern | None:
     fits = [fit for fit in _fits(mask.shape, axis) if missing == 0 or _may_explain(fit, head, missing)]
     if not fits:
         return None
-    lines = _Lines.of(mask)
-    found = [fit.pattern for fit in fits if _explains(fit, mask, zeros, lines)]
+    found_zeros = _zeros(mask, zeros)
+    found = [fit.pattern for fit in fits if _explains(fit, mask, found_zeros)]
     groups = [pattern for pattern in found if pattern.grouped]
     # Small N / M first, and of equal ones the short group, which is the stricter.
     groups.sort(key=lambda pattern: (pattern.keep / pattern.of, pattern.of))
     return next(iter([pattern for pattern in found if not pattern.grouped] + groups), None)
 
 
-@dataclass(frozen=True)
-class _Lines:
-    """Rows and columns of a matrix, or of a stack of them as one: how many there are, and how many without a weight."""
-
-    rows: int
-    columns: int
-    dead_rows: int
-    dead_columns: int
-
-    @staticmethod
-    def of(mask: Tensor) -> _Lines:
-        flat = mask.reshape(-1, mask.shape[-1])
-        rows, columns = flat.shape
-        return _Lines(rows, columns, rows - int(flat.any(1).sum()), columns - int(flat.any(0).sum()))
-
-    @property
-    def zeros(self) -> int:
-        """Elements of the rows and columns without a weight."""
-        return self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
+def _zeros(mask: Tensor, total: int) -> Zeros:
+    flat = mask.reshape(-1, mask.shape[-1])
+    rows, columns = flat.shape
+    return Zeros(rows, columns, total, rows - int(flat.any(1).sum()), columns - int(flat.any(0).sum()))
 
 
 def _fits(shape: Sequence[int], axis: int) -> Iterator[Fit]:
@@ -207,30 +186,17 @@ def _may_explain(fit: Fit, head: Tensor, zeros: int) -> bool:
     if fit.misfit(head.shape) is not None:
         return True  # a few rows that end within a block
     if fit.pattern.grouped:
-        return _asks_for(fit, zeros / head.numel(), 0.9) and fit.violations(head) == 0
-    return _outside(fit, head, zeros) <= (1 - 0.9 * _EXPLAINED) * zeros
+        return asks_for(fit.pattern.keep, fit.pattern.of, zeros / head.numel(), 0.9) and fit.violations(head) == 0
+    return _outside(fit, head, zeros) <= (1 - 0.9 * EXPLAINED) * zeros
 
 
-def _explains(fit: Fit, mask: Tensor, zeros: int, lines: _Lines) -> bool:
-    """Whether the pattern holds, asks for as many of the zeros as it must, and would not hold by chance."""
+def _explains(fit: Fit, mask: Tensor, zeros: Zeros) -> bool:
+    """Whether the pattern holds, explains enough of the zeros, and would not hold by chance."""
     if fit.pattern.grouped:
-        along, dead = (lines.columns, lines.dead_columns) if fit.axis == -1 else (lines.rows, lines.dead_rows)
-        n, m, weights = fit.pattern.keep, fit.pattern.of, mask.numel()
-        return (
-            _asks_for(fit, zeros / weights)
-            and not groups_hold_by_chance(n, m, weights / m, 1 - zeros / weights)
-            and not groups_hold_by_chance(n, m, along / m, 1 - dead / along)
-            and all(fit.violations(slab) == 0 for slab in _slabs(fit, mask))
+        return zeros.may_be_groups(fit.pattern.keep, fit.pattern.of, fit.axis == -1) and all(
+            fit.violations(slab) == 0 for slab in _slabs(fit, mask)
         )
-    # In an empty row or column every block is empty: blocks answer for the other zeros.
-    inner, room = zeros - lines.zeros, (lines.rows - lines.dead_rows) * (lines.columns - lines.dead_columns)
-    outside = _outside(fit, mask, zeros)
-    return outside <= (1 - _EXPLAINED) * inner and not blocks_hold_by_chance(prod(fit.cells), inner, room, outside)
-
-
-def _asks_for(fit: Fit, sparsity: float, share: float = 1.0) -> bool:
-    """Whether N:M asks for (this share of) as many of the zeros as it must."""
-    return 1 - fit.pattern.keep / fit.pattern.of >= share * _GROUPED[fit.pattern.of] * sparsity
+    return zeros.are_blocks(prod(fit.cells), _outside(fit, mask, zeros.total))
 
 
 def _outside(fit: Fit, mask: Tensor, zeros: int) -> int:

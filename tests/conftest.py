@@ -84,7 +84,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     patch = interpreter._patch_lang_tensor
 
     def patch_and_mend(tensor: Any, scope: Any) -> None:
-        # Triton 3.6 lets numpy make an int of an array of one element, which numpy 2.4 refuses (triton issue 9171).
+        # Triton 3.6 lets numpy make an int of an array of one element, which numpy 2.4 refuses.
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -41,8 +41,8 @@ def sparsify_for_inference(
 
     The model is changed in place: save it before. A layer is replaced where it has enough zeros and was faster sparse
     in a short measurement on this machine, with the number of threads of this process. Layers that share a weight share
-    its packed form, and a layer of several names stays one. On a GPU (written and tested without one, see
-    `GroupedLinear`) packed weights save memory even where they are no faster: `calibrate=False`.
+    its packed form, and a layer of several names stays one. On a GPU packed
+    weights (see `GroupedLinear`) save memory even where they are no faster: `calibrate=False`.
 
     Args:
         model: a pruned model, all of it on the CPU or on one GPU; it is set to evaluation mode.

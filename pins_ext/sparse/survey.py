@@ -14,18 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pins_ext.chance import blocks_hold_by_chance, groups_hold_by_chance, lines_hold_by_chance
+from pins_ext.chance import EXPLAINED, GROUPS, Zeros
 from pins_ext.sparse.attention_heads import HeadLayout, head_layout
 from pins_ext.sparse.checkpoint import SparseCheckpoint
 from pins_ext.sparse.encoding import DTYPES, NAMES, SPARSE_DTYPES, Entry
 from pins_ext.sparse.index import SparseFormatError
 from pins_ext.sparse.source import is_sparse
-
-GROUPS = {4: 0.5, 8: 0.9, 16: 0.9}
-"""M of the patterns N:M that are looked for, and the share of a tensor's zeros that the pattern must ask for.
-
-2:4 is what GPUs have kernels for.
-"""
 
 BLOCKS = (
     (4, 1), (1, 4), (8, 1), (1, 8), (16, 1), (1, 16), (4, 4), (32, 1), (1, 32), (8, 8), (16, 16), (32, 32), (64, 64),
@@ -33,9 +27,6 @@ BLOCKS = (
 """Rows and columns of the blocks that are looked for, the smallest first."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-_EXPLAINED = 0.99
-"""Share of a tensor's zeros that must lie in empty blocks, rows or columns for these to be its pattern."""
 
 _PRUNED = 0.01
 """Share of a tensor that must be zero for a pattern: the empty row of a padding token is none."""
@@ -209,7 +200,7 @@ class _Counts:
         for (a, b), empty in tuple(self.empty.items()):
             self.empty[a, b] = empty + int((~live.view(rows // a, a, -1, b).any(3).any(1)).sum())
         # More zeros outside of empty blocks than may be left over in the end show that there is no such pattern.
-        room = (1 - _EXPLAINED) * self.rows * self.columns
+        room = (1 - EXPLAINED) * self.rows * self.columns
         self.empty = {(a, b): n for (a, b), n in self.empty.items() if self.zeros - n * a * b <= room}
 
     @property
@@ -234,43 +225,28 @@ class _Counts:
             return ["all zero"]
         if self.zeros < _PRUNED * weights:
             return []
-        found = self._groups(self.along, "rows", self.columns, self.dead_columns)
-        found += self._groups(self.down, "columns", self.rows, self.dead_rows)
-        lines = self.dead_rows * self.columns + self.dead_columns * (self.rows - self.dead_rows)
-        if lines >= _EXPLAINED * self.zeros:
-            by_chance = lines_hold_by_chance(self.rows, self.columns, self.zeros, lines)
-            return found if by_chance else [*found, "whole rows and columns"]
-        # Blocks answer for the zeros that rows and columns leave over: in an empty column every block is empty.
-        inner, room = self.zeros - lines, (self.rows - self.dead_rows) * (self.columns - self.dead_columns)
+        zeros = Zeros(self.rows, self.columns, self.zeros, self.dead_rows, self.dead_columns)
+        found = _tightest(zeros, self.along, "rows") + _tightest(zeros, self.down, "columns")
+        if zeros.are_lines():
+            return found if zeros.lines_hold_by_chance() else [*found, "whole rows and columns"]
         blocks = [
             f"blocks of {a} x {b}"
             for (a, b), empty in self.empty.items()
-            if self.zeros - empty * a * b <= (1 - _EXPLAINED) * inner
-            and not blocks_hold_by_chance(a * b, inner, room, self.zeros - empty * a * b)
+            if zeros.are_blocks(a * b, self.zeros - empty * a * b)
         ]
         return [*found, *blocks[-1:]]
 
-    def _groups(self, most: dict[int, int], axis: str, lines: int, dead: int) -> list[str]:
-        """The tightest N:M: of every M in a row, or column, at most N are not zero.
 
-        Zeros without structure leave few long groups full, by chance: a pattern asks for most of the zeros there are.
+def _tightest(zeros: Zeros, most: dict[int, int], axis: str) -> list[str]:
+    """The tightest N:M: of every M in a row, or column, at most N are not zero.
 
-        Args:
-            most: M -> N.
-            axis: "rows" or "columns", along which the groups lie.
-            lines: columns that groups in rows cut across, and the other way round.
-            dead: those without a weight. Where few are left, so are groups.
-        """
-        weights = self.rows * self.columns
-        held = [
-            (n / m, m, n)
-            for m, n in most.items()
-            if 0 < n < m
-            and 1 - n / m >= GROUPS[m] * self.zeros / weights
-            and not groups_hold_by_chance(n, m, weights / m, 1 - self.zeros / weights)
-            and not groups_hold_by_chance(n, m, lines / m, 1 - dead / lines)
-        ]
-        return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
+    Args:
+        zeros: of the tensor.
+        most: M -> N.
+        axis: "rows" or "columns", along which the groups lie.
+    """
+    held = [(n / m, m, n) for m, n in most.items() if 0 < n < m and zeros.may_be_groups(n, m, axis == "rows")]
+    return [f"{n}:{m} in {axis}" for _, m, n in sorted(held)[:1]]
 
 
 def _look(name: str, shape: tuple[int, ...], parts: Iterator[Tensor], heads: HeadLayout | None) -> TensorSurvey:

@@ -95,7 +95,7 @@ def rate(t: int) -> float:
     return 1e-2 * (1 + 0.3 * math.sin(t))
 
 
-class Training:
+class CapturedTraining:
     """A model whose gradients are noise and the weights themselves; all that a step reads besides stays in its place.
 
     Attributes:
@@ -177,9 +177,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [n for n in a if not (a[n].equal(b[n]) if isinstance(a[n], Tensor) else a[n] == b[n])]
 
 
-def compare(device: str, **options: Any) -> Training:
+def compare(device: str, **options: Any) -> CapturedTraining:
     """Hold captured training against eager training without capturable=True, step by step; returns the captured one."""
-    eager, captured = (Training(device, capturable, **options) for capturable in (False, True))
+    eager, captured = (CapturedTraining(device, capturable, **options) for capturable in (False, True))
     for t in range(STEPS):
         eager.step(t)
         captured.step(t)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_training import separately
-from recorded import STEPS, Training, compare, compare_without_a_pruner, differences, recording
+from recorded import STEPS, CapturedTraining, compare, compare_without_a_pruner, differences, recording
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from watch import Watch, like_a_gpu
@@ -76,7 +76,7 @@ def test_masks_that_the_host_chooses_are_eager(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", ["pins", "moments in bfloat16", "scaled in bfloat16", "SGD"])
 def test_eager_steps_are_the_same_with_capturable(case: str) -> None:
-    plain, capturable = (Training("cpu", on, **CASES[case]) for on in (False, True))
+    plain, capturable = (CapturedTraining("cpu", on, **CASES[case]) for on in (False, True))
     for t in range(STEPS):
         plain.step(t)
         capturable.give_gradients(t)
@@ -85,7 +85,7 @@ def test_eager_steps_are_the_same_with_capturable(case: str) -> None:
 
 
 def test_a_run_goes_on_from_a_checkpoint() -> None:
-    whole, second = (Training("cpu", True, **CASES["moments in bfloat16"]) for _ in range(2))
+    whole, second = (CapturedTraining("cpu", True, **CASES["moments in bfloat16"]) for _ in range(2))
     for t in range(STEPS):
         if t == STEPS // 2:
             second.model.load_state_dict(whole.model.state_dict())
@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def tried(training: Training, match: str) -> None:
+def tried(training: CapturedTraining, match: str) -> None:
     """A capture is refused."""
     with recording(), pytest.raises(RuntimeError, match=match):
         training.optimizer.step()
@@ -150,7 +150,7 @@ def tried(training: Training, match: str) -> None:
 def test_what_the_host_decides_is_refused(option: str) -> None:
     """And the step is then taken as if that had not been tried."""
     options, match = REFUSED[option]
-    plain, captured = Training("cpu", False, **options), Training("cpu", True, **options)
+    plain, captured = CapturedTraining("cpu", False, **options), CapturedTraining("cpu", True, **options)
     refusals = 0
     for t in range(STEPS):
         plain.step(t)
@@ -166,7 +166,7 @@ def test_what_the_host_decides_is_refused(option: str) -> None:
 
 
 def test_hooks_of_the_pruner_are_refused() -> None:
-    captured = Training("cpu", True)
+    captured = CapturedTraining("cpu", True)
     captured.step(0)
     captured.give_gradients(1)
     for name in ("score_gradients", "before_mask"):
@@ -176,7 +176,7 @@ def test_hooks_of_the_pruner_are_refused() -> None:
 
 
 def test_released_gradients_are_refused() -> None:
-    captured = Training("cpu", True)
+    captured = CapturedTraining("cpu", True)
     captured.optimizer.release_gradients()
     tried(captured, r"keep_gradients\(\)")
 
@@ -231,7 +231,7 @@ def test_an_optimizer_without_its_state_is_refused() -> None:
 
 
 def test_a_kind_of_step_that_was_not_taken_is_refused() -> None:
-    captured = Training("cpu", True)
+    captured = CapturedTraining("cpu", True)
     tried(captured, "none was of StepKind")
     for t in range(2):
         captured.step(t)
@@ -241,12 +241,12 @@ def test_a_kind_of_step_that_was_not_taken_is_refused() -> None:
 
 def test_graphs_need_a_capturable_optimizer() -> None:
     with pytest.raises(ValueError, match="capturable=True"):
-        StepGraphs(Training("cpu", False).pruner)
+        StepGraphs(CapturedTraining("cpu", False).pruner)
 
 
 def test_a_gradient_that_moved_is_refused_and_no_step_is_lost() -> None:
     """The capture fails after its window has ended on the host: the eager step ends it on the device."""
-    plain, captured = Training("cpu", False), Training("cpu", True)
+    plain, captured = CapturedTraining("cpu", False), CapturedTraining("cpu", True)
     refusals = 0
     for t in range(STEPS):
         plain.step(t)
@@ -267,7 +267,7 @@ def test_a_gradient_that_moved_is_refused_and_no_step_is_lost() -> None:
 
 @pytest.mark.parametrize("case", ["pins", "moments in bfloat16", "scaled in bfloat16", "SGD"])
 def test_eager_steps_with_capturable_read_nothing(case: str) -> None:
-    training, watch = Training("cpu", True, **CASES[case]), Watch()
+    training, watch = CapturedTraining("cpu", True, **CASES[case]), Watch()
     for t in range(STEPS):
         training.give_gradients(t)
         with watch.on():
@@ -276,7 +276,7 @@ def test_eager_steps_with_capturable_read_nothing(case: str) -> None:
 
 
 def test_a_checkpoint_of_either_serves_the_other() -> None:
-    plain, capturable = (Training("cpu", on, **BF16) for on in (False, True))
+    plain, capturable = (CapturedTraining("cpu", on, **BF16) for on in (False, True))
     for t in range(STEPS):
         if t == STEPS // 3 or t == STEPS // 2:
             first, second = (plain, capturable) if t == STEPS // 2 else (capturable, plain)
