@@ -77,14 +77,14 @@ inline std::string device_name(const Device& device) {
 }
 
 using Dtypes = std::initializer_list<ScalarType>;
-constexpr int64_t kBins = 65536;  // of a counting pass; pins_ext/ops/bracket.py BINS
-
 constexpr Dtypes kParamDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 // 8-bit storage, criterion.inl: Byte where nothing is negative, Char with a sign.
 constexpr Dtypes kStateDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
 constexpr Dtypes kFirstMomentDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char};
 constexpr Dtypes kReadableDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 constexpr Dtypes kReadableFirstDtypes = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char};
+
+constexpr int64_t kBins = 65536;  // of a counting pass; pins_ext/ops/bracket.py BINS
 
 inline bool is_coded(ScalarType dtype) { return dtype == ScalarType::Byte || dtype == ScalarType::Char; }
 
@@ -216,7 +216,9 @@ inline void check_scalar(const char* name, const OptionalTensor& tensor, ScalarT
 inline int64_t check_tables(const Tensor& places, const Tensor& chunks, const Device& device) {
   const int64_t n = places.dim() > 0 ? places.size(0) : 0;
   check_shape("places", places, {n, 14}, ScalarType::Long, device);
-  check_shape("chunks", chunks, {chunks.dim() > 0 ? chunks.size(0) : 0, 2}, ScalarType::Long, device);
+  const int64_t m = chunks.dim() > 0 ? chunks.size(0) : 0;
+  check_shape("chunks", chunks, {m, 2}, ScalarType::Long, device);
+  PINS_CHECK(n > 0 || m == 0, "chunks must have no rows where places has none, got ", m);
   return n;
 }
 
@@ -236,9 +238,12 @@ bool is_recorded(const AnyTensor& tensor) {
 class Inputs {
  public:
   Inputs(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
-    for (const auto& [name, tensor] : tensors) {
-      if (tensor && tensor->numel() > 0) extents_.push_back({name, begin_of(*tensor), end_of(*tensor)});
-    }
+    for (const auto& [name, tensor] : tensors) add(name, tensor);
+  }
+
+  // Null: nothing.
+  void add(const char* name, const Tensor* tensor) {
+    if (tensor && tensor->numel() > 0) extents_.push_back({name, begin_of(*tensor), end_of(*tensor)});
   }
 
   // A checked output. Autograd would not see that it changes: its gradient would be wrong without a word.

@@ -52,6 +52,22 @@ PINS_HD bool is_whole(const Place& place) {
          place.local[3] == place.full[3];
 }
 
+// How many of n weights from local index `offset` on have a global index below `index`: local order is global order.
+PINS_HD int64_t weights_before(const Place& place, int64_t offset, int64_t n, int64_t index) {
+  if (n == 0 || global_index(place, offset) >= index) return 0;
+  if (global_index(place, offset + n - 1) < index) return n;
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (global_index(place, offset + middle) < index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 // Groups of a row of 8-bit storage.
 PINS_HD int64_t groups_of(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 

@@ -4,11 +4,12 @@
 // Common arguments of a list operator over n tensors:
 //   places    int64 [n, 14]  per tensor: global base, full sizes [4], local sizes [4], start per dimension [4],
 //                            weights of a row of the local tensor; in ascending order of the base, without overlaps
-//   chunks    int64 [m, 2]   work list: (tensor, local offset) of every kChunk weights, less at a tensor's end, in
-//   order rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
+//   chunks    int64 [m, 2]   work list in order: (tensor, local offset) of every kChunk weights, less at a tensor's end
+//   rng       int64 [2]      keys of the stochastic rounding (reference.rounding_key); unused by float32 states
 //   factors   float32 [n]    of the score fisher, 1 / (1 - beta2^t) of each tensor
 //   accepted  float32 [1]    gradients accepted in this window before this step
-//   pointers  int64 [k, n]   CUDA only: the addresses of the k lists in argument order; uploaded by the op if absent
+//   pointers  int64 [k, n]   CUDA only: the addresses of the k lists in argument order, of boundary_*_ grads and masks
+//                            behind shadow, the averages last; uploaded by the op if absent
 // All of them live on the tensors' device. A list that is not wanted is empty. What tables hold is checked on the CPU
 // alone: reading it on a GPU would wait for the device.
 
@@ -135,6 +136,10 @@ namespace pins_ext {
 
 void delete_handles(const std::vector<AtenTensorHandle>& handles) {
   if (handles.empty()) return;
+  if (!Py_IsInitialized()) {  // no lock is left to take
+    for (AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
+    return;
+  }
   const PyGILState_STATE state = PyGILState_Ensure();
   for (AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
   PyGILState_Release(state);

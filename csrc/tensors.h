@@ -40,6 +40,7 @@ class ListedTensor {
   bool is_contiguous() const { return is_contiguous_; }
   size_t element_size() const { return aoti_torch_dtype_element_size(code_); }
 
+  // Not for several threads at once: it is kept, without a lock.
   void* data_ptr() const {
     if (!data_) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data_));
     return data_;

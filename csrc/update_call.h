@@ -14,7 +14,7 @@ struct UpdateCall {
   bool clear_state;
   const OptionalTensor &grad_scale, &clip, &found_inf, &pointers;
 
-  // In the order of the arguments, which is that of the pointer table.
+  // In the order of the pointer table, which is that of the arguments of masked_*_.
   std::vector<List> lists() const {
     std::vector<List> lists{{"params", params}};
     for (const List& moment : moments) lists.push_back(moment);

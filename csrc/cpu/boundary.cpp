@@ -27,7 +27,7 @@ class BoundaryPass {
     if (chooses_) {
       around_ = check_bracket(*boundary.around);
       stats_ = static_cast<int64_t*>(boundary.stats->data_ptr());
-      if (around_.rank < 0) known_ = check_threshold(*boundary.threshold);
+      if (around_.rank < 0) given_ = check_threshold(*boundary.threshold);
       std::fill(stats_, stats_ + 3 * work.tensors(), 0);
     }
     if (!folds_) return;
@@ -45,8 +45,8 @@ class BoundaryPass {
     uint8_t kept[kChunk];
     Update update = updates_.at(work_.run(chunk), chunk.tensor);
     Boundary boundary{};
-    if (known_) pack(chunk, update.run);
-    const bool searches = chooses_ && !known_;
+    if (given_) pack(chunk, update.run);
+    const bool searches = chooses_ && !given_;
     boundary.around = searches ? &around_.bounds : nullptr;
     boundary.found = {keys, places, kept};
     boundary.folds = folds_;
@@ -65,7 +65,7 @@ class BoundaryPass {
 
   // The weights of the threshold's bin, which the pass has left unmasked: as many as must go.
   void finish(int64_t* threshold) {
-    if (known_) return;
+    if (given_) return;
     const size_t item = call_.params.empty() ? 0 : call_.params[0].element_size();
     candidates_.settle(around_, masks_, stats_, threshold, [&](const Candidate& loser) {
       zero(call_.params, loser, item);
@@ -82,15 +82,16 @@ class BoundaryPass {
     return row;
   }
 
-  // The masks of a chunk by a threshold that is known.
+  // The masks of a chunk by the threshold that is given.
   void pack(const Chunk& chunk, const Run& run) {
     const Scores scores{run, mean_.at(chunk), unc_.at(chunk)};
     const Score kind = scores.b.data ? Score::product : Score::identity;
     PackStats own{0, 0, 0};
-    kernels().pack[static_cast<int>(kind)](scores,
-                                           {masks_.at(chunk), static_cast<uint32_t>(known_[0]),
-                                            weights_before(work_.places[chunk.tensor], run, known_[1])},
-                                           own);
+    kernels().pack[static_cast<int>(kind)](
+        scores,
+        {masks_.at(chunk), static_cast<uint32_t>(given_[0]),
+         weights_before(work_.places[chunk.tensor], run.offset, run.count, given_[1])},
+        own);
     add_stats(stats_ + 3 * chunk.tensor, own);
   }
 
@@ -106,7 +107,7 @@ class BoundaryPass {
   const UpdateKernel update_;
   const bool chooses_, folds_;
   CheckedBracket around_{};
-  const int64_t* known_ = nullptr;  // a threshold that is known already, where the bracket has no rank
+  const int64_t* given_ = nullptr;  // the threshold, where the bracket has no rank
   int64_t* stats_ = nullptr;
   Fold fold_{};
   Candidates candidates_;

@@ -59,20 +59,6 @@ class Candidates {
   std::mutex mutex_;
 };
 
-// How many weights of a run have a global index below `index`: local order is global order.
-inline int64_t weights_before(const Place& place, const Run& run, int64_t index) {
-  int64_t low = 0, high = run.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (global_index(place, run.offset + middle) < index) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // Integer sums: the order of threads cannot be seen.
 inline void add_stats(int64_t* total, const PackStats& own) {
   __atomic_fetch_add(total, own.kept, __ATOMIC_RELAXED);

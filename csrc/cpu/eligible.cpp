@@ -44,13 +44,14 @@ void eligible_(const Tensors& scores, const Tensor& nans, const Tensors& a, cons
   int64_t* counts = static_cast<int64_t*>(nans.data_ptr());
   std::fill(counts, counts + work.tensors(), 0);
   const Group* rows = static_cast<const Group*>(groups.const_data_ptr());
+  const Operand target(work, scores);
   const auto eligible = kernels().eligible[scored.kind];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const auto [keep, of, stride] = rows[chunk.tensor];
     // Groups that begin in a chunk may end beyond it.
     const Scores whole = scored.at(work.run(chunk), {chunk.tensor, 0});
-    float* target = static_cast<float*>(scores[chunk.tensor].data_ptr());
-    const int64_t found = eligible({whole.run, whole.a, whole.b, whole.factor, target, keep, of, stride});
+    float* to = static_cast<float*>(target.at(chunk.tensor, 0).data);
+    const int64_t found = eligible({whole.run, whole.a, whole.b, whole.factor, to, keep, of, stride});
     if (found > 0) __atomic_fetch_add(counts + chunk.tensor, found, __ATOMIC_RELAXED);
   });
 }

@@ -189,7 +189,8 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
     const Run run = work.run(chunk);
     PackStats own{0, 0, 0};
     pack(scored.at(work, chunk),
-         {masks_at.at(chunk), static_cast<uint32_t>(row[0]), weights_before(work.places[chunk.tensor], run, row[1])},
+         {masks_at.at(chunk), static_cast<uint32_t>(row[0]),
+          weights_before(work.places[chunk.tensor], run.offset, run.count, row[1])},
          own);
     add_stats(totals + 3 * chunk.tensor, own);
   });
@@ -206,6 +207,7 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
   const CheckedBracket checked = check_bracket(bracket);
   check_shape("threshold", threshold, {1, 2}, ScalarType::Long, kCpu);
   inputs.check_output([] { return "threshold"; }, threshold);
+  Inputs{{"stats", &stats}}.check_output([] { return "threshold"; }, threshold);
   Inputs{{"threshold", &threshold}}.check_outputs({{"masks", masks}});
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * work.tensors(), 0);

@@ -118,6 +118,7 @@ void boundary_update(const UpdateCall& call, const BoundaryCall& boundary) {
   uint32_t given = 0;
   for (size_t k = 0; k < lists.size(); ++k) given |= static_cast<uint32_t>(lists[k].given()) << k;
   if (boundary.chooses()) check_words(call.masks);
+  const Tensor pointers = pointer_table(device, call.places, lists, call.pointers);
 
   // The candidates live as long as the caching allocator says: until what is on the stream now is over.
   std::optional<Tensor> candidates;
@@ -127,7 +128,6 @@ void boundary_update(const UpdateCall& call, const BoundaryCall& boundary) {
     clear(*boundary.stats, boundary.stats->numel(), device);
   }
   if (boundary.counts.has_value()) clear(*boundary.counts, boundary.counts->numel(), device);
-  const Tensor pointers = pointer_table(device, call.places, lists, call.pointers);
   const Work work{data_of<int64_t>(pointers), call.places.size(0), data_of<Place>(call.places),
                   data_of<Chunk>(call.chunks)};
   const UpdateArguments update{work,

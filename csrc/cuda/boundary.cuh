@@ -12,7 +12,7 @@ struct BoundaryArguments {
   UpdateArguments update;
   const int64_t* around;  // [5]: lowest and highest key, -, rank, -; null: the masks stay
   int64_t* stats;         // [tensors, 3]: kept, flipped, NaN
-  int64_t* threshold;     // [2]: read where the rank is negative, written elsewhere
+  int64_t* threshold;     // [2]: given where the rank is negative, written elsewhere
   int64_t* candidates;    // [1 + 4 kCandidates]: how many; keys, global indices, tensors, 2 local indices + kept before
   const int64_t* fold_rng;  // [2]; null: the window goes on
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
@@ -110,35 +110,19 @@ class Counting {
 
 // ---- choosing ---------------------------------------------------------------------------------------------------
 
-// How many weights [offset, offset + n) of a tensor have a global index below `index`: local order is global order.
-PINS_HD int64_t weights_before(const Place& place, int64_t offset, int64_t n, int64_t index) {
-  if (n == 0 || global_index(place, offset) >= index) return 0;
-  if (global_index(place, offset + n - 1) < index) return n;
-  int64_t low = 0, high = n;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (global_index(place, offset + middle) < index) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // Of a chunk: keys below `lo` are pruned, those above `hi` kept. Between them lie candidates; or, where the threshold
-// is known, its ties, of which the first of the chunk are pruned.
+// is given, its ties, of which the first of the chunk are pruned.
 struct Cut {
   uint32_t lo = 0, hi = 0;
   int ties = -1;  // candidates
 
   PINS_HD Cut(const BoundaryArguments& a, const Place& place, const Chunk& chunk, int64_t n) {
     if (a.around == nullptr) return;
-    const bool known = a.around[3] < 0;
-    const int64_t* keys = known ? a.threshold : a.around;
+    const bool given = a.around[3] < 0;
+    const int64_t* keys = given ? a.threshold : a.around;
     lo = static_cast<uint32_t>(keys[0]);
-    hi = known ? lo : static_cast<uint32_t>(keys[1]);
-    if (known) ties = static_cast<int>(weights_before(place, chunk.offset, n, a.threshold[1]));
+    hi = given ? lo : static_cast<uint32_t>(keys[1]);
+    if (given) ties = static_cast<int>(weights_before(place, chunk.offset, n, a.threshold[1]));
   }
 };
 
@@ -311,16 +295,16 @@ PINS_HD void zero_element(char* stream, int64_t i, int bytes) {
 }
 
 // Candidate i of all, when all chunks are done: as many as the bracket's rank says are pruned, in the order of (key,
-// global index), and the first that is kept is the threshold. Each looks at all the others: there are few.
+// global index), and the first that is kept is the threshold. Each looks at all the others: there are few. Where they
+// are more than there is room for, or fewer than the rank says, none is pruned, and the threshold says so.
 PINS_HD void settle_candidate(const BoundaryArguments& a, const Elements& elements, int mask_list, int64_t i) {
-  const int64_t rank = a.around[3];
+  const int64_t rank = a.around[3], found = a.candidates[0];
   if (rank < 0) return;
-  int64_t found = a.candidates[0];
-  if (found > kCandidates) found = kCandidates;
-  if (i == 0 && rank >= found) {
-    // All that are there go.
-    a.threshold[0] = found > 0 ? a.around[1] : a.around[0];
-    a.threshold[1] = found > 0 ? 0x7fffffffffffffff : 0;
+  if (found > kCandidates || rank >= found) {
+    const bool none = found == 0 && rank == 0;
+    if (i == 0) a.threshold[0] = none ? a.around[0] : -1;
+    if (i == 0) a.threshold[1] = none ? 0 : -1;
+    return;
   }
   if (i >= found) return;
   const int64_t* keys = a.candidates + 1;

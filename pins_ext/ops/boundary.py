@@ -66,17 +66,18 @@ def boundary_adamw_(
         clear_state: also zero the moments of masked weights.
         clip: float32 [1], what the gradients are multiplied with; None for 1.
         around: int64 [5], a bracket around the threshold with few weights inside, at most CANDIDATES on a GPU, see
-            `pack_around_`; its rank is negative where `threshold` is known already. None to leave the masks as they
-            are.
-        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. With
-            `around` alone.
-        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. With `around`
-            alone.
+            `pack_around_`; its rank is negative where `threshold` is given. None to leave the masks as they are.
+            A GPU does not look: where more are inside, or fewer than the rank says, none of them is pruned, and
+            `threshold` is (-1, -1).
+        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. Only
+            with `around`.
+        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. Only with
+            `around`.
         fold_rng: int64 [2], `rounding_key` of the fold; None where the window goes on.
         beta1: decay of exp_avg_ipt.
         beta2: decay of exp_avg_unc.
         bracket: int64 [5], what to count the new scores against, see `count_`; None to count nothing.
-        counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. With `bracket` alone.
+        counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. Only with `bracket`.
         pointers: int64 [lists, n], addresses of the lists, grads and masks behind shadow, the averages last; for a GPU.
 
     Raises:
@@ -168,17 +169,18 @@ def boundary_sgd_(
         clear_state: also zero the moments of masked weights.
         clip: float32 [1], what the gradients are multiplied with; None for 1.
         around: int64 [5], a bracket around the threshold with few weights inside, at most CANDIDATES on a GPU, see
-            `pack_around_`; its rank is negative where `threshold` is known already. None to leave the masks as they
-            are.
-        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. With
-            `around` alone.
-        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. With `around`
-            alone.
+            `pack_around_`; its rank is negative where `threshold` is given. None to leave the masks as they are.
+            A GPU does not look: where more are inside, or fewer than the rank says, none of them is pruned, and
+            `threshold` is (-1, -1).
+        stats: int64 [n, 3], of each tensor: weights kept, bits that changed, scores that are NaN; written. Only
+            with `around`.
+        threshold: int64 [1, 2], (order key, tie index); written, unless the rank of `around` is negative. Only with
+            `around`.
         fold_rng: int64 [2], `rounding_key` of the fold; None where the window goes on.
         beta1: decay of exp_avg_ipt.
         beta2: decay of exp_avg_unc.
         bracket: int64 [5], what to count the new scores against, see `count_`; None to count nothing.
-        counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. With `bracket` alone.
+        counts: int64 [1 + BINS], keys below the bracket, and in each of its bins; written. Only with `bracket`.
         pointers: int64 [lists, n], addresses of the lists, grads and masks behind shadow, the averages last; for a GPU.
 
     Raises:

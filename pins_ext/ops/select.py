@@ -248,7 +248,7 @@ def bin_or_cutoff(
     """What an optimizer's pass prunes by, where the host looks at nothing; no weight is written.
 
     The bin of the counts that holds the threshold, where few weights are inside, for the pass to settle. Elsewhere the
-    threshold itself, by passes that read alone; a bin of few weights launches them, too, and they return at once.
+    threshold itself, by passes that only read; a bin of few weights launches them, too, and they return at once.
 
     Args:
         a, b, places, chunks, score, n_prune, bracket, counts, pointers: see `select`; ties are broken by index.

@@ -37,9 +37,9 @@ def words(name: str, i: int) -> int:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_small_case(gpu: Gpu, kind: tuple[str, torch.dtype, torch.dtype, torch.dtype | None]) -> None:
     """Every kernel: small enough for compute-sanitizer."""
-    for known in (False, True):
-        compare(gpu, BoundaryJob(*kind, sizes=(0, 1, 77, 1030), known=known, misaligned=words, clear_state=True))
-        compare(gpu, BoundaryJob(*kind, sizes=(64, 333), known=known, accepted=0, clip=0.7))
+    for given in (False, True):
+        compare(gpu, BoundaryJob(*kind, sizes=(0, 1, 77, 1030), given=given, misaligned=words, clear_state=True))
+        compare(gpu, BoundaryJob(*kind, sizes=(64, 333), given=given, accepted=0, clip=0.7))
 
 
 @pytest.mark.parametrize("step", ["adamw", "sgd"])
@@ -67,8 +67,8 @@ def test_half_of_it(gpu: Gpu, step: str) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_ugly_scores(gpu: Gpu, values: str) -> None:
     for keep in (0.02, 0.6):
-        for known in (False, True):
-            compare(gpu, BoundaryJob(values=values, sizes=(901, 64), keep=keep, known=known))
+        for given in (False, True):
+            compare(gpu, BoundaryJob(values=values, sizes=(901, 64), keep=keep, given=given))
 
 
 @pytest.mark.parametrize("criterion", ["pins", "pins-signed", "pins-update", "platon", "movement"])
@@ -82,11 +82,11 @@ def test_many_small_tensors(gpu: Gpu) -> None:
     compare(gpu, BoundaryJob(sizes=sizes, state=torch.bfloat16, misaligned=words))
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_shards_break_ties_by_the_global_index(gpu: Gpu, known: bool) -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_shards_break_ties_by_the_global_index(gpu: Gpu, given: bool) -> None:
     cut = {"local": [(20, 30), (7, 9)], "shards": [Shard((20, 100), (0, 13)), Shard((30, 9), (20, 0))]}
     for values in ("equal", "normal"):
-        compare(gpu, BoundaryJob(state=torch.bfloat16, base=(1 << 32) - 1003, known=known, values=values, **cut))
+        compare(gpu, BoundaryJob(state=torch.bfloat16, base=(1 << 32) - 1003, given=given, values=values, **cut))
 
 
 TRAININGS = [

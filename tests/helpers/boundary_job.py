@@ -32,7 +32,7 @@ class BoundaryJob(Job):
     """A job whose pass also chooses masks, ends a window, or both.
 
     Attributes:
-        chooses: masks, by the averages; by a bracket of few weights, or where `known` by the threshold itself.
+        chooses: masks, by the averages; by a bracket of few weights, or where it is `given` by the threshold itself.
         folds: the window's mean into the averages.
         counts: their new scores.
         uncertain: whether there is a second average.
@@ -43,7 +43,7 @@ class BoundaryJob(Job):
     chooses: bool = True
     folds: bool = True
     counts: bool = True
-    known: bool = False
+    given: bool = False
     uncertain: bool = True
     values: str = "normal"
     keep: float = 0.3
@@ -70,8 +70,8 @@ class BoundaryJob(Job):
         pins.count_(counts, *self.scores(self.lists), self.bracket)
         key = int(cut[0, 0])
         bin_ = pins.narrow(self.bracket, counts, rank)
-        self.around = torch.tensor([key, key, 0, -1, 1]) if self.known or not total else bin_
-        self.threshold = cut if self.known else torch.full((1, 2), -7)
+        self.around = torch.tensor([key, key, 0, -1, 1]) if self.given or not total else bin_
+        self.threshold = cut if self.given else torch.full((1, 2), -7)
 
     def storage(self, name: str) -> torch.dtype:
         return self.state if name in ("exp_avg_ipt", "exp_avg_unc") else super().storage(name)
@@ -114,7 +114,7 @@ class BoundaryJob(Job):
         lists, out = self.place("cpu"), self.written()
         averages = {name: lists.pop(name) for name in ("exp_avg_ipt", "exp_avg_unc")}
         ipt = [x.clone() for x in lists["ipt"]]
-        if self.chooses and self.known:
+        if self.chooses and self.given:
             pins.pack_(lists["masks"], out.stats, *self.scores(averages), out.threshold)
         elif self.chooses:
             pins.pack_around_(lists["masks"], out.stats, out.threshold, *self.scores(averages), self.around)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from operator_calls import CALLS
-from operator_refusals import REFUSED, by_name, overlaps, refuse_overlap, written
+from operator_refusals import REFUSED, by_name, overlapping, overlaps, refuse_overlap, written
 
 pins = torch.ops.pins_ext
 
@@ -53,6 +55,30 @@ def counted() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("op", "count", "output"), counted())
 def test_counts_in_the_memory_of_a_written_list_are_refused(op: str, count: str, output: str) -> None:
     refuse_overlap(op, count, output, getattr(pins, op))
+
+
+@pytest.mark.parametrize("op", ["boundary_adamw_", "boundary_sgd_", "pack_around_"])
+def test_counts_in_the_memory_of_others_are_refused(op: str) -> None:
+    given = by_name(op, CALLS[op]())
+    for one, other in combinations([name for name in COUNTED if name in given], 2):
+        arguments = by_name(op, CALLS[op]())
+        arguments[one], arguments[other] = overlapping(arguments[one], arguments[other])
+        with pytest.raises(RuntimeError, match=f"{other} is written and shares memory with {one}"):
+            getattr(pins, op)(**arguments)
+
+
+# `select` finds that nothing competes, and reads nothing.
+WITH_CHUNKS = [op for op, call in CALLS.items() if "chunks" in by_name(op, call()) and op != "select"]
+
+
+@pytest.mark.parametrize("op", WITH_CHUNKS)
+def test_chunks_of_no_tensors_are_refused(op: str) -> None:
+    """On a GPU, too, where nobody looks at what they hold."""
+    arguments = by_name(op, CALLS[op]())
+    arguments |= {name: [] for name, x in arguments.items() if isinstance(x, list)}
+    arguments["places"] = arguments["places"][:0]
+    with pytest.raises(RuntimeError, match="chunks must have no rows where places has none, got 2"):
+        getattr(pins, op)(**arguments)
 
 
 @pytest.mark.parametrize(("op", "table", "output"), list(overlaps()))

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,11 @@ class CudaKernels:
         for op in operators:
             library.impl(op, getattr(self, op), "CPU", allow_override=True)
 
-    def _launch(self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges, shared: int = 0) -> None:
-        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, shared, ranges)
+    def _launch(
+        self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges, shared: int = 0,
+        free: Sequence[tuple[int, int]] = (),
+    ) -> None:  # fmt: skip
+        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, shared, ranges, free)
 
     def _table(self, n: int, lists: list[list[Tensor]], pointers: Tensor | None) -> Tensor:
         """pointers.cuh pointer_table: the kernel that writes it runs, too."""
@@ -98,24 +102,25 @@ class CudaKernels:
             self._launch(("write_addresses_kernel",), blob, 1, 256, [extent(table)])
         return table
 
-    def _arguments(self, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> tuple[bytes, Ranges]:
-        """update.cuh UpdateArguments, and the memory that it leads to."""
+    def _arguments(
+        self, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None
+    ) -> tuple[bytes, Ranges, Tensor]:
+        """update.cuh UpdateArguments, the memory that it leads to, and the table, which must outlive the launch."""
         places, chunks, hyper, accepted, rng, criterion, clear_state, grad_scale, clip, found_inf = call
         table = self._table(len(places), lists, pointers)
         scalars = [hyper, accepted, rng, grad_scale, clip, found_inf]
-        self._table_of_last = table  # lives until the launch is over
         blob = struct.pack("<QqQQ", table.data_ptr(), len(places), places.data_ptr(), chunks.data_ptr())
         blob += struct.pack("<6Q", *(0 if x is None else x.data_ptr() for x in scalars))
         given = sum(bool(tensors) << k for k, tensors in enumerate(lists))
         blob += struct.pack("<Ii?7x", given, CRITERIA.index(criterion), clear_state)
         ranges = [extent(x) for x in (table, places, chunks, *scalars) if x is not None]
-        return blob, ranges + [extent(x) for tensors in lists for x in tensors]
+        return blob, ranges + [extent(x) for tensors in lists for x in tensors], table
 
     def _update(self, step: str, lists: list[list[Tensor]], *call: Any, pointers: Tensor | None) -> None:
         chunks, params, ipt = call[1], lists[0], lists[-4]
         if not len(chunks):
             return
-        blob, ranges = self._arguments(lists, *call, pointers=pointers)
+        blob, ranges, _table = self._arguments(lists, *call, pointers=pointers)
         state = "BFloat16" if ipt and ipt[0].dtype == torch.bfloat16 else "float"
         moments = lists[1][0].dtype if lists[1] else params[0].dtype
         stored = [params[0].dtype, ipt[0].dtype if ipt else torch.float32, moments]
@@ -153,7 +158,7 @@ class CudaKernels:
         counts: Tensor | None, pointers: Tensor | None,
     ) -> None:  # fmt: skip
         chunks, clear_state = call[1], call[6]
-        blob, ranges = self._arguments(lists, *call, pointers=pointers)
+        blob, ranges, _table = self._arguments(lists, *call, pointers=pointers)
         # What is on the device already need not be zero.
         candidates = None if around is None else torch.full((1 + 4 * CANDIDATES,), -1)
         for written, count in ((candidates, 1), (stats, None), (counts, None)):
@@ -163,13 +168,16 @@ class CudaKernels:
         blob += struct.pack("<5Q", *(0 if x is None else x.data_ptr() for x in given))
         blob += struct.pack("<4f", beta1, 1 - beta1, beta2, 1 - beta2)
         blob += struct.pack("<2Q", *(0 if x is None else x.data_ptr() for x in (bracket, counts)))
-        ranges += [extent(x) for x in (*given, bracket, counts) if x is not None]
+        # Blocks append to the candidates as they come.
+        free = [] if candidates is None else [extent(candidates[1:])]
+        others = (around, stats, threshold, fold_rng, bracket, counts, None if candidates is None else candidates[:1])
+        ranges += [*free, *(extent(x) for x in others if x is not None)]
         params, first = lists[0], lists[1]
         moments = first[0].dtype if first else params[0].dtype if params else torch.float32
         if len(chunks):
             state = NAMES[lists[-2][0].dtype]
             key = ("boundary_kernel", step, NAMES[params[0].dtype], state, NAMES[moments])
-            self._launch(key, blob, len(chunks), THREADS, ranges)
+            self._launch(key, blob, len(chunks), THREADS, ranges, free=free)
         if around is not None:
             cleared = (len(lists) - 7) if clear_state and first else 0
             sizes = (params[0].element_size() if params else 4, moments.itemsize, cleared)
