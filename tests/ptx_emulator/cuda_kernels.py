@@ -86,7 +86,9 @@ class CudaKernels:
         self, key: Key, parameters: bytes, blocks: int, threads: int, ranges: Ranges, shared: int = 0,
         free: Sequence[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
-        SESSION.run(" ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, shared, ranges, free)
+        SESSION.run(
+            " ".join(key), (), self.entries[key], parameters, (blocks, 1, 1), threads, shared, ranges, free=free
+        )
 
     def _table(self, n: int, lists: list[list[Tensor]], pointers: Tensor | None) -> Tensor:
         """pointers.cuh pointer_table: the kernel that writes it runs, too."""

@@ -13,12 +13,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from boundary_job import BoundaryJob
 from cases import masks_of, tensors
 from torch import Tensor
 
 from pins_ext import ops, triton_kernels
 from ptx_emulator import module
 from ptx_emulator.launch import LaunchError
+from ptx_emulator.plugin import on_emulated_gpu
 from ptx_emulator.session import SESSION
 
 pytestmark = [pytest.mark.ptx, pytest.mark.planted]
@@ -180,3 +182,21 @@ def _barriers(kernel: Any) -> int:
     """bar.sync in the PTX of the one variant that was compiled last."""
     compiled = [c for caches in kernel.device_caches.values() for c in caches[0].values()]
     return len(re.findall(r"bar\.sync\s+0;", compiled[-1].asm["ptx"]))
+
+
+# ---- what may depend on the order of blocks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_another_order_of_blocks_shows_in_the_candidates_alone(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """A boundary's pass appends them as its blocks come; where that is not told, it is found."""
+    job, run = BoundaryJob(sizes=[9] * 8, values="equal"), SESSION.run
+    monkeypatch.setattr(SESSION, "orders", 2)
+    if not told:
+        monkeypatch.setattr(SESSION, "run", lambda *launch, free=(): run(*launch))
+    with on_emulated_gpu(pytestconfig):
+        text = found(lambda: job.call(job.place("cpu")))
+    assert ("boundary_kernel" in text) == (not told)
+    assert ("another order of blocks leaves other memory" in text) == (not told)
