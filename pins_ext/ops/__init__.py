@@ -53,7 +53,7 @@ from pins_ext.ops.threshold import (
     settle,
     tie_index,
 )
-from pins_ext.ops.transfer import PointerTables, Uploads, capturing, to_device
+from pins_ext.ops.transfer import PointerTables, Uploads, capturing, on_device, to_device
 from pins_ext.ops.update import masked_adamw_, masked_sgd_
 from pins_ext.triton_kernels import register as register_triton
 
@@ -114,6 +114,7 @@ __all__ = [
     "narrow",
     "new_mask",
     "new_state",
+    "on_device",
     "pack_",
     "pack_around_",
     "pack_bits",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,15 @@ from torch import Tensor
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured: what is launched on this device now runs in the replays alone."""
-    on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
-    return on_gpu and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    with on_device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it a GPU is the current one; a CPU is left as it is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -47,7 +56,7 @@ class Uploads:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[object, Tensor]] = {}
-        self._captured: list[Tensor] = []
+        self._captured: dict[int, Tensor] = {}
 
     def of(self, use: Hashable, key: object, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """The data on a device; not to be written to.
@@ -62,7 +71,7 @@ class Uploads:
         if before is None or before[0] != key:
             before = self._kept[use, device] = key, to_device(make(), device)
         if capturing(device):
-            self._captured.append(before[1])
+            self._captured[id(before[1])] = before[1]
         return before[1]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pins_ext import ops
-from pins_ext.optim.bias_corrections import bias_corrections
+from pins_ext.optim.bias_corrections import bias_corrections, check_betas
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
 from pins_ext.optim.step import host_rate, rates_on, steps_skipped, steps_taken
 from pins_ext.storage import STORAGES
@@ -41,7 +41,7 @@ class PinsAdamW(FusedOptimizer):
             to the same bits. Then lr must be a tensor on that device; other hyperparameters are those of the capture.
 
     Raises:
-        ValueError: a hyperparameter out of range.
+        ValueError: a hyperparameter out of range; with capturable, betas beyond 0.99999.
     """
 
     moment_dtype: str = "float32"
@@ -63,6 +63,11 @@ class PinsAdamW(FusedOptimizer):
             raise ValueError(f"moment_dtype must be one of {', '.join(MOMENT_DTYPES)}; got {moment_dtype!r}")
         self.moment_dtype, self.capturable = moment_dtype, capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        super()._refuse_unsupported(group)
+        if self.capturable:
+            check_betas(group["betas"])
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

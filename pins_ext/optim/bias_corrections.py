@@ -38,6 +38,12 @@ def bias_corrections(betas: Sequence[float], steps: Tensor, uploads: ops.Uploads
     return table.index_select(0, torch.minimum(first + steps.long(), last))
 
 
+def check_betas(betas: Sequence[float]) -> None:
+    """Raise ValueError for a beta so near to 1 that its table would be too long."""
+    for beta in betas:
+        _length(beta)
+
+
 def _table(betas: Sequence[float]) -> Tensor:
     return torch.tensor([1 - beta ** float(t) for beta in betas for t in range(_length(beta))], dtype=torch.float64)
 

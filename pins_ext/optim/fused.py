@@ -122,7 +122,7 @@ class FusedOptimizer(Optimizer):
         loss = None
         captured = is_captured(self)
         if captured:
-            self._check_captured()
+            self.check_captured()
         if self.listener is None and self._left_listener:
             warnings.warn(COPY_WARNING, stacklevel=2)
         self._left_listener = False
@@ -153,10 +153,15 @@ class FusedOptimizer(Optimizer):
             self.grad_clip = None
         return loss
 
-    def _check_captured(self) -> None:
-        """Refuse what a CUDA graph can't hold."""
+    def check_captured(self) -> None:
+        """Raise RuntimeError for what a CUDA graph can't hold of this optimizer's steps."""
         if not self.capturable:
             refuse_capture(self)
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            raise RuntimeError(
+                "a CUDA graph does not call step hooks, such as that of SelfRegularizer.attach(model, optimizer): "
+                "attach it without the optimizer, and call its step() after each step"
+            )
         if self.release is not None:
             raise RuntimeError(
                 "a CUDA graph can't hold a step with release_gradients(), which waits for the device: keep_gradients()"
@@ -188,6 +193,8 @@ class FusedOptimizer(Optimizer):
         for p, moments in loaded_moments(self, given[0]):
             for name, moment in moments.items():
                 self.state[p][name] = converted_moment(moment, p, self._storage(p, name))
+        if self.listener is not None:
+            self.listener.states_replaced()
 
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the pass over these parameters rounds anything stochastically, and so needs random bits."""
@@ -316,7 +323,8 @@ class FusedOptimizer(Optimizer):
             if self.rounds(parameters):
                 arguments = dataclasses.replace(arguments, rng=self._rng(parameters))
             self._run(parameters, owners, arguments)
-        self._plain = live
+        # A graph reads what its capture asked for.
+        self._plain = self._plain | live if self.capturable else live
 
     def _without_pruning(self, parameters: list[Tensor]) -> PruningArguments:
         # Random bits follow the place in the whole tensor.
@@ -390,7 +398,10 @@ class FusedOptimizer(Optimizer):
             state.update({"step": 0.0, **moments})
         if not names:
             state.setdefault("step", 0.0)
-        (begin_on_device if self.capturable else begin_on_host)(state, p.device)
+        if self.capturable:
+            begin_on_device(state, p.device)
+        else:
+            begin_on_host(state)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""

@@ -101,5 +101,8 @@ class StepListener(Protocol):
     def end_step(self) -> None:
         """All parameters are updated."""
 
+    def states_replaced(self) -> None:
+        """The optimizer's states are other tensors: those of a checkpoint."""
+
     def abandon_step(self) -> None:
         """A step that was to be captured failed: none was taken."""

@@ -77,7 +77,7 @@ def rates_on(rates: Sequence[Rate], device: torch.device) -> Tensor:
     return column
 
 
-def begin_on_host(state: State, device: torch.device) -> None:
+def begin_on_host(state: State) -> None:
     """Let a state count steps as a number; a torch.optim.SGD checkpoint has none: its first step is over."""
     state["step"] = float(state.get("step", 1))
 
@@ -162,6 +162,12 @@ def is_rehearsal(optimizer: Optimizer) -> bool:
     return not Ranks(parameters).any(moved)
 
 
+def given_tensors(optimizer: Optimizer) -> dict[str, object]:
+    """What a step reads that its user sets and writes to, by name: replays read the same memory again."""
+    given = {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
+    return given | {f"lr of group {i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+
+
 def refuse_capture(optimizer: Optimizer) -> None:
     """Raise RuntimeError where a step would become part of a CUDA graph, whose replays would repeat it."""
     if not is_captured(optimizer):
@@ -189,7 +195,7 @@ def check_capturable(optimizer: Optimizer) -> None:
     What else the host decides, a capturable optimizer keeps on the device.
     """
     for group in optimizer.param_groups:
-        if any(host_rate(group["lr"]) is not None for _ in group["params"][:1]):
+        if group["params"] and host_rate(group["lr"]) is not None:
             raise RuntimeError(
                 f"a CUDA graph would repeat the learning rate {float(group['lr'])!r}: make lr a tensor on the "
                 "parameters' device, lr=torch.tensor(1e-3, device='cuda'); schedulers of torch write to it in place"

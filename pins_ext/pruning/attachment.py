@@ -70,7 +70,7 @@ class Slots(Sequence["Slot"]):
     Attributes:
         begun: slots whose optimizers have begun the step under way, in this order; empty between steps.
         seconds: host time spent in pruning, the fused update apart.
-        captured: which steps CUDA graphs hold; None where an optimizer is not capturable.
+        captured: which steps CUDA graphs hold; None where no optimizer is capturable.
     """
 
     def __init__(self, slots: Sequence[Slot], driver: StepDriver) -> None:
@@ -78,7 +78,8 @@ class Slots(Sequence["Slot"]):
         self.begun: list[Slot] = []
         self.seconds = 0.0
         self._step = Step(0, None, False, False)
-        self.captured = CapturedSteps(len(slots)) if all(slot.capturable for slot in slots) else None
+        capturable = any(slot.capturable for slot in slots)
+        self.captured = CapturedSteps([slot.optimizer for slot in slots]) if capturable else None
         for slot in slots:
             slot.attach(self)
 
@@ -95,10 +96,7 @@ class Slots(Sequence["Slot"]):
     @torch.no_grad()
     def begin(self, slot: Slot) -> None:
         """An optimizer is about to step: its gradients are in place, its weights are the old ones."""
-        if slot.masks.in_view:
-            raise RuntimeError(
-                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
-            )
+        slot.masks.refuse_in_view()
         begin = time.perf_counter()
         if slot in self.begun and any(other.stepped for other in self.begun[self.begun.index(slot) :]):
             # The missing optimizers will not step any more: a gradient scaler skipped them, or an exception.
@@ -252,7 +250,8 @@ class Slot(ABC):
             shadow = [self.importance.shadow[i] for i in self.indices]
             self.masks.apply(shadow, self.indices, self._subsets.of(self.indices), fixed, of="shadow")
         self.reset()
-        self._subsets.next_step()
+        if not self.capturable:  # a graph reads all that its capture asked for
+            self._subsets.next_step()
 
     def apply_masks(self, indices: Sequence[int], bits: list[Tensor] | None = None) -> None:
         """Zero the pruned weights of some of its tensors, and their optimizer states if the configuration says so.

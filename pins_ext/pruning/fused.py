@@ -56,7 +56,7 @@ class FusedSlot(Slot):
 
     @property
     def one_pass(self) -> bool:
-        """See Slot: not of 8 bits, released or missing gradients, a captured step, or one that a scaler may skip."""
+        """See Slot: not of 8 bits, released or missing gradients, capturable steps, or one that a scaler may skip."""
         optimizer = self.optimizer
         if not self._one_pass or optimizer.capturable or optimizer.release is not None:
             return False
@@ -172,6 +172,11 @@ class FusedSlot(Slot):
     def abandon_step(self) -> None:
         """See StepListener."""
         self.slots.abandon()
+
+    def states_replaced(self) -> None:
+        """See StepListener."""
+        if self.slots.captured is not None:
+            self.slots.captured.forget()
 
     @property
     def capturable(self) -> bool:

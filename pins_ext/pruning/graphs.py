@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from pins_ext import ops
+from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.pruning.captured import StepKind, hosted, kind_of
 from pins_ext.pruning.pruner import Pruner
 
@@ -22,7 +24,8 @@ def capture(step: Callable[[], Any]) -> Graph:
     """What a function launches on the current device, as a CUDA graph; nothing runs."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The stream that torch would take is on the device of the first capture of all.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         step()
     return graph
 
@@ -38,14 +41,17 @@ class StepGraphs:
     Args:
         pruner: of one PinsAdamW or PinsSGD with capturable=True, whose learning rate is a tensor on the device.
         step: takes a step, for one that does more than `optimizer.step`, such as to clip before; None: that.
-        capture: makes a graph of a function without running it, for one with a pool of its own.
+        capture: makes a graph of a function without running it, for one with a pool of its own. The weights' device
+            is the current one.
 
     Attributes:
         graphs: by kind of step.
 
     Raises:
         ValueError: the pruner's optimizer is not capturable.
-        RuntimeError: in a call, what a step has that no graph can hold.
+        RuntimeError: what no graph can hold: here what no step of this pruner is without, and in a call what its step
+            has: gradients clipped before it, step hooks of the optimizer, a detached pruner, an open masked_view,
+            another tensor as learning rate, grad_scale or found_inf than the captured one.
     """
 
     def __init__(
@@ -54,36 +60,49 @@ class StepGraphs:
         step: Callable[[], Any] | None = None,
         capture: Callable[[Callable[[], Any]], Graph] = capture,
     ) -> None:
-        if pruner.slots.captured is None:
+        optimizer = pruner.slots[0].optimizer
+        if pruner.slots.captured is None or not isinstance(optimizer, FusedOptimizer):
             raise ValueError("StepGraphs needs the pruner of a PinsAdamW or PinsSGD with capturable=True")
-        self._pruner, self._capture = pruner, capture
+        self._pruner, self._optimizer, self._capture = pruner, optimizer, capture
         self._steps = pruner.slots.captured
-        self._step = step or pruner.slots[0].optimizer.step
+        # Looked up in every call: a scheduler that is made later wraps it.
+        self._step = step or (lambda: optimizer.step())
         self.graphs: dict[StepKind, Graph] = {}
+        self._check()
 
     @property
     def kind(self) -> StepKind:
         """Of the coming step."""
-        pruner = self._pruner
-        return kind_of(pruner.step, pruner.schedule, pruner.importance, pruner.masks)
+        return kind_of(self._pruner)
 
     def __call__(self) -> None:
         """Take a step."""
-        kind, pruner = self.kind, self._pruner
-        if kind not in self._steps.taken or hosted(kind, pruner.step, pruner.schedule, pruner.masks):
+        self._check()
+        kind = self.kind
+        # A loaded checkpoint has brought other states.
+        for gone in self.graphs.keys() - self._steps.captured.keys():
+            del self.graphs[gone]
+        if kind not in self._steps.taken or hosted(kind, self._pruner):
             self._step()
             return
-        # A loaded checkpoint has brought other states.
-        if kind not in self.graphs or kind not in self._steps.held:
-            self.graphs[kind] = self._capture(self._step)
+        if kind not in self.graphs:
+            with ops.on_device(self._pruner.masks.weights_layout.places.device):
+                self.graphs[kind] = self._capture(self._step)
+        self._steps.check_given(kind)
         self.graphs[kind].replay()
-        self._note(kind)
+        torch.autograd.graph.increment_version([p for group in self._optimizer.param_groups for p in group["params"]])
+        self._pruner.replayed(kind)
 
-    def _note(self, kind: StepKind) -> None:
-        """The host's part of a step that was replayed: the device has counted it by itself."""
-        pruner, t = self._pruner, self._pruner.step
-        if kind.chooses:
-            masks = pruner.masks
-            masks.chosen_for = masks.choice(pruner.importance, pruner.schedule.remaining_ratio(t), t)
-        pruner.masks.applied = kind.zeroes
-        pruner.step += 1
+    def _check(self) -> None:
+        """Refuse what a replay would leave out, or do to what is not there any more."""
+        pruner = self._pruner
+        if not pruner.slots[0].attached:
+            raise RuntimeError("the Pruner of these StepGraphs is detached: call optimizer.step(), or make new ones")
+        pruner.masks.refuse_in_view()
+        if self._optimizer.grad_clip is not None:
+            raise RuntimeError(
+                "a CUDA graph does not see gradients that were clipped before it: clip inside the step, "
+                "StepGraphs(pruner, step=...)"
+            )
+        self._steps.check(pruner)
+        self._optimizer.check_captured()

@@ -330,6 +330,11 @@ class Importance:
         averaged = self.smoothed and self.config.beta2 != 0 and self.rule.instant
         return averaged and self.in_pass and len(self.parts) == 1 and self.ranks.alone and not self.on_host
 
+    def is_folded(self, step: int) -> bool:
+        """Whether the averages hold a window that no mask was to see yet: that of the step before, which ended it."""
+        ended = self.folds_in_pass and step % self.config.delta_t == 0
+        return ended and not any(map(bool, self.accepted))
+
     def fold_keys(self, step: int) -> Tensor:
         """Keys of the stochastic rounding of a fold, int64 [2]; step: the first of the next window."""
         return self.rng(step, stream=_FOLD)

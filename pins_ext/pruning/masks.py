@@ -70,6 +70,7 @@ class Masks:
         packed: `bits`, or where selections write them if that is another device.
         packed_fixed: `fixed` likewise.
         stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
+        chosen_for: what the last selection was made for, another one for every new selection; None before the first.
         in_place: whether a new cutoff is written over the last one, for steps that are captured.
     """
 
@@ -93,7 +94,7 @@ class Masks:
         self.applied = False
         self.in_view = False
         self.in_place = False
-        self._chosen_for: tuple[int, ...] | None = None
+        self.chosen_for: tuple[int, ...] | None = None
         self.coming: Coming | None = None
         self.stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
         self._counts: Tensor | None = None
@@ -103,17 +104,14 @@ class Masks:
     @property
     def chosen(self) -> bool:
         """Whether there has been a selection."""
-        return self._chosen_for is not None
+        return self.chosen_for is not None
 
-    @property
-    def chosen_for(self) -> tuple[int, ...] | None:
-        """What the last selection was made for; it is another one for every new selection."""
-        return self._chosen_for
-
-    @chosen_for.setter
-    def chosen_for(self, choice: tuple[int, ...] | None) -> None:
-        """A replay has made the choice, or a capture has not."""
-        self._chosen_for = choice
+    def refuse_in_view(self) -> None:
+        """Raise RuntimeError where a step would train weights that a view puts back."""
+        if self.in_view:
+            raise RuntimeError(
+                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
+            )
 
     def wanted(self, mask_due: bool) -> bool:
         """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""
@@ -139,7 +137,7 @@ class Masks:
             target: see Selection.cutoffs.
         """
         wanted = self.choice(importance, ratio, t)
-        if wanted == self._chosen_for:
+        if wanted == self.chosen_for:
             return
         score = importance.score()
         if self.selection.packs and bool(importance.known):
@@ -151,7 +149,7 @@ class Masks:
             self._before_packing()
             self.cutoff = self.selection.pack(self.packed, self.stats, score, ratio, counted)
             self._packed()
-            self._chosen_for = wanted
+            self.chosen_for = wanted
             return
         if in_pass and self.fixed is None and not self.selection.packs:
             found = self.selection.bin_or_cutoff(score, ratio, counted, importance.known)
@@ -166,7 +164,7 @@ class Masks:
             # The released rule, strictly below zero, prunes nothing by itself.
             cutoff = cutoff * importance.known
         self._pack(score, cutoff, units)
-        self._chosen_for = wanted
+        self.chosen_for = wanted
 
     def choice(self, importance: Importance, ratio: float, t: int) -> tuple[int, ...]:
         """What a selection at this step would be made for; an equal one need not be made again."""
@@ -176,7 +174,7 @@ class Masks:
     def came(self) -> None:
         """The optimizer's pass has made the choice."""
         assert self.coming is not None
-        self.cutoff, self._chosen_for, self.coming = self.coming.cutoff, self.coming.chosen_for, None
+        self.cutoff, self.chosen_for, self.coming = self.coming.cutoff, self.coming.chosen_for, None
 
     def settle(self, importance: Importance) -> None:
         """Make a choice that no pass will make."""
@@ -186,7 +184,7 @@ class Masks:
 
     def chosen_at(self, ratio: float) -> bool:
         """Whether the last selection pruned as many weights as this ratio asks for."""
-        return self._chosen_for is not None and self._chosen_for[1:] == tuple(self.scopes.n_prune(ratio))
+        return self.chosen_for is not None and self.chosen_for[1:] == tuple(self.scopes.n_prune(ratio))
 
     def choose(self, score: Operands, ratio: float) -> None:
         """Choose by these scores, once.
@@ -197,7 +195,7 @@ class Masks:
         """
         units = self._units.scored(score) if self._units is not None else None
         self._pack(score, self.selection.cutoffs(score, ratio, units=units), units)
-        self._chosen_for = (0, *self.scopes.n_prune(ratio))
+        self.chosen_for = (0, *self.scopes.n_prune(ratio))
 
     def counting(self) -> Counted | None:
         """A bracket around the last cutoff and room for its counts; None where no single cutoff can be narrowed so."""
@@ -235,7 +233,7 @@ class Masks:
 
     def forget_choice(self) -> None:
         """Let the next `renew` select whatever was selected before."""
-        self._chosen_for = None
+        self.chosen_for = None
 
     def _pack(self, score: Operands, cutoff: Tensor, units: ScoredUnits | None = None) -> None:
         self._before_packing()
@@ -300,9 +298,9 @@ class Masks:
         A synchronisation where there is one.
         """
         fit = self.fits[i]
-        if fit is None or self._chosen_for is None:
+        if fit is None or self.chosen_for is None:
             return fit if self.frozen else None
-        final = self._chosen_for[1:] == tuple(self.scopes.n_prune(self.scopes.final_ratio))
+        final = self.chosen_for[1:] == tuple(self.scopes.n_prune(self.scopes.final_ratio))
         # A cutoff of zero has pruned nothing: no score was known.
         return None if fit.pattern.grouped and not (final and bool(self.cutoff[i].any())) else fit
 
@@ -335,14 +333,14 @@ class Masks:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; the tensors are `bits` and `cutoff`."""
-        chosen_for = list(self._chosen_for) if self._chosen_for else None
+        chosen_for = list(self.chosen_for) if self.chosen_for else None
         return {"frozen": self.frozen, "masked": self.applied, "selected_for": chosen_for}
 
     def load_state(self, state: Mapping[str, Any], cutoff: Tensor) -> None:
         """Go on from a checked `state`; `bits` are copied by the caller."""
         self.cutoff = cutoff.to(self.cutoff.device).clone()
         self.frozen, self.applied = state["frozen"], state["masked"]
-        self._chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None
+        self.chosen_for = tuple(state["selected_for"]) if state["selected_for"] else None
         self.coming = None
         self._loaded()
 

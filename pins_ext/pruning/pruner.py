@@ -18,6 +18,7 @@ from pins_ext.distributed import states
 from pins_ext.distributed.shards import forget_gathered, like, local
 from pins_ext.pruning import checkpoint, inspection, sparse_start
 from pins_ext.pruning.attachment import Slot, Slots, Step
+from pins_ext.pruning.captured import StepKind
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.frozen import BaseSlot, base_config, base_parameters, divide_base
 from pins_ext.pruning.owners import divide, slot_of
@@ -212,12 +213,9 @@ class Pruner:
         """See StepDriver: end the window and renew the masks, at the steps that ask for it."""
         self._settle()
         self._settled = True
-        t, importance, masks = self.step, self.importance, self.masks
-        target = None
-        if (captured := self.slots.captured) is not None:
-            hooks = {"score_gradients": self.score_gradients, "before_mask": self.before_mask}
-            captured.begin(t, self.schedule, importance, masks, hooks)
-            target = captured.target(self.schedule, importance, masks)
+        t, importance, masks, captured = self.step, self.importance, self.masks, self.slots.captured
+        if captured is not None:
+            captured.begin(self)
         gradients = self.score_gradients() if self.score_gradients is not None else None
         if gradients is not None and self.importance.rule.reads_moments:
             raise ValueError(
@@ -232,6 +230,7 @@ class Pruner:
                 counting = due and importance.constant_in_window and alone and not importance.at_once
                 counted = importance.fold(t, masks.counting() if counting else None)
             if due and importance.scored_before_step:
+                target = None if captured is None else captured.target(self)
                 masks.renew(importance, self.schedule.remaining_ratio(t), t, counted, one_pass, target)
         final = masks.frozen or not due or importance.scored_before_step
         scored = t % self.config.importance_every == 0
@@ -248,7 +247,7 @@ class Pruner:
             for slot in self.slots.begun:
                 slot.count()
             if due and not importance.scored_before_step:
-                target = captured.target(self.schedule, importance, masks) if captured is not None else None
+                target = None if captured is None else captured.target(self)
                 masks.renew(importance, self.schedule.remaining_ratio(t), t, target=target)
             # One synchronisation, where an empty mask would otherwise stay for good.
             if due and self.schedule.selects_once(t) and bool(importance.known):
@@ -263,6 +262,14 @@ class Pruner:
         if captured is None or not captured.end(masks):
             masks.applied = masked
             self.step += 1
+
+    def replayed(self, kind: StepKind) -> None:
+        """Note a step that a CUDA graph has taken, see StepGraphs: the device has counted it, the host has not."""
+        t, masks = self.step, self.masks
+        if kind.chooses:
+            masks.chosen_for = masks.choice(self.importance, self.schedule.remaining_ratio(t), t)
+        masks.applied = kind.zeroes
+        self.step += 1
 
     # ---- what the user asks for -------------------------------------------------------------------------------------
 
@@ -283,7 +290,7 @@ class Pruner:
             self.slots.finish()
         before = sum(self.masks.pruned())
         if not self.masks.frozen:
-            last_counts = bool(self.importance.known) and self._window_is_folded
+            last_counts = bool(self.importance.known) and self.importance.is_folded(self.step)
             if not self.importance.known:
                 if not self.importance.seen:
                     raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
@@ -300,12 +307,6 @@ class Pruner:
         for surprise in inspection.surprises(before, pruned, self.schedule, self.step):
             warnings.warn(surprise, stacklevel=3)  # past no_grad
         return report
-
-    @property
-    def _window_is_folded(self) -> bool:
-        """Whether the averages hold a window that no mask was to see yet: that of the step before, which ended it."""
-        ended = self.importance.folds_in_pass and self.step % self.config.delta_t == 0
-        return ended and not any(map(bool, self.importance.accepted))
 
     def freeze(self) -> None:
         """Fix the mask: from now on it never changes, pruned weights are zero after every step, importance rests.

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from drawn_training import separately
-from recorded import STEPS, CapturedTraining, compare, compare_without_a_pruner, differences, recording
+from recorded import (
+    STEPS,
+    CapturedTraining,
+    Recording,
+    compare,
+    compare_without_a_pruner,
+    differences,
+    record,
+    recording,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from watch import Watch, like_a_gpu
@@ -17,7 +29,9 @@ from watch import Watch, like_a_gpu
 from pins_ext import PruneConfig, Pruner, StepGraphs, ops
 from pins_ext.optim import PinsAdamW, PinsSGD
 from pins_ext.optim.bias_corrections import bias_corrections
-from pins_ext.pruning.captured import hosted
+from pins_ext.pruning import graphs
+from pins_ext.pruning.captured import CapturedSteps, hosted
+from pins_ext.pruning.importance import Importance
 
 BF16 = {"dtype": torch.bfloat16, "state_dtype": "bfloat16", "moment_dtype": "bfloat16"}
 CASES: dict[str, dict[str, Any]] = {
@@ -29,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "importance every third step": {"importance_every": 3},
     "last deviation": {"beta2": 0.0},
     "no uncertainty": {"beta2": 1.0},
+    "two dtypes": {"mixed": True},
     "cleared moments": {"mask_optimizer_state": True},
     "ties of the released code": {"ties": "reference"},
     "8 bits": {"state_dtype": "8bit", "moment_dtype": "8bit"},
@@ -134,7 +149,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scope": ({"scope": "layer"}, "a scope, densities or a pattern"),
     "densities": ({"min_density": 0.1}, "a scope, densities or a pattern"),
     "pattern": ({"pattern": "4x1"}, "a scope, densities or a pattern"),
-    "criterion": ({"criterion": lambda p, g, lr: p.abs()}, "a function as criterion"),
     "schedule": ({"schedule": lambda t: 1 - t / 40}, "a function as schedule"),
     "one-shot": ({"schedule": "one-shot"}, "one-shot schedule"),
 }
@@ -156,8 +170,7 @@ def test_what_the_host_decides_is_refused(option: str) -> None:
         plain.step(t)
         captured.give_gradients(t)
         assert captured.graphs is not None
-        kind, pruner = captured.graphs.kind, captured.pruner
-        if option == "criterion" or hosted(kind, t, pruner.schedule, pruner.masks):
+        if hosted(captured.graphs.kind, captured.pruner):
             tried(captured, match)
             refusals += 1
         captured.optimizer.step()
@@ -165,30 +178,246 @@ def test_what_the_host_decides_is_refused(option: str) -> None:
     assert refusals
 
 
-def test_hooks_of_the_pruner_are_refused() -> None:
-    captured = CapturedTraining("cpu", True)
+def replaying(**options: Any) -> CapturedTraining:
+    """A training whose next step is a replay."""
+    captured = CapturedTraining("cpu", True, **options)
+    for t in range(STEPS // 2):
+        captured.step(t)
+    assert captured.graphs is not None
+    assert captured.graphs.kind in captured.graphs.graphs
+    captured.give_gradients(STEPS // 2)
+    return captured
+
+
+def refused(captured: CapturedTraining, match: str) -> None:
+    """A replay is refused, and no step lost."""
+    before = captured.state()
+    assert captured.graphs is not None
+    with pytest.raises(RuntimeError, match=match):
+        captured.graphs()
+    assert differences(before, captured.state()) == []
+
+
+@pytest.mark.parametrize("name", ["score_gradients", "before_mask"])
+def test_hooks_of_the_pruner_are_refused(name: str) -> None:
+    captured = replaying()
+    setattr(captured.pruner, name, dict)
+    tried(captured, name)
+    refused(captured, name)
+
+
+def test_step_hooks_are_refused() -> None:
+    captured, called = replaying(), []
+    for register in (captured.optimizer.register_step_pre_hook, captured.optimizer.register_step_post_hook):
+        handle = register(lambda *_: called.append(1))
+        refused(captured, r"SelfRegularizer\.attach\(model, optimizer\)")
+        tried(captured, "step hooks")
+        handle.remove()
+    assert captured.graphs is not None
+    captured.graphs()
+
+
+def test_gradients_that_were_clipped_before_are_refused() -> None:
+    captured = replaying()
+    captured.optimizer.clip_grad_norm_(1.0)
+    refused(captured, "clip inside the step")
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_other_scaling_than_the_captured_one_is_refused(name: str) -> None:
+    captured = replaying(scaled=True)
+    setattr(captured.optimizer, name, torch.ones(1))
+    refused(captured, f"{name} is another one now.*GradScaler")
+
+
+def test_another_rate_than_the_captured_one_is_refused() -> None:
+    captured = replaying()
+    captured.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    refused(captured, "lr of group 0")
+
+
+def test_scaling_that_is_set_within_the_step_is_refused() -> None:
+    """As a GradScaler sets it, and takes it away again."""
+    captured = CapturedTraining("cpu", True, warmup=9)
+
+    def step() -> None:
+        captured.optimizer.found_inf = torch.zeros(1)  # type: ignore[attr-defined]
+        captured.optimizer.step()
+        del captured.optimizer.found_inf  # type: ignore[attr-defined]
+
+    captured.graphs = StepGraphs(captured.pruner, step, record)
+    for t in range(2):
+        captured.step(t)
+    with pytest.raises(RuntimeError, match="found_inf is another one now"):
+        captured.step(2)
+
+
+def test_loaded_optimizer_states_are_captured_anew() -> None:
+    """The old ones are replaced without the pruner's doing."""
+    plain, captured = CapturedTraining("cpu", False), CapturedTraining("cpu", True)
+    for t in range(STEPS):
+        if t == STEPS // 2:
+            for training in (plain, captured):
+                state = copy.deepcopy(training.optimizer.state_dict())
+                for moments in state["state"].values():
+                    moments["exp_avg"] *= -2
+                training.optimizer.load_state_dict(state)
+            assert captured.graphs is not None
+            replays, old = captured.replays.total(), set(map(id, captured.graphs.graphs.values()))
+        plain.step(t)
+        captured.step(t)
+        assert differences(plain.state(), captured.state()) == [], t
+    assert captured.replays.total() > replays
+    assert old.isdisjoint(map(id, captured.graphs.graphs.values()))
+
+
+def test_graphs_of_other_states_are_let_go() -> None:
+    captured = replaying()
+    captured.pruner.load_state_dict(captured.pruner.state_dict())
+    captured.step(STEPS // 2)
+    assert captured.graphs is not None
+    assert not captured.graphs.graphs
+
+
+def test_a_replay_inside_a_view_is_refused() -> None:
+    captured = replaying()
+    captured.pruner.masks.applied = False
+    with captured.pruner.masked_view():
+        refused(captured, "inside masked_view")
+
+
+def test_a_detached_pruner_is_refused() -> None:
+    captured = replaying()
+    captured.pruner.detach()
+    refused(captured, "detached")
+    Pruner(captured.model, captured.optimizer, PruneConfig(include=("*.weight",)), 100)
+    refused(captured, "detached")
+
+
+def test_a_replay_changes_the_versions_of_the_weights() -> None:
+    """A backward through weights saved before it must fail."""
+    captured = replaying()
+    versions = [p._version for p in captured.model.parameters()]
+    with patch.object(Recording, "replay"):
+        captured.graphs()  # type: ignore[misc]
+    assert all(p._version > v for p, v in zip(captured.model.parameters(), versions, strict=True))
+
+
+def test_a_step_that_is_wrapped_later_is_called() -> None:
+    """As a scheduler wraps it, to warn of steps in the wrong order."""
+    captured, called = CapturedTraining("cpu", True), []
+    captured.graphs = StepGraphs(captured.pruner, capture=record)
+    step = captured.optimizer.step
+    captured.optimizer.step = lambda: (called.append(1), step())  # type: ignore[assignment, method-assign]
     captured.step(0)
-    captured.give_gradients(1)
-    for name in ("score_gradients", "before_mask"):
-        setattr(captured.pruner, name, dict)
-        tried(captured, name)
-        setattr(captured.pruner, name, None)
+    assert called
+
+
+def test_steps_without_a_choice_ask_for_no_target() -> None:
+    captured = CapturedTraining("cpu", True)
+    asked = []
+    with patch.object(CapturedSteps, "target", lambda *_: asked.append(1)):
+        captured.step(0)
+        captured.step(1)
+    assert not asked
+
+
+def test_layouts_that_a_graph_reads_are_kept() -> None:
+    """Of tensors without a gradient, which not every step asks for."""
+    captured, asked = CapturedTraining("cpu", True, criterion="magnitude"), []
+    of = ops.Subsets.of
+
+    def noted(subsets: ops.Subsets, indices: Any) -> ops.Layout:
+        layout = of(subsets, indices)
+        if ops.capturing(layout.places.device):
+            asked.append(weakref.ref(layout))
+        return layout
+
+    weight = captured.model[1].weight
+    with patch.object(ops.Subsets, "of", noted):
+        for t in range(STEPS):
+            captured.give_gradients(t)
+            grad, weight.grad = weight.grad, None
+            assert captured.graphs is not None
+            (captured.graphs if captured.graphs.kind.zeroes else captured.optimizer.step)()
+            weight.grad = grad
+    assert asked
+    assert all(layout() is not None for layout in asked)
+
+
+def test_a_graph_is_captured_on_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one."""
+    now, second = [0], torch.device("cuda", 1)
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, now[0] = now[0], device.index
+        yield
+        now[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0] == 1)
+    assert ops.capturing(second)
+    assert not ops.capturing(torch.device("cuda", 0))
+
+    streams: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: f"a stream on {now[0]}")
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: nullcontext(streams.append(stream)))
+    with ops.on_device(second):
+        graphs.capture(lambda: None)
+    assert streams == ["a stream on 1"]
 
 
 def test_released_gradients_are_refused() -> None:
     captured = CapturedTraining("cpu", True)
     captured.optimizer.release_gradients()
     tried(captured, r"keep_gradients\(\)")
+    with pytest.raises(RuntimeError, match=r"keep_gradients\(\)"):
+        StepGraphs(captured.pruner)
 
 
-def test_several_optimizers_are_refused() -> None:
+@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)])
+def test_several_optimizers_are_refused(which: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     rate = torch.tensor(0.1)
-    optimizers = [PinsAdamW(layer.parameters(), lr=rate, capturable=True) for layer in model]
-    Pruner(model, optimizers, PruneConfig(include=("*.weight",)), 10)
+    optimizers = [PinsAdamW(layer.parameters(), lr=rate, capturable=i in which) for i, layer in enumerate(model)]
+    pruner = Pruner(model, optimizers, PruneConfig(include=("*.weight",)), 10)
+    with pytest.raises(RuntimeError, match="several optimizers"):
+        StepGraphs(pruner)
     model(torch.ones(1, 8)).sum().backward()
     with recording(), pytest.raises(RuntimeError, match="several optimizers"):
-        optimizers[0].step()
+        optimizers[which[0]].step()
+
+
+def test_what_no_step_is_without_is_refused_at_once() -> None:
+    model = nn.Linear(8, 8)
+    optimizer = PinsAdamW(model.parameters(), lr=torch.tensor(0.1), capturable=True)
+    config = PruneConfig(include=("*",), criterion=lambda p, g, lr: p.abs())
+    pruner = Pruner(model, optimizer, config, 10)
+    with pytest.raises(RuntimeError, match="a function as criterion"):
+        StepGraphs(pruner)
+    model(torch.ones(1, 8)).sum().backward()
+    with recording(), pytest.raises(RuntimeError, match="a function as criterion"):
+        optimizer.step()
+    pruner.detach()
+    with patch.object(Importance, "on_host", True), pytest.raises(RuntimeError, match="state_device='cpu'"):
+        StepGraphs(Pruner(model, optimizer, PruneConfig(include=("*",)), 10))
+    optimizer.listener = None
+    pruner = Pruner(model, optimizer, PruneConfig(include=("*",)), 10)
+    pruner.importance.ranks.alone = False
+    with pytest.raises(RuntimeError, match="several ranks"):
+        StepGraphs(pruner)
+
+
+def test_betas_whose_corrections_need_too_long_a_table_are_refused_at_once() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"betas up to 0\.99999"):
+        PinsAdamW(parameters, betas=(0.9, 0.9999999), capturable=True)
+    with pytest.raises(ValueError, match=r"betas up to 0\.99999"):
+        PinsAdamW([{"params": parameters, "betas": (0.9, 0.9999999)}], capturable=True)
+    PinsAdamW(parameters, betas=(0.9, 0.9999999))
 
 
 def test_a_frozen_base_is_refused() -> None:
