@@ -18,6 +18,8 @@ namespace {
 
 #include "update.cuh"
 
+#include "update_launch.cuh"
+
 #include "boundary.cuh"
 
 // ---- kernels ----------------------------------------------------------------------------------------------------
@@ -63,28 +65,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launchers --------------------------------------------------------------------------------------------------
 
-using Kernel = void (*)(BoundaryArguments);
-
-template <typename Step, typename P, typename M>
-Kernel kernel_for(ScalarType state) {
-  return state == ScalarType::BFloat16 ? boundary_kernel<Step, P, BFloat16, M> : boundary_kernel<Step, P, float, M>;
-}
-
-template <typename Step, typename P>
-Kernel kernel_for(ScalarType state, ScalarType moments) {
-  if constexpr (Step::kMoments == 2) {
-    return moments == ScalarType::Float ? kernel_for<Step, P, float>(state) : kernel_for<Step, P, BFloat16>(state);
-  } else {
-    return kernel_for<Step, P, P>(state);
-  }
-}
-
 template <typename Step>
-Kernel kernel_for(ScalarType params, ScalarType state, ScalarType moments) {
-  return params == ScalarType::Float      ? kernel_for<Step, float>(state, moments)
-         : params == ScalarType::BFloat16 ? kernel_for<Step, BFloat16>(state, moments)
-                                          : kernel_for<Step, Float16>(state, moments);
-}
+struct Kernels {
+  static constexpr int kMoments = Step::kMoments;
+
+  template <typename P, typename S, typename M>
+  static auto of() {
+    return &boundary_kernel<Step, P, S, M>;
+  }
+};
 
 void clear(const Tensor& tensor, int64_t count, const CurrentDevice& device) {
   PINS_CUDA_CHECK(cudaMemsetAsync(tensor.data_ptr(), 0, count * tensor.element_size(), device.stream()));
@@ -115,8 +104,6 @@ void boundary_update(const UpdateCall& call, const BoundaryCall& boundary) {
   std::vector<List> lists = call.lists();
   lists.push_back({"exp_avg_ipt", boundary.exp_avg_ipt});
   lists.push_back({"exp_avg_unc", boundary.exp_avg_unc});
-  uint32_t given = 0;
-  for (size_t k = 0; k < lists.size(); ++k) given |= static_cast<uint32_t>(lists[k].given()) << k;
   if (boundary.chooses()) check_words(call.masks);
   const Tensor pointers = pointer_table(device, call.places, lists, call.pointers);
 
@@ -128,19 +115,7 @@ void boundary_update(const UpdateCall& call, const BoundaryCall& boundary) {
     clear(*boundary.stats, boundary.stats->numel(), device);
   }
   if (boundary.counts.has_value()) clear(*boundary.counts, boundary.counts->numel(), device);
-  const Work work{data_of<int64_t>(pointers), call.places.size(0), data_of<Place>(call.places),
-                  data_of<Chunk>(call.chunks)};
-  const UpdateArguments update{work,
-                               data_of<float>(call.hyper),
-                               data_of<float>(call.accepted),
-                               data_of<int64_t>(call.rng),
-                               nullptr,
-                               data_of(call.clip),
-                               nullptr,
-                               given,
-                               static_cast<Criterion>(criterion),
-                               call.clear_state};
-  const BoundaryArguments arguments{update,
+  const BoundaryArguments arguments{arguments_of(call, lists, pointers, criterion),
                                     longs(boundary.around),
                                     written<int64_t>(boundary.stats),
                                     written<int64_t>(boundary.threshold),
@@ -152,17 +127,15 @@ void boundary_update(const UpdateCall& call, const BoundaryCall& boundary) {
                                     static_cast<float>(1 - boundary.beta2),
                                     longs(boundary.bracket),
                                     written<int64_t>(boundary.counts)};
-  const ScalarType params = call.params.empty() ? ScalarType::Float : call.params[0].scalar_type();
-  const bool has_moments = call.moments[0].given();
-  const ScalarType moments = has_moments ? call.moments[0].tensors[0].scalar_type() : params;
+  const Storage storage(call, boundary.exp_avg_ipt);
   if (blocks > 0) {
-    const ScalarType state = boundary.exp_avg_ipt[0].scalar_type();
-    kernel_for<Step>(params, state, moments)<<<blocks, kThreads, 0, device.stream()>>>(arguments);
+    kernel_for<Kernels<Step>>(storage)<<<blocks, kThreads, 0, device.stream()>>>(arguments);
     PINS_LAUNCH_CHECK(boundary_kernel);
   }
   if (!boundary.chooses()) return;
-  const Elements elements{params == ScalarType::Float ? 4 : 2, moments == ScalarType::Float ? 4 : 2,
-                          call.clear_state && has_moments ? Step::kMoments : 0};
+  const auto bytes = [](ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; };
+  const int cleared = call.clear_state && call.moments[0].given() ? Step::kMoments : 0;
+  const Elements elements{bytes(storage.params), bytes(storage.moments), cleared};
   settle_kernel<<<kCandidates / kThreads, kThreads, 0, device.stream()>>>(arguments, elements, Lists<Step>::masks);
   PINS_LAUNCH_CHECK(settle_kernel);
 }

@@ -12,12 +12,14 @@ namespace {
 #include "../criterion.inl"
 #include "../layout.inl"
 #include "../optimizer.inl"
-// In this order: the second is written in terms of the first.
+// In this order: each is written in terms of the ones before.
 #include "walk.cuh"
 
 #include "update.cuh"
 
 #include "update_coded.cuh"
+
+#include "update_launch.cuh"
 
 // ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -53,12 +55,6 @@ __global__ void __launch_bounds__(kThreads) apply_mask_kernel(const __grid_const
 
 // ---- launchers --------------------------------------------------------------------------------------------------
 
-struct Storage {
-  ScalarType params, state, moments;
-
-  bool coded() const { return is_coded(state) || is_coded(moments); }
-};
-
 Kind kind_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? Kind::bfloat16
          : dtype == ScalarType::Half   ? Kind::float16
@@ -67,28 +63,15 @@ Kind kind_of(ScalarType dtype) {
                                        : Kind::float32;
 }
 
-template <typename Step, typename P, typename M>
-void (*kernel_for(ScalarType state))(UpdateArguments) {
-  return state == ScalarType::BFloat16 ? update_kernel<Step, P, BFloat16, M> : update_kernel<Step, P, float, M>;
-}
-
-// Both moments of AdamW may be stored apart from the parameters; SGD's buffer is stored as they are.
-template <typename Step, typename P>
-void (*kernel_for(const Storage& storage))(UpdateArguments) {
-  if constexpr (Step::kMoments == 2) {
-    return storage.moments == ScalarType::Float ? kernel_for<Step, P, float>(storage.state)
-                                                : kernel_for<Step, P, BFloat16>(storage.state);
-  } else {
-    return kernel_for<Step, P, P>(storage.state);
-  }
-}
-
 template <typename Step>
-void (*kernel_for(const Storage& storage))(UpdateArguments) {
-  return storage.params == ScalarType::Float      ? kernel_for<Step, float>(storage)
-         : storage.params == ScalarType::BFloat16 ? kernel_for<Step, BFloat16>(storage)
-                                                  : kernel_for<Step, Float16>(storage);
-}
+struct Kernels {
+  static constexpr int kMoments = Step::kMoments;
+
+  template <typename P, typename S, typename M>
+  static auto of() {
+    return &update_kernel<Step, P, S, M>;
+  }
+};
 
 template <typename Step>
 void update(const UpdateArguments& arguments, const Storage& storage, unsigned blocks, cudaStream_t stream) {
@@ -99,7 +82,7 @@ void update(const UpdateArguments& arguments, const Storage& storage, unsigned b
     PINS_LAUNCH_CHECK(coded_update_kernel);
     return;
   }
-  kernel_for<Step>(storage)<<<blocks, kThreads, 0, stream>>>(arguments);
+  kernel_for<Kernels<Step>>(storage)<<<blocks, kThreads, 0, stream>>>(arguments);
   PINS_LAUNCH_CHECK(update_kernel);
 }
 
@@ -114,10 +97,6 @@ void apply_mask(const Work& work, ScalarType params, unsigned blocks, cudaStream
 
 // ---- checked operators ------------------------------------------------------------------------------------------
 
-Work work_of(const Tensor& pointers, const Tensor& places, const Tensor& chunks) {
-  return {data_of<int64_t>(pointers), places.size(0), data_of<Place>(places), data_of<Chunk>(chunks)};
-}
-
 // What the tables and scalars hold stays on the device and is not checked: that chunks fit their tensors, and that SGD
 // without momentum_buffer has momentum 0 in every row of hyper.
 template <typename Step>
@@ -128,23 +107,9 @@ void masked_update(const UpdateCall& call) {
   if (blocks == 0) return;
 
   const std::vector<List> lists = call.lists();
-  uint32_t given = 0;
-  for (size_t k = 0; k < lists.size(); ++k) given |= static_cast<uint32_t>(lists[k].given()) << k;
   const Tensor pointers = pointer_table(device, call.places, lists, call.pointers);
-  const UpdateArguments arguments{work_of(pointers, call.places, call.chunks),
-                                  data_of<float>(call.hyper),
-                                  data_of<float>(call.accepted),
-                                  data_of<int64_t>(call.rng),
-                                  data_of(call.grad_scale),
-                                  data_of(call.clip),
-                                  data_of(call.found_inf),
-                                  given,
-                                  static_cast<Criterion>(criterion),
-                                  call.clear_state};
-  const ScalarType state = call.ipt.empty() ? ScalarType::Float : call.ipt[0].scalar_type();
-  const ScalarType params = call.params[0].scalar_type();
-  const ScalarType moments = call.moments[0].given() ? call.moments[0].tensors[0].scalar_type() : params;
-  update<Step>(arguments, {params, state, moments}, blocks, device.stream());
+  const UpdateArguments arguments = arguments_of(call, lists, pointers, criterion);
+  update<Step>(arguments, Storage(call, call.ipt), blocks, device.stream());
 }
 
 void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
