@@ -323,7 +323,7 @@ class FusedOptimizer(Optimizer):
             if self.rounds(parameters):
                 arguments = dataclasses.replace(arguments, rng=self._rng(parameters))
             self._run(parameters, owners, arguments)
-        # A graph reads what its capture asked for.
+        # A graph, or the capture to come, reads all that was asked for.
         self._plain = self._plain | live if self.capturable else live
 
     def _without_pruning(self, parameters: list[Tensor]) -> PruningArguments:

@@ -176,9 +176,6 @@ class Slot(ABC):
         self.importance, self.masks = importance, masks
         self.parameters = importance.parameters
         self._subsets = ops.Subsets(masks.weights_layout)
-        if self.capturable and not importance.on_host:
-            device = importance.layout.places.device
-            importance.clock, masks.in_place = torch.zeros((), dtype=torch.int64, device=device), True
 
     def attach(self, slots: Slots) -> None:
         """Tell these of each of the optimizer's steps from now on."""
@@ -250,7 +247,7 @@ class Slot(ABC):
             shadow = [self.importance.shadow[i] for i in self.indices]
             self.masks.apply(shadow, self.indices, self._subsets.of(self.indices), fixed, of="shadow")
         self.reset()
-        if not self.capturable:  # a graph reads all that its capture asked for
+        if not self.capturable:  # a graph, or the capture to come, reads all that was asked for
             self._subsets.next_step()
 
     def apply_masks(self, indices: Sequence[int], bits: list[Tensor] | None = None) -> None:

@@ -40,6 +40,7 @@ class Importance:
         parts: see the attribute.
         ranks: the processes that hold the tensors.
         frozen_base: see Pruner.
+        capturable: count the pruner's steps on the device, too.
 
     Attributes:
         at_once: whether `fold_at_once` takes the gradients, see folds_at_once.
@@ -58,7 +59,7 @@ class Importance:
         dtype: storage of the states.
         on_host: whether the states are on the host while the weights are elsewhere, see HostImportance.
         ahead: whether the last step's pass has ended the window already, so that the next `fold` has nothing to do.
-        clock: int64 [], the pruner's step on the device, where steps can be captured; else None.
+        clock: int64 [], the pruner's step on the device, where it is counted there; else None.
     """
 
     moments: Callable[[], Moments]
@@ -72,6 +73,7 @@ class Importance:
         parts: Sequence[Sequence[int]],
         ranks: Ranks,
         frozen_base: bool = False,
+        capturable: bool = False,
     ) -> None:
         self.config, self.layout, self.ranks = config, layout, ranks
         # Worked out once: a step asks often.
@@ -89,7 +91,7 @@ class Importance:
         self.seen = torch.zeros(1, dtype=torch.bool, device=device)
         self.folded = torch.zeros_like(self.seen)
         self.ahead = False
-        self.clock: Tensor | None = None
+        self.clock = torch.zeros((), dtype=torch.int64, device=device) if capturable else None
         self._counted_ahead: Counted | None = None
         self._no_rounding = torch.zeros(2, dtype=torch.int64, device=device)
 

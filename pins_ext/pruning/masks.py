@@ -53,6 +53,7 @@ class Masks:
         scopes: which weights compete.
         config: mask policy, ties.
         ranks: the processes that hold the tensors.
+        capturable: write a new cutoff over the last one, where the steps of a CUDA graph read it.
 
     Attributes:
         sizes: weights of this rank's part of each tensor.
@@ -71,11 +72,16 @@ class Masks:
         packed_fixed: `fixed` likewise.
         stats: int64 [n, 3], of each tensor and the last selection: kept weights, flipped bits, NaN scores.
         chosen_for: what the last selection was made for, another one for every new selection; None before the first.
-        in_place: whether a new cutoff is written over the last one, for steps that are captured.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], layout: ops.Layout, scopes: Scopes, config: PruneConfig, ranks: Ranks
+        self,
+        parameters: Sequence[Tensor],
+        layout: ops.Layout,
+        scopes: Scopes,
+        config: PruneConfig,
+        ranks: Ranks,
+        capturable: bool = False,
     ) -> None:
         self.layout, self.scopes, self.config, self.ranks = layout, scopes, config, ranks
         self.weights_layout = layout
@@ -93,7 +99,7 @@ class Masks:
         self.frozen = False
         self.applied = False
         self.in_view = False
-        self.in_place = False
+        self._in_place = capturable
         self.chosen_for: tuple[int, ...] | None = None
         self.coming: Coming | None = None
         self.stats = torch.zeros(len(self.bits), 3, dtype=torch.int64, device=device)
@@ -237,7 +243,7 @@ class Masks:
 
     def _pack(self, score: Operands, cutoff: Tensor, units: ScoredUnits | None = None) -> None:
         self._before_packing()
-        if self.in_place and self.cutoff.shape == cutoff.shape:
+        if self._in_place and self.cutoff.shape == cutoff.shape:
             cutoff = self.cutoff.copy_(cutoff)
         self.cutoff = cutoff
         if units is None:

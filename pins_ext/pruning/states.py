@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import layout_of
+from pins_ext.optim.fused import FusedOptimizer
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.masks import Masks
@@ -49,8 +50,10 @@ def states_of(
         importance = HostImportance(tensors, config, layout, places, ranks, frozen_base, staging)
         masks = HostMasks(tensors, layout, scopes, config, ranks, staging)
     else:
-        importance = Importance(tensors, config, layout, places, ranks, frozen_base)
-        masks = Masks(tensors, layout, scopes, config, ranks)
+        owners = [optimizer for optimizer, _ in parts if isinstance(optimizer, FusedOptimizer)]
+        capturable = not frozen_base and any(optimizer.capturable for optimizer in owners)
+        importance = Importance(tensors, config, layout, places, ranks, frozen_base, capturable)
+        masks = Masks(tensors, layout, scopes, config, ranks, capturable)
     importance.moments = reader(config, names, tensors, parts)
     return importance, masks
 

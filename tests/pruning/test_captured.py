@@ -345,6 +345,28 @@ def test_layouts_that_a_graph_reads_are_kept() -> None:
     assert all(layout() is not None for layout in asked)
 
 
+def test_what_a_graph_reads_of_tensors_that_are_not_pruned_is_kept() -> None:
+    """Whatever has no gradient in later, eager steps."""
+    weights = [nn.Parameter(torch.ones(8)) for _ in range(3)]
+    optimizer = PinsAdamW(weights, lr=torch.tensor(0.1), capturable=True)
+    made: list[weakref.ref[Any]] = []
+    without_pruning = optimizer._without_pruning
+
+    def noted(parameters: list[torch.Tensor]) -> Any:
+        arguments = without_pruning(parameters)
+        made.append(weakref.ref(arguments.layout))
+        return arguments
+
+    grads = [torch.ones(8) for _ in weights]
+    with patch.object(optimizer, "_without_pruning", noted):
+        for t, gone in enumerate((None, None, 0, 1, 2, None)):
+            for i, p in enumerate(weights):
+                p.grad = None if i == gone else grads[i]
+            (record(optimizer.step).replay if t == 1 else optimizer.step)()
+    assert len(made) == 4
+    assert made[0]() is not None
+
+
 def test_a_graph_is_captured_on_the_device_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever is the current one."""
     now, second = [0], torch.device("cuda", 1)
