@@ -44,8 +44,8 @@ GPU_CODE := tests/triton tests/cuda tests/ptx_emulator tests/sparse tests/prunin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --tb=short -n auto --maxprocesses 8 --dist loadfile \
 	--no-loadscope-reorder
 
-quick: install ## the core and the operators, for every edit; without tests of memory, compilers and whole architectures
-	$(PYTEST) -m "$(HOST_TESTS)" $(foreach t,missing_gradients memory compiled_step architectures,--ignore tests/pruning/test_$t.py) tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
+quick: install ## the core and the operators, for every edit; without tests of memory, compilers, graphs, other devices, whole architectures
+	$(PYTEST) -m "$(HOST_TESTS)" $(foreach t,missing_gradients memory compiled_step architectures state_device captured nothing_waits checkpoint_earlier,--ignore tests/pruning/test_$t.py) tests/ops tests/pruning tests/house/test_layers.py tests/house/test_uploads.py
 
 test: install lint ## all tests that need no GPU; GPU code interpreted, executed as PTX, compiled
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" $(GPU_CODE)

@@ -20,9 +20,8 @@ from pins_ext.pruning.memory import MOMENTS, OPTIMIZERS, memory, ranks_needed
 from pins_ext.pruning.parameters import prunable_parameters
 
 
-@pytest.mark.parametrize(
-    ("small", "each"), [(False, 28.1), pytest.param(True, 9.44, marks=pytest.mark.slow)], ids=["float32", "8bit"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("small", "each"), [(False, 28.1), (True, 9.44)], ids=["float32", "8bit"])
 def test_bytes_of_a_real_run_of_110_million_weights(small: bool, each: float) -> None:
     """All that torch holds after three steps with a mask, and nothing that was there before.
 
