@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ _GROUPS, _TILES = (128, 64, 32), (8, 4, 2)
 _FP8 = torch.float8_e4m3fn
 
 
-class _Quantized(nn.Module):
+class _Quantized(nn.Module, ABC):
     """A linear layer of fewer bits, for bfloat16 activations; models ask it for the dtype of its weight.
 
     Args:
@@ -36,9 +37,9 @@ class _Quantized(nn.Module):
         y = self.product(x.reshape(-1, x.shape[-1]).contiguous())
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """[tokens, in] -> [tokens, out], without the bias."""
-        raise NotImplementedError
 
 
 class Int4Linear(_Quantized):
