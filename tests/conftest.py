@@ -105,6 +105,13 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
     return Gpu("cpu", lambda: on_emulated_gpu(request.config))
 
 
+@pytest.fixture
+def compiled_device(gpu: Gpu) -> Iterator[str]:
+    """As `device`, of compiled kernels alone: what the interpreter takes long for, and executed PTX shows as well."""
+    with gpu.kernels():
+        yield gpu.device
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and labelled files."""

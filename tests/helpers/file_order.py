@@ -23,5 +23,13 @@ LONGEST = (
     "integrations/test_integration_modes.py",
     "bench/test_bench_inference.py",
     "distributed/test_distributed.py",
+    "distributed/test_select_ranks.py",
+    "runs/test_report.py",
+    "cuda/test_cuda_host.py",
+    "cuda/test_cuda_boundary_host.py",
+    "distributed/test_shards.py",
+    "distributed/test_teacher_ranks.py",
+    "distributed/test_coded_ranks.py",
+    "pruning/test_state_device.py",
 )
 """Files to begin with, so that no process is left alone with one of them at the end."""

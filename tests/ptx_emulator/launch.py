@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
-import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -113,15 +113,20 @@ class Result:
 
 
 def built(name: str, sources: Iterable[Path], command: Sequence[str | Path], cwd: Path | None = None) -> Path:
-    """The file that `command` makes with "-o FILE" from the sources; kept until one of them changes."""
+    """The file that `command` makes with "-o FILE" from the sources; kept until one of them changes.
+
+    Of several processes that want it one makes it.
+    """
     digest = hashlib.sha256(repr(command).encode())
     for source in sorted(sources):
         digest.update(source.read_bytes())
     path = BUILD / f"{digest.hexdigest()[:16]}-{name}"
-    if not path.exists():
-        aside = path.with_name(f"{os.getpid()}-{path.name}")
-        subprocess.run([*command, "-o", aside], check=True, cwd=cwd)
-        aside.replace(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            aside = path.with_name(f"aside-{path.name}")
+            subprocess.run([*command, "-o", aside], check=True, cwd=cwd)
+            aside.replace(path)
     return path
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import struct
 import subprocess
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_report import dense, three
@@ -21,16 +23,18 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium is installe
 LONG = "a-label-without-any-place-to-break-" * 4
 
 # A window can't be as narrow as a phone, a frame can. What it measures it writes where --dump-dom shows it.
-FRAME = """<!doctype html><body style="margin:0"><iframe id="page" style="border:0;width:{width}px;height:3000px"
-srcdoc="{page}"></iframe><pre id="found"></pre><script>
+FRAME = '<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{page}"></iframe>'
+FRAMES = """<!doctype html><body style="margin:0">{frames}<pre id="found"></pre><script>
 addEventListener("load", () => {{
-  const inside = document.getElementById("page").contentDocument, root = inside.documentElement
-  const wide = [...inside.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg")
-    && e.getBoundingClientRect().right > {width} + 0.5)
-  const text = getComputedStyle(inside.body)
-  document.getElementById("found").textContent = JSON.stringify([root.scrollWidth, wide.length, text.color,
-    text.backgroundColor, inside.querySelectorAll("svg").length, Math.min(...[...inside.querySelectorAll("svg text")]
-    .map(e => e.getBoundingClientRect().height))])
+  const found = [...document.querySelectorAll("iframe")].map(frame => {{
+    const inside = frame.contentDocument, root = inside.documentElement
+    const wide = [...inside.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg")
+      && e.getBoundingClientRect().right > {width} + 0.5)
+    const text = getComputedStyle(inside.body)
+    return [root.scrollWidth, wide.length, text.color, text.backgroundColor, inside.querySelectorAll("svg").length,
+      Math.min(...[...inside.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height))]
+  }})
+  document.getElementById("found").textContent = JSON.stringify(found)
 }})
 </script>"""
 
@@ -53,14 +57,17 @@ def browse(page: Path, *options: str) -> str:
     return found.stdout
 
 
-def measured(folder: Path, page: str, width: int, *options: str) -> list[float | str]:
-    """Scroll width, elements beyond the edge, text's and page's colour, pictures, height of the smallest text."""
-    frame = folder / f"frame-{width}.html"
-    frame.write_text(FRAME.format(page=escape(page), width=width))
-    found = re.search(r'<pre id="found">\[(.*?)\]</pre>', browse(frame, "--dump-dom", *options))
+def measured(folder: Path, pages: list[str], width: int, *options: str) -> list[list[Any]]:
+    """Of each page: scroll width, elements beyond the edge, text's and page's colour, pictures, height of the smallest
+    text."""
+    frames = folder / f"frames-{width}.html"
+    inside = "".join(FRAME.format(page=escape(page), width=width) for page in pages)
+    frames.write_text(FRAMES.format(frames=inside, width=width))
+    found = re.search(r'<pre id="found">(.*?)</pre>', browse(frames, "--dump-dom", *options))
     assert found is not None
-    values = re.findall(r'"([^"]*)"|([\d.]+)', found[1])
-    return [text or float(number) for text, number in values]
+    values: list[list[Any]] = json.loads(unescape(found[1]))
+    assert len(values) == len(pages)
+    return values
 
 
 def luminance(colour: object) -> float:
@@ -71,18 +78,18 @@ def luminance(colour: object) -> float:
 def test_nothing_is_wider_than_the_window(width: int, tmp_path: Path) -> None:
     records = three()
     records[1] = replace(records[1], label=LONG, notes=(LONG,))
-    for made in (three(), records, [records[1]], [dense()]):
-        scroll, wide, *_, pictures, text = measured(tmp_path, report.render(made), width)
-        assert (scroll, wide) == (width, 0.0)
+    pages = [report.render(made) for made in (three(), records, [records[1]], [dense()])]
+    for scroll, wide, *_, pictures, text in measured(tmp_path, pages, width):
+        assert (scroll, wide) == (width, 0)
         assert pictures
-        assert float(text) >= 6
+        assert text >= 6
 
 
 def test_it_is_dark_where_the_reader_wants_it_dark(tmp_path: Path) -> None:
     page = report.render(three())
-    _, _, ink, paper, *_ = measured(tmp_path, page, 390)
+    [[_, _, ink, paper, *_]] = measured(tmp_path, [page], 390)
     assert luminance(ink) < 0.3 < 0.9 < luminance(paper)
-    _, _, ink, paper, *_ = measured(tmp_path, page, 390, "--blink-settings=preferredColorScheme=0")
+    [[_, _, ink, paper, *_]] = measured(tmp_path, [page], 390, "--blink-settings=preferredColorScheme=0")
     assert luminance(paper) < 0.2 < 0.8 < luminance(ink)
 
 

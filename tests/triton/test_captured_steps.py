@@ -1,6 +1,6 @@
 """Captured steps are those of eager training to the last bit: on a GPU in CUDA graphs, elsewhere recorded.
 
-On the CPU the kernels of a GPU are interpreted, or executed as PTX (--ptx 90). More cases, of the CPU's operators:
+On the CPU the kernels of a GPU are executed as PTX (--ptx 90). More cases, of the CPU's operators:
 tests/pruning/test_captured.py.
 """
 
@@ -30,14 +30,14 @@ MORE: dict[str, dict[str, Any]] = {
     "scaled": {"scaled": True},
     "SGD": {"optimizer": "sgd"},
 }
-"""On a GPU as quick as the others; interpreted they take their time."""
+"""On a GPU as quick as the others; emulated they take their time."""
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
-def test_replays_are_eager_steps(device: str, case: str) -> None:
+def test_replays_are_eager_steps(compiled_device: str, case: str) -> None:
     # Eager steps by the separate passes that captured ones are made of.
-    with nullcontext() if device == "cuda" else like_a_gpu(), separately():
-        replays = compare(device, **(CASES | MORE)[case]).replays
+    with nullcontext() if compiled_device == "cuda" else like_a_gpu(), separately():
+        replays = compare(compiled_device, **(CASES | MORE)[case]).replays
     assert any(kind.chooses for kind in replays)
     assert any(kind.zeroes for kind in replays)
 

@@ -85,8 +85,8 @@ def test_accumulate_kernel_in_8_bits(device: str, criterion: str, values: str) -
         check_accumulate(device, SHAPES, values, dtype, criterion)
 
 
-def test_accumulate_kernel_in_8_bits_across_chunks(device: str) -> None:
-    check_accumulate(device, CHUNKS, "normal", torch.bfloat16, "pins")
+def test_accumulate_kernel_in_8_bits_across_chunks(compiled_device: str) -> None:
+    check_accumulate(compiled_device, CHUNKS, "normal", torch.bfloat16, "pins")
 
 
 def check_fold(device: str, shapes: list[Shape], values: str, beta2: float, accepted: float) -> None:
@@ -118,8 +118,8 @@ def test_fold_kernel_in_8_bits(device: str, beta2: float, values: str) -> None:
         check_fold(device, SHAPES, values, beta2, accepted)
 
 
-def test_fold_kernel_in_8_bits_across_chunks(device: str) -> None:
-    check_fold(device, CHUNKS, "normal", 0.95, 1.0)
+def test_fold_kernel_in_8_bits_across_chunks(compiled_device: str) -> None:
+    check_fold(compiled_device, CHUNKS, "normal", 0.95, 1.0)
 
 
 @pytest.mark.parametrize("values", ["normal", "special", "spread"])
@@ -205,10 +205,9 @@ def test_selection_kernels_in_8_bits(device: str, score: str, values: str) -> No
     check_selection(device, score, coded(device, a, skip=1), [] if score == "identity" else coded(device, b), a)
 
 
-@pytest.mark.slow  # in the interpreter
-def test_selection_kernels_in_8_bits_across_chunks(device: str) -> None:
+def test_selection_kernels_in_8_bits_across_chunks(compiled_device: str) -> None:
     a, b = values_of(CHUNKS, "normal", 1), values_of(CHUNKS, "normal", 2)
-    check_selection(device, "product", coded(device, a), coded(device, b), a)
+    check_selection(compiled_device, "product", coded(compiled_device, a), coded(compiled_device, b), a)
 
 
 def test_regions_are_counted_in_8_bits(device: str) -> None:
