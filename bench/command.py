@@ -173,7 +173,10 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
         groups += [bench_select.scored_group(problem(options.shapes[0], *pair)) for pair in _scored(options)]
     if "shapes" in stems:
         others = [name for name in ("many-small", "misaligned", "flat") if name not in options.shapes]
-        groups += [made[0](problem(name), False) for made in GROUPS.values() for name in others]
+        # torch's optimizers, too, find many small tensors dear; peers of selection would take minutes.
+        groups += [
+            made[0](problem(name), peers and stem == "update") for stem, made in GROUPS.items() for name in others
+        ]
     return groups
 
 

@@ -106,7 +106,7 @@ def _write_sparse(model: Any, tokenizer: Any, target: Path, dtype: Any, int8: bo
 
 def _write_dense(model: Any, tokenizer: Any, target: Path, dtype: Any) -> None:
     from pins_ext.files.atomic import written_aside
-    from pins_ext.sparse.format import refuse_overflow
+    from pins_ext.sparse.encoding import refuse_overflow
 
     if dtype is not None:
         for name, tensor in model.state_dict().items():

@@ -154,6 +154,19 @@ def encode(tensor: Tensor, entry: Entry) -> dict[str, Tensor]:
     return {"offsets": offsets, "values": codes, "mask": mask, "scales": scales}
 
 
+def refuse_overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a cast that would make finite numbers infinite.
+
+    Raises:
+        ValueError: it would.
+    """
+    if tensor.numel() and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        wide = largest <= torch.finfo(torch.bfloat16).max
+        advice = "use bfloat16" if wide else "keep their own dtype, the default"
+        raise ValueError(f"{name} has weights up to {largest:.3g}, which are infinite in {dtype}: {advice}")
+
+
 def row_scales(matrix: Tensor) -> Tensor:
     """The step of each row's int8 codes: its largest magnitude / 127, and 1 for a row of zeros. float32 [rows].
 

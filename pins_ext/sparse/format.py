@@ -19,7 +19,7 @@ from pins_ext.patterns import recognised
 from pins_ext.pruning.patterns import input_axes
 from pins_ext.sparse import compression as zstd
 from pins_ext.sparse.checkpoint import SparseCheckpoint, array_name
-from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, encode, plan
+from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, encode, plan, refuse_overflow
 from pins_ext.sparse.index import COMPRESSIONS, Index, SparseFormatError, sizes
 from pins_ext.sparse.shards import ShardWriter
 
@@ -159,19 +159,6 @@ class _Source:
         if self._dtype is not None and torch.finfo(self._dtype).max < torch.finfo(tensor.dtype).max:
             refuse_overflow(self._name, tensor, self._dtype)
         return tensor.to(device="cpu", dtype=self._dtype or tensor.dtype).contiguous()
-
-
-def refuse_overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a cast that would make finite numbers infinite.
-
-    Raises:
-        ValueError: it would.
-    """
-    if tensor.numel() and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
-        largest = float(tensor[tensor.isfinite()].abs().max())
-        wide = largest <= torch.finfo(torch.bfloat16).max
-        advice = "use bfloat16" if wide else "keep their own dtype, the default"
-        raise ValueError(f"{name} has weights up to {largest:.3g}, which are infinite in {dtype}: {advice}")
 
 
 def _write_shards(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial, measure
-from pins_ext.sparse.format import refuse_overflow
+from pins_ext.sparse.encoding import refuse_overflow
 from pins_ext.sparse.grouped import VALUES as GPU_VALUES
 from pins_ext.sparse.grouped import GroupedLinear
 from pins_ext.sparse.linear import VALUES, SparseLinear

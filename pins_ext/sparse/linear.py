@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
-from pins_ext.sparse.encoding import row_scales
+from pins_ext.sparse.encoding import refuse_overflow, row_scales
 
 VALUES = ("float32", "bfloat16", "int8")
 
@@ -30,6 +30,9 @@ class SparseLinear(nn.Module):
         bias: [out], or None.
         values: how the weights are kept: "float32", "bfloat16", or "int8" codes with a scale for each row. With codes
             the activations are rounded too, to 255 steps for each token (dynamic quantization).
+
+    Raises:
+        ValueError: unknown values, or weights that they would make infinite.
 
     Attributes:
         in_features: columns of the weight.
@@ -52,6 +55,8 @@ class SparseLinear(nn.Module):
         super().__init__()
         self._check(values)
         weight = weight.detach()
+        if values != "int8":
+            refuse_overflow("weight", weight, getattr(torch, values))
         self.out_features, self.in_features = weight.shape
         self.nonzero = int(weight.count_nonzero())
         self.kind = values

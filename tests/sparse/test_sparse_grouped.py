@@ -102,6 +102,8 @@ def test_it_refuses_what_the_other_sparse_layer_refuses() -> None:
         layer.state_dict()
     with pytest.raises(RuntimeError, match="can't be moved to meta"):
         layer.to("meta")
+    with pytest.raises(ValueError, match=r"weight has weights up to 1e\+05, which are infinite in torch.float16"):
+        GroupedLinear(torch.full((8, 40), 1e5), values="float16")
     with pytest.raises(ValueError, match="on a GPU values must be one of float32, bfloat16, float16; got 'int8'"):
         GroupedLinear(pruned(8, 40, 0.9), values="int8")
     assert layer.half().weight.dtype == torch.float16
