@@ -89,6 +89,7 @@ void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, c
   const Inputs inputs{{"places", &places}, {"chunks", &chunks}, {"bracket", &bracket}, {"factors", if_given(factors)}};
   inputs.check_output([] { return "found"; }, found);
   inputs.check_output([] { return "candidates"; }, candidates);
+  Inputs{{"found", &found}}.check_output([] { return "candidates"; }, candidates);
   int64_t* keys_at = static_cast<int64_t*>(candidates.data_ptr());
   int64_t* index_at = keys_at + size;
   const Bracket bounds = checked.bounds;

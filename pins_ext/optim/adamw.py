@@ -11,7 +11,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.optim.bias_corrections import bias_corrections, check_betas
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.step import host_rate, rates_on, steps_skipped, steps_taken
+from pins_ext.optim.step import host_rate, scalars_on, steps_skipped, steps_taken
 from pins_ext.storage import STORAGES
 
 MOMENT_DTYPES = dict(zip(STORAGES, (torch.float32, torch.bfloat16, torch.int8), strict=True))
@@ -89,7 +89,7 @@ class PinsAdamW(FusedOptimizer):
         first, second = (
             bias_corrections([g["betas"][i] for g in owners], taken, self._uploads, (i, use)) for i in (0, 1)
         )
-        lr = rates_on([g["lr"] for g in owners], device)
+        lr = scalars_on([g["lr"] for g in owners], device)
         columns = [lr, 1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -(lr / first), second.sqrt(), eps]
         return torch.stack(columns, 1).float()
 
@@ -114,7 +114,7 @@ class PinsAdamW(FusedOptimizer):
         factors = [(*of_groups[id(group)], step) for group, step in zip(owners, steps, strict=True)]
         table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
         _, decay, beta1, beta2, eps, step = table.unbind(1)
-        lr = rates_on([group["lr"] for group in owners], device)
+        lr = scalars_on([group["lr"] for group in owners], device)
         if skipped is not None:
             step = (step - skipped).clamp(min=1)
         step_size, bias_sqrt = lr / (1 - beta1**step), (1 - beta2**step).sqrt()

@@ -28,8 +28,8 @@ from pins_ext.optim.step import (
     count_on_host,
     is_captured,
     is_rehearsal,
-    rates_on,
     refuse_capture,
+    scalars_on,
 )
 
 COPY_WARNING = (
@@ -335,7 +335,7 @@ class FusedOptimizer(Optimizer):
         """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; new ones in every step."""
         steps = [self.state[p].get("step", 0) for p in parameters]
         if self.capturable:
-            return ops.rounding_keys(0, rates_on(steps, parameters[0].device).max().long(), _ROUNDING)
+            return ops.rounding_keys(0, scalars_on(steps, parameters[0].device).max().long(), _ROUNDING)
         step = max(map(int, steps))
         return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING)), parameters[0].device)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer, check_not_negative
-from pins_ext.optim.step import host_rate, rates_on, steps_skipped, steps_taken
+from pins_ext.optim.step import host_rate, scalars_on, steps_skipped, steps_taken
 
 
 class PinsSGD(FusedOptimizer):
@@ -63,7 +63,7 @@ class PinsSGD(FusedOptimizer):
         device, use = parameters[0].device, id(parameters[0])
         table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float32))
         hyper = table.clone()
-        hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
+        hyper[:, 0] = scalars_on([g["lr"] for g in owners], device)
         hyper[:, 6] = -hyper[:, 0]
         if self._moments(owners[0]):
             hyper[:, 4] = steps_taken([self.state[p] for p in parameters], device) <= 1
@@ -81,7 +81,7 @@ class PinsSGD(FusedOptimizer):
         skipped = steps_skipped(states, device)
         hyper = ops.to_device(torch.tensor(rows, dtype=torch.float32), device)
         if any(host_rate(g["lr"]) is None for g in owners):
-            hyper[:, 0] = rates_on([g["lr"] for g in owners], device)
+            hyper[:, 0] = scalars_on([g["lr"] for g in owners], device)
             hyper[:, 6] = -hyper[:, 0]
         if skipped is not None:
             hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64), device) - skipped <= 1

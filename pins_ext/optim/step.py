@@ -53,26 +53,26 @@ def host_rate(lr: Any) -> float | None:
     return None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
-def rates_on(rates: Sequence[Rate], device: torch.device) -> Tensor:
-    """The rates as one tensor, without waiting for any device.
+def scalars_on(scalars: Sequence[Rate], device: torch.device) -> Tensor:
+    """Learning rates or counts of steps as one tensor, without waiting for any device.
 
     Args:
-        rates: numbers, or scalar tensors on any device.
+        scalars: numbers, or scalar tensors on any device.
         device: where they are needed.
 
     Returns:
         float64 [n].
     """
-    known = [host_rate(lr) for lr in rates]
-    there = [lr for lr in rates if isinstance(lr, Tensor) and lr.device == device]
-    if there and all(rate is None for rate in known) and len(there) == len(rates):
-        if all(lr is there[0] for lr in there):
-            return there[0].double().reshape(1).repeat(len(rates))
-        return torch.stack([lr.reshape(()) if lr.dim() else lr for lr in there]).double()
-    column = ops.to_device(torch.tensor([lr or 0.0 for lr in known], dtype=torch.float64), device)
-    for tensor in {id(lr): lr for lr, rate in zip(rates, known, strict=True) if rate is None}.values():
+    known = [host_rate(x) for x in scalars]
+    there = [x for x in scalars if isinstance(x, Tensor) and x.device == device]
+    if there and all(number is None for number in known) and len(there) == len(scalars):
+        if all(x is there[0] for x in there):
+            return there[0].double().reshape(1).repeat(len(scalars))
+        return torch.stack([x.reshape(()) if x.dim() else x for x in there]).double()
+    column = ops.to_device(torch.tensor([number or 0.0 for number in known], dtype=torch.float64), device)
+    for tensor in {id(x): x for x, number in zip(scalars, known, strict=True) if number is None}.values():
         assert isinstance(tensor, Tensor)
-        its_own = ops.to_device(torch.tensor([lr is tensor for lr in rates]), device)
+        its_own = ops.to_device(torch.tensor([x is tensor for x in scalars]), device)
         column = torch.where(its_own, tensor.to(device, torch.float64), column)
     return column
 
@@ -142,7 +142,7 @@ def steps_taken(states: Sequence[State], device: torch.device) -> Tensor:
         device: of the parameters.
     """
     steps, left_out = ([state[name] for state in states] for name in ("step", "skipped"))
-    return rates_on(steps, device) - rates_on(left_out, device)
+    return scalars_on(steps, device) - scalars_on(left_out, device)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import check_codes, local, shard_of
-from pins_ext.optim.step import Rate, Scaling, rates_on
+from pins_ext.optim.step import Rate, Scaling, scalars_on
 from pins_ext.pruning.bars import write_bars
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.kept import folds_at_once, state_names
@@ -225,7 +225,7 @@ class Importance:
             scaling: gradient scaling under way.
         """
         weights, grads = self._operands(indices, grads, lr, scaling)
-        rates = rates_on(lr, layout.places.device).float()
+        rates = scalars_on(lr, layout.places.device).float()
         self._enter([self.ipt[i] for i in indices], weights, grads, layout, rates, part, step, scaling)
 
     def _operands(

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor, local, shard_of
-from pins_ext.optim.step import rates_on
+from pins_ext.optim.step import scalars_on
 from pins_ext.pruning.config import PruneConfig
 
 _KINDS = ("exp_avg", "exp_avg_sq")
@@ -84,7 +84,7 @@ def read_moments(
         betas.append((beta1, beta2))
         rows.append((group.get("lr", 0.0), state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
-    lr, step, skipped = (rates_on(column, device) for column in zip(*rows, strict=True))
+    lr, step, skipped = (scalars_on(column, device) for column in zip(*rows, strict=True))
     table = uploads.of("betas", betas, device, lambda: torch.tensor(betas, dtype=torch.float64))
     beta1, beta2 = table.unbind(1)
     taken = (step - skipped).clamp(min=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pins_ext import ops
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import local, shard_of
-from pins_ext.optim.step import Rate, Scaling, rates_on
+from pins_ext.optim.step import Rate, Scaling, scalars_on
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.importance import Importance
 from pins_ext.pruning.kept import moves_states
@@ -116,7 +116,7 @@ class HostImportance(Importance):
     ) -> None:
         """See Importance; the host waits for each tensor's weights and gradient."""
         near = self._near(scaling)
-        rates = rates_on(lr, HOST).float()
+        rates = scalars_on(lr, HOST).float()
         for at, (weights, scores) in enumerate(self._read(indices, grads, lr, scaling)):
             i = indices[at]
             self._enter([self.ipt[i]], weights, scores, self._layout_of(i), rates[at : at + 1], part, step, near)

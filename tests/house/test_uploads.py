@@ -18,7 +18,7 @@ ALLOWED = {
     "pointer_table": "pinned when it is made; refused while a graph is captured",
     "of": "Scaling: a scalar that a gradient scaler left on another device",
     "squared": "GradientNorm: sums of other devices",
-    "rates_on": "a learning rate that lives on another device",
+    "scalars_on": "a learning rate that lives on another device",
     "_moved": "calibration batches of one-shot pruning, in no optimizer's step",
     "_on": "released gradients: sums of other devices, and a checkpoint's norm, once",
     "_down": "state_device='cpu': a few numbers for the host's operators, and a checkpoint's masks, once",

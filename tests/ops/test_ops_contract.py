@@ -37,7 +37,7 @@ def test_bad_arguments_are_refused_by_name(case: str) -> None:
         getattr(pins, name)(*args, **kwargs)
 
 
-COUNTED = ("stats", "threshold", "counts", "nans")
+COUNTED = ("stats", "threshold", "counts", "nans", "found", "candidates")
 
 
 def counted() -> list[tuple[str, str, str]]:
@@ -57,7 +57,7 @@ def test_counts_in_the_memory_of_a_written_list_are_refused(op: str, count: str,
     refuse_overlap(op, count, output, getattr(pins, op))
 
 
-@pytest.mark.parametrize("op", ["boundary_adamw_", "boundary_sgd_", "pack_around_"])
+@pytest.mark.parametrize("op", ["boundary_adamw_", "boundary_sgd_", "pack_around_", "collect_"])
 def test_counts_in_the_memory_of_others_are_refused(op: str) -> None:
     given = by_name(op, CALLS[op]())
     for one, other in combinations([name for name in COUNTED if name in given], 2):

@@ -442,6 +442,16 @@ def test_betas_whose_corrections_need_too_long_a_table_are_refused_at_once() -> 
     PinsAdamW(parameters, betas=(0.9, 0.9999999))
 
 
+@pytest.mark.parametrize("beta", [1.0, -0.5])
+def test_betas_that_are_none_are_refused_in_the_step(beta: float) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = PinsAdamW([parameter], lr=torch.tensor(1e-3), capturable=True)
+    optimizer.param_groups[0]["betas"] = (0.9, beta)
+    parameter.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=rf"betas up to 0\.99999.*got {beta}"):
+        optimizer.step()
+
+
 def test_a_frozen_base_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].requires_grad_(False)

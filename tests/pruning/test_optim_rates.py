@@ -65,6 +65,6 @@ def test_a_rate_on_the_device_is_not_read(
 
 def test_rates_of_several_kinds_in_one_column() -> None:
     shared = torch.tensor(0.5)
-    found = step.rates_on([0.1, shared, torch.tensor(2.0), shared], torch.device("cpu"))
+    found = step.scalars_on([0.1, shared, torch.tensor(2.0), shared], torch.device("cpu"))
     assert found.dtype == torch.float64
     assert found.tolist() == [0.1, 0.5, 2.0, 0.5]
