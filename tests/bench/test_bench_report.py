@@ -17,6 +17,7 @@ from pins_ext.bench.protocol import Limits
 def run() -> records.Run:
     """A small run of everything that targets look at."""
     groups = [group(problem(), True) for group in MAKERS]
+    groups += [command.GROUPS["update"][0](problem(name), False) for name in ("many-small", "flat")]
     limits = Limits(rounds=2, warmups=1, patience=2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "last_level_cache", lambda device: 1)
