@@ -50,7 +50,9 @@ def _table(betas: Sequence[float]) -> Tensor:
 
 def _length(beta: float) -> int:
     """Of the table: beyond it beta^t is no more than half an ulp of 1."""
-    length = 2 if beta == 0 else math.ceil(54 * math.log(2) / -math.log(beta)) + 2 if 0 < beta < 1 else None
+    if beta == 0:
+        return 2
+    length = math.ceil(54 * math.log(2) / -math.log(beta)) + 2 if 0 < beta < 1 else None
     if length is None or length > _MOST_STEPS:
         raise ValueError(f"capturable=True takes betas up to 0.99999, whose bias corrections fit a table; got {beta}")
     return length
