@@ -6,6 +6,11 @@ GPU_CODE = ("triton", "cuda", "ptx_emulator", "sparse", "pruning/test_nothing_wa
 """Where tests of GPU code are that need no GPU: `make test` looks for them nowhere else."""
 
 LONGEST = (
+    "pruning/test_nothing_waits.py",
+    "triton/test_triton_coded.py",
+    "triton/test_triton_select.py",
+    "triton/test_captured_steps.py",
+    "cuda/test_cuda_boundary.py",
     "house/test_packaging.py",
     "cli/test_cli_kills.py",
     "house/test_examples.py",

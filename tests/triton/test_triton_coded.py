@@ -200,9 +200,15 @@ def check_selection(device: str, score: str, a: list[Tensor], b: list[Tensor], l
         ("identity", "zeros"),
     ],
 )
-def test_selection_kernels_in_8_bits(device: str, score: str, values: str) -> None:
+def test_selection_kernels_in_8_bits(compiled_device: str, score: str, values: str) -> None:
     a, b = values_of(SHAPES, values, 1), values_of(SHAPES, values, 2)
-    check_selection(device, score, coded(device, a, skip=1), [] if score == "identity" else coded(device, b), a)
+    check_selection(
+        compiled_device,
+        score,
+        coded(compiled_device, a, skip=1),
+        [] if score == "identity" else coded(compiled_device, b),
+        a,
+    )
 
 
 def test_selection_kernels_in_8_bits_across_chunks(compiled_device: str) -> None:

@@ -38,8 +38,8 @@ ROWS = [
 
 
 @triton.jit
-def _formula_kernel(out_ptr, x_ptr, random_ptr, FORMULA: tl.constexpr, N: tl.constexpr):
-    lane = tl.arange(0, N)
+def _formula_kernel(out_ptr, x_ptr, random_ptr, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + lane)
     if FORMULA == "order_key":
         y = c.order_key(c.float_of(x.to(tl.uint32)))
@@ -59,7 +59,8 @@ def _formula_kernel(out_ptr, x_ptr, random_ptr, FORMULA: tl.constexpr, N: tl.con
 def formula(name: str, x: Tensor, random: Tensor | None = None) -> Tensor:
     """int64 [N]: bits of a formula's results for the bits, int64 [N], of its arguments."""
     out = torch.zeros_like(x)
-    _formula_kernel[(1,)](out, x, x if random is None else random, FORMULA=name, N=x.numel())
+    assert x.numel() % 1024 == 0
+    _formula_kernel[(x.numel() // 1024,)](out, x, x if random is None else random, FORMULA=name, BLOCK=1024)
     return out
 
 
