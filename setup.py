@@ -77,7 +77,7 @@ def architectures() -> list[str]:
 
 
 def extension() -> Extension:
-    sources = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    sources = [str(path) for folder in ("csrc", "csrc/cpu") for path in sorted(Path(folder).glob("*.cpp"))]
     if cpp_extension is None:
         return Extension("pins_ext._C", sources, py_limited_api=True)
     link = ["-Wl,--exclude-libs,ALL"]

@@ -23,7 +23,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         sets.append((draw.normal(0.04), draw.normal(1e-4), draw.positive(3), draw.positive(3), draw.positive(3)))
     layout = ops.Layout.of(sets[0][0])
     places, chunks, n, device = layout.places, layout.chunks, layout.total, layout.places.device
-    kernels = torch.ops.pins_ext
+    kernels, kept = torch.ops.pins_ext, ops.KeptLists()
     lr = torch.full((len(problem.shapes),), _LR, device=device)
     accepted = torch.full((1,), 4.0, device=device)
     keys = [torch.tensor(reference.rounding_key(0, 7, stream)).to(device) for stream in range(2)]
@@ -32,11 +32,13 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
 
     def accumulate(turn: int) -> None:
         p, g, ipt, _, _ = sets[turn % len(sets)]
+        ipt, p = kept.of(("accumulate", turn % len(sets)), ipt, p)
         kernels.accumulate_(ipt, p, g, places, chunks, lr, accepted, keys[0], "pins")
 
     def fold(turn: int, bracket: Tensor | None = None, counts: Tensor | None = None) -> None:
         _, _, ipt, ea, eu = sets[turn % len(sets)]
-        kernels.fold_(ea, eu, ipt, places, chunks, accepted, keys[1], _BETA1, _BETA2, bracket=bracket, counts=counts)
+        lists = kept.of(("fold", turn % len(sets)), ea, eu, ipt)
+        kernels.fold_(*lists, places, chunks, accepted, keys[1], _BETA1, _BETA2, bracket=bracket, counts=counts)
 
     def eager_accumulate(turn: int) -> None:
         for p, g, ipt, _, _ in zip(*sets[turn % len(sets)], strict=True):

@@ -21,7 +21,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         sets.append((draw.normal(0.04), *draw.states()))
     layout = ops.Layout.of(sets[0][0])
     places, chunks, n = layout.places, layout.chunks, layout.total
-    kernels = torch.ops.pins_ext
+    kernels, kept = torch.ops.pins_ext, ops.KeptLists()
     masks = masks_of(problem, sets[0][0], problem.ratio)
     packed = [mask.clone() for mask in masks]
     stats = torch.zeros(len(masks), 3, dtype=torch.int64, device=places.device)
@@ -30,11 +30,12 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     score = ops.score_of_key(threshold)
 
     def pack(turn: int) -> None:
-        _, a, b = sets[turn % len(sets)]
-        kernels.pack_(packed, stats, a, b, places, chunks, "product", threshold)
+        packed_kept, a, b = kept.of(("pack", turn % len(sets)), packed, *sets[turn % len(sets)][1:])
+        kernels.pack_(packed_kept, stats, a, b, places, chunks, "product", threshold)
 
     def apply(turn: int) -> None:
-        kernels.apply_mask_(sets[turn % len(sets)][0], masks, places, chunks)
+        lists = kept.of(("apply", turn % len(sets)), sets[turn % len(sets)][0], masks)
+        kernels.apply_mask_(*lists, places, chunks)
 
     def both(turn: int) -> None:
         pack(turn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,19 +23,21 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     layout = ops.Layout.of(sets[0][0])
     places, chunks, n = layout.places, layout.chunks, layout.total
     wanted = torch.tensor(problem.n_prune).to(places.device)
-    kernels = torch.ops.pins_ext
+    kernels, kept = torch.ops.pins_ext, ops.KeptLists()
+
+    def averages(turn: int) -> tuple[Sequence[Tensor], ...]:
+        return kept.of(turn % len(sets), *sets[turn % len(sets)])
 
     def select(turn: int) -> Tensor:
-        a, b = sets[turn % len(sets)]
-        return kernels.select(a, b, places, chunks, _KIND, wanted)
+        return kernels.select(*averages(turn), places, chunks, _KIND, wanted)
 
     def counted(bracket: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.zeros(1 + ops.BINS, dtype=torch.int64, device=places.device)
-        kernels.count_(counts, *sets[0], places, chunks, _KIND, bracket)
+        kernels.count_(counts, *averages(0), places, chunks, _KIND, bracket)
         return bracket, counts
 
     def select_after_fold(turn: int, bracket: Tensor, counts: Tensor) -> Tensor:
-        return kernels.select(*sets[0], places, chunks, _KIND, wanted, bracket=bracket, counts=counts.clone())
+        return kernels.select(*averages(0), places, chunks, _KIND, wanted, bracket=bracket, counts=counts.clone())
 
     threshold = select(0)
     # The counts that a fold leaves behind: around the last threshold, and three octaves beside it.
@@ -58,14 +62,16 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
         ),
         Case(
             "count_",
-            lambda turn: kernels.count_(counts, *sets[turn % len(sets)], places, chunks, _KIND, hit[0]),
+            lambda turn: kernels.count_(counts, *averages(turn), places, chunks, _KIND, hit[0]),
             "kernel",
             n,
             read_bytes(problem),
             outputs=lambda: [counts],
             streams=Streams((), (problem.state_dtype,) * 2),
         ),
-        Case("sample", lambda turn: kernels.sample(*sets[0], places, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n),
+        Case(
+            "sample", lambda turn: kernels.sample(*averages(0), places, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n
+        ),
     ]
     return found + (selection_cases(*sets[0], problem.n_prune) if peers else [])
 

@@ -97,21 +97,25 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
 
 def _calls(problem: Problem, x: _Operands) -> _Calls:
     places, chunks, device = x.layout.places, x.layout.chunks, x.layout.places.device
-    kernels = torch.ops.pins_ext
+    # As the optimizer and the pruner do: gradients alone are other tensors in every step.
+    kernels, kept = torch.ops.pins_ext, ops.KeptLists()
     adamw_hyper = _table(_adamw_row(), len(x.p), device)
     sgd_hyper = _table((_LR, 0.0, 0.9, 1.0, 0.0, 0.0, -_LR, 0.0), len(x.p), device)
     accepted, key = torch.full((1,), 4.0, device=device), torch.tensor(reference.rounding_key(0, 7, 0)).to(device)
     boundary, first = _boundary(problem, x.averages, x.layout), torch.zeros_like(accepted)
 
     def run_adamw(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_adamw_(x.p, x.m, x.v, ipt, [], x.g, masks, places, chunks, adamw_hyper, accepted, key, "pins")
+        *lists, masks_kept = kept.of((bool(ipt), bool(masks)), x.p, x.m, x.v, ipt, [], masks)
+        kernels.masked_adamw_(*lists, x.g, masks_kept, places, chunks, adamw_hyper, accepted, key, "pins")
 
     def run_sgd(ipt: list[Tensor], masks: list[Tensor]) -> None:
-        kernels.masked_sgd_(x.p, x.m, ipt, [], x.g, masks, places, chunks, sgd_hyper, accepted, key, "pins")
+        *lists, masks_kept = kept.of("sgd", x.p, x.m, ipt, [], masks)
+        kernels.masked_sgd_(*lists, x.g, masks_kept, places, chunks, sgd_hyper, accepted, key, "pins")
 
     def run_boundary() -> None:
         rest = (places, chunks, adamw_hyper, first, key, "pins")
-        kernels.boundary_adamw_(x.p, x.m, x.v, x.ipt, [], x.masks, *x.averages, x.g, *rest, **boundary)
+        lists = kept.of("boundary", x.p, x.m, x.v, x.ipt, [], x.masks, *x.averages)
+        kernels.boundary_adamw_(*lists, x.g, *rest, **boundary)
 
     return _Calls(run_adamw, run_sgd, run_boundary)
 

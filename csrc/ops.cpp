@@ -128,24 +128,13 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def("sum_of_squares(Tensor[] tensors, Tensor places, Tensor chunks, *, Tensor? pointers=None) -> Tensor");
   // Reads the one and writes the other back as it is: the floor of a kernel that updates in place. On the CPU alone.
   m.def("stream_(Tensor(a!)[] written, Tensor[] read) -> ()");
+  // Keeps a list on the CPU that many calls take: a list of the one tensor it returns, int64 [1], stands for it. The
+  // tensors live until it is forgotten.
+  m.def("keep_list(Tensor[] tensors) -> Tensor");
+  m.def("forget_list(Tensor kept) -> ()");
   // The instruction set of the CPU kernels: default, avx2 or avx512.
   m.def("cpu_capability() -> str");
 }
-
-namespace pins_ext {
-
-void delete_handles(const std::vector<AtenTensorHandle>& handles) {
-  if (handles.empty()) return;
-  if (!Py_IsInitialized()) {  // no lock is left to take
-    for (AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
-    return;
-  }
-  const PyGILState_STATE state = PyGILState_Ensure();
-  for (AtenTensorHandle handle : handles) aoti_torch_delete_tensor_object(handle);
-  PyGILState_Release(state);
-}
-
-}  // namespace pins_ext
 
 // `import pins_ext._C` loads the library; the operators register themselves.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {

@@ -2,6 +2,8 @@
 //
 // torch::stable turns a list into a std::vector of its Tensor, and with thousands of small tensors that took longer
 // than the kernels: a shared_ptr for each, a call for every question, and Python's lock for every last reference.
+// Crossing from Python still takes as long as they do: lists that many calls have in common are kept here, see
+// keep_list in ops.cpp.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -20,6 +23,7 @@ class ListedTensor {
   using ScalarType = torch::headeronly::ScalarType;
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+  ListedTensor() = default;
   // Borrows the handle. `before`: of the same list, which often has the same dtype.
   ListedTensor(AtenTensorHandle handle, const ListedTensor* before) : handle_(handle) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &code_));
@@ -40,12 +44,16 @@ class ListedTensor {
   bool is_contiguous() const { return is_contiguous_; }
   size_t element_size() const { return aoti_torch_dtype_element_size(code_); }
 
-  // Not for several threads at once: it is kept, without a lock.
+  // To be written: of a lazy copy, its own. Not for several threads at once: both addresses are kept, without a lock.
   void* data_ptr() const {
-    if (!data_) TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data_));
+    if (!data_) TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data_));
     return data_;
   }
-  const void* const_data_ptr() const { return data_ptr(); }
+  const void* const_data_ptr() const {
+    if (data_) return data_;
+    if (!read_) TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &read_));
+    return read_;
+  }
 
   int64_t dim() const {
     int64_t dim = 0;
@@ -74,8 +82,9 @@ class ListedTensor {
     return torch::stable::detail::to<T>(torch::stable::detail::from(code));
   }
 
-  AtenTensorHandle handle_;
+  AtenTensorHandle handle_ = nullptr;
   mutable void* data_ = nullptr;
+  mutable const void* read_ = nullptr;
   int64_t numel_ = 0;
   int32_t code_ = 0, device_code_ = 0;  // libtorch's numbers
   ScalarType dtype_ = ScalarType::Undefined;
@@ -83,37 +92,35 @@ class ListedTensor {
   bool is_contiguous_ = false;
 };
 
-// Deletes them with Python's lock taken once: the last reference from C++ gives its Python object up under it.
-void delete_handles(const std::vector<AtenTensorHandle>& handles);
+// The handles of a list, which it owns.
+class Handles {
+ public:
+  Handles() = default;
+  // Takes the handles over; the list itself stays the caller's.
+  explicit Handles(StableListHandle list);
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+  // Takes Python's lock once: the last reference from C++ gives its Python object up under it.
+  ~Handles();
 
-// A whole list; it owns the handles.
+  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
+  AtenTensorHandle operator[](int64_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// A whole list, or the one that keep_list has kept behind its only tensor.
 class Tensors {
  public:
   Tensors() = default;
+  explicit Tensors(StableListHandle list);
   Tensors(const Tensors&) = delete;
   Tensors& operator=(const Tensors&) = delete;
-  Tensors(Tensors&& other) noexcept : handles_(std::move(other.handles_)), tensors_(std::move(other.tensors_)) {
-    other.handles_.clear();
-    other.tensors_.clear();
-  }
+  Tensors(Tensors&&) = default;
   Tensors& operator=(Tensors&&) = delete;
-  ~Tensors() { delete_handles(handles_); }
 
-  // Takes the handles over; the list itself stays the caller's.
-  explicit Tensors(StableListHandle list) : Tensors() {
-    size_t size = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
-    handles_.reserve(size);
-    tensors_.reserve(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue element = 0;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
-      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
-    }
-    for (AtenTensorHandle handle : handles_) {
-      tensors_.emplace_back(handle, tensors_.empty() ? nullptr : &tensors_.back());
-    }
-  }
+  const std::shared_ptr<const Handles>& handles() const { return handles_; }
 
   size_t size() const { return tensors_.size(); }
   bool empty() const { return tensors_.empty(); }
@@ -122,7 +129,10 @@ class Tensors {
   const ListedTensor* end() const { return tensors_.data() + tensors_.size(); }
 
  private:
-  std::vector<AtenTensorHandle> handles_;
+  void ask(int64_t begin, int64_t end);
+  void ask_kept();
+
+  std::shared_ptr<const Handles> handles_;
   std::vector<ListedTensor> tensors_;
 };
 

@@ -53,7 +53,7 @@ from pins_ext.ops.threshold import (
     settle,
     tie_index,
 )
-from pins_ext.ops.transfer import PointerTables, Uploads, capturing, on_device, to_device
+from pins_ext.ops.transfer import MANY, KeptLists, PointerTables, Uploads, capturing, on_device, to_device
 from pins_ext.ops.update import masked_adamw_, masked_sgd_
 from pins_ext.triton_kernels import register as register_triton
 
@@ -64,6 +64,7 @@ __all__ = [
     "CODED",
     "CRITERIA",
     "GROUP",
+    "MANY",
     "MAX_INDEX",
     "MAX_KEY",
     "SAMPLES",
@@ -71,6 +72,7 @@ __all__ = [
     "Bounds",
     "Count",
     "GroupedWeight",
+    "KeptLists",
     "Layout",
     "PackedWeight",
     "PointerTables",

@@ -6,6 +6,7 @@ not needed. On the CPU, where looking is free, they are left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,8 @@ class Scored:
         factors: float32 [n], of the score fisher.
     """
 
-    a: list[Tensor]
-    b: list[Tensor]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
     places: Tensor
     chunks: Tensor
     score: str
@@ -58,7 +59,7 @@ class Scored:
     factors: Tensor | None
 
     @property
-    def operands(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, str]:
+    def operands(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor, Tensor, str]:
         """What every operator that reads scores takes first."""
         return self.a, self.b, self.places, self.chunks, self.score
 
@@ -151,8 +152,8 @@ def position_of(n_prune: Tensor, total: int, exact: bool) -> Tensor:
 
 
 def select(
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     places: Tensor,
     chunks: Tensor,
     score: str,
@@ -178,12 +179,13 @@ def select(
     return choose(scored, n_prune, exact, bracket, counts)
 
 
-def weights_in(states: list[Tensor], places: Tensor) -> int:
-    """How many weights these tensors are the states of; 8-bit ones have more bytes than weights.
+def weights_in(states: Sequence[Tensor], places: Tensor) -> int:
+    """How many weights these tensors are the states of.
 
-    How long their rows are is where the places are: a GPU is waited for.
+    Of thousands of tensors the table says it sooner, and of 8-bit ones, with more bytes than weights, alone; where it
+    is on a GPU, that is waited for.
     """
-    if states and not states[0].is_floating_point():
+    if places.is_cpu or (states and not states[0].is_floating_point()):
         return int(places[:, 5:9].prod(1).sum())
     return sum(tensor.numel() for tensor in states)
 
@@ -204,8 +206,8 @@ def _bin_on_host(scored: Scored, bracket: Tensor | None, counts: Tensor | None) 
 
 
 def bin_of(
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     places: Tensor,
     chunks: Tensor,
     score: str,
@@ -232,8 +234,8 @@ def bin_of(
 
 
 def bin_or_cutoff(
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     places: Tensor,
     chunks: Tensor,
     score: str,
@@ -278,10 +280,10 @@ def bin_or_cutoff(
 
 
 def pack_lowest_(
-    masks: list[Tensor],
+    masks: Sequence[Tensor],
     stats: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
     places: Tensor,
     chunks: Tensor,
     score: str,

@@ -1,13 +1,18 @@
-"""The one way by which host data reaches the device within a step."""
+"""How host data and lists of tensors reach operators within a step: the one way to a device, and few crossings."""
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+MANY = 256
+"""Tensors of a list that `KeptLists` keeps, at least."""
 
 
 def capturing(device: torch.device) -> bool:
@@ -105,3 +110,64 @@ class PointerTables:
     def read_on(device: torch.device) -> bool:
         """Whether the operators of a device read such tables."""
         return device.type == "cuda"
+
+
+class KeptLists:
+    """The list arguments of operators that are called again and again with the same lists of CPU tensors.
+
+    A list crosses from Python into an operator tensor by tensor. Of thousands of small tensors that takes longer than
+    all arithmetic, so a list that comes a second time with the very same tensors is kept on the operators' side. They
+    still ask each tensor for its memory, dtype and size in every call, and check them as those of any list. Kept
+    tensors live until another list comes for their use, or as long as this object. A copy of it begins without lists.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[Hashable, _KeptList] = {}
+
+    def __reduce__(self) -> tuple[type[KeptLists], tuple[()]]:
+        return KeptLists, ()
+
+    def of(self, use: Hashable, *lists: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+        """What to call an operator with in place of the lists.
+
+        Args:
+            use: what for; the last lists of each use are remembered.
+            lists: in the same order in every call of a use; short ones, and those of another device, are not kept.
+
+        Returns:
+            For each list what `keep_list` made of it, or the list.
+        """
+        if torch.compiler.is_compiling():
+            return lists
+        return tuple(self._of((use, place), tensors) for place, tensors in enumerate(lists))
+
+    def _of(self, use: Hashable, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(tensors) < MANY or not tensors[0].is_cpu:
+            self._lists.pop(use, None)
+            return tensors
+        before = self._lists.get(use)
+        if before is None or not before.holds(tensors):
+            self._lists[use] = _KeptList(tensors)
+            return tensors
+        return before.crossing()
+
+
+class _KeptList:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._crossing: list[Tensor] | None = None
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+
+    def crossing(self) -> list[Tensor]:
+        if self._crossing is None:
+            # What a subclass does with an operator's arguments is its own business.
+            plain = all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in self._tensors)
+            self._crossing = [self._keep()] if plain else self._tensors
+        return self._crossing
+
+    def _keep(self) -> Tensor:
+        kept = torch.ops.pins_ext.keep_list(self._tensors)
+        weakref.finalize(self, torch.ops.pins_ext.forget_list, kept)
+        return kept

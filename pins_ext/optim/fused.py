@@ -66,6 +66,7 @@ class FusedOptimizer(Optimizer):
         self._norm = GradientNorm()
         self._pointers = ops.PointerTables()
         self._uploads = ops.Uploads()
+        self._kept = ops.KeptLists()
         self._left_listener = False  # a copy, of one that had a listener
         self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
@@ -104,6 +105,7 @@ class FusedOptimizer(Optimizer):
         self.__dict__.setdefault("_norm", GradientNorm())
         self.__dict__.setdefault("_pointers", ops.PointerTables())
         self.__dict__.setdefault("_uploads", ops.Uploads())
+        self.__dict__.setdefault("_kept", ops.KeptLists())
         for name in ("_left_listener", "_left_release"):
             self.__dict__.setdefault(name, False)
         self._eager_step = torch.compiler.disable(self._step)
@@ -383,7 +385,8 @@ class FusedOptimizer(Optimizer):
         compiling = torch.compiler.is_compiling()
         pointers = None if compiling else self._pointers.of(use, pruning.layout.places, *lists)
         hyper = self._hyper(parameters, owners)
-        _run_operator(self._name, parts, operands, grads, hyper, pruning, scaling, pointers)
+        kept, *kept_operands = self._kept.of(id(parameters[0]), parts, *operands)
+        _run_operator(self._name, kept, kept_operands, grads, hyper, pruning, scaling, pointers)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
@@ -433,8 +436,8 @@ class FusedOptimizer(Optimizer):
 
 def _run_operator(
     name: str,
-    parameters: list[Tensor],
-    moments: tuple[list[Tensor], ...],
+    parameters: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
     grads: list[Tensor],
     hyper: Tensor,
     pruning: PruningArguments,
@@ -445,7 +448,8 @@ def _run_operator(
 
     Args:
         name: of the algorithm, as the operators are called: "adamw", "sgd".
-        parameters: this rank's parts, contiguous.
+        parameters: this rank's parts, contiguous; as all lists but that of gradients, maybe a kept one, see
+            ops.KeptLists.
         moments: the lists of moments that the operator takes, in order.
         grads: gradients in the same order.
         hyper: float32 [n, 8], see reference.masked_adamw_ and masked_sgd_.

@@ -16,6 +16,8 @@ from pins_ext import ops
 class BoundaryArguments:
     """What a window's boundary adds to the pass over all pruned tensors, see ops.boundary_adamw_.
 
+    A list may be a kept one, see ops.KeptLists.
+
     Attributes:
         exp_avg_ipt: running averages of importance.
         exp_avg_unc: running averages of its uncertainty; empty where there are none.
@@ -29,8 +31,8 @@ class BoundaryArguments:
         counts: int64 [1 + BINS], written with it.
     """
 
-    exp_avg_ipt: list[Tensor]
-    exp_avg_unc: list[Tensor]
+    exp_avg_ipt: Sequence[Tensor]
+    exp_avg_unc: Sequence[Tensor]
     around: Tensor | None
     stats: Tensor | None
     threshold: Tensor | None
@@ -45,6 +47,8 @@ class BoundaryArguments:
 class PruningArguments:
     """What pruning adds to the optimizer's pass over some tensors; an empty list means not wanted.
 
+    A list may be a kept one, see ops.KeptLists.
+
     Attributes:
         layout: of these tensors.
         masks: packed bits to apply after the update.
@@ -58,9 +62,9 @@ class PruningArguments:
     """
 
     layout: ops.Layout
-    masks: list[Tensor]
-    ipt: list[Tensor]
-    shadow: list[Tensor]
+    masks: Sequence[Tensor]
+    ipt: Sequence[Tensor]
+    shadow: Sequence[Tensor]
     accepted: Tensor
     rng: Tensor
     criterion: str

@@ -26,6 +26,7 @@ class FusedSlot(Slot):
     def __init__(self, *args: Any) -> None:
         self._passed: set[int] = set()
         self._boundary: BoundaryArguments | None = None
+        self._kept = ops.KeptLists()
         super().__init__(*args)
 
     def bind(self, importance: Importance, masks: Masks) -> None:
@@ -131,13 +132,15 @@ class FusedSlot(Slot):
         together = self.step.one_pass and self._scores_in_pass and len(indices) == len(self.parameters)
         if not together:
             self.masks.settle(importance)
-        self._boundary = _boundary_of(self.step, importance, self.masks, scored) if together else None
+        self._boundary = _boundary_of(self.step, importance, self.masks, scored, self._kept) if together else None
         accepted, rng = importance.pass_scalars(self.part, self.step.t, self.optimizer.rounds(parameters))
+        lists = (self._bits_in_pass, importance.ipt if scored else None, importance.shadow)
+        masks, ipt, shadow = self._kept.of(indices[0], *([x[i] for i in indices] if x else [] for x in lists))
         return PruningArguments(
             layout=self._subsets.of(indices),
-            masks=[bits[i] for i in indices] if (bits := self._bits_in_pass) is not None else [],
-            ipt=[ipt[i] for i in indices] if scored and (ipt := importance.ipt) else [],
-            shadow=[shadow[i] for i in indices] if (shadow := importance.shadow) else [],
+            masks=masks,
+            ipt=ipt,
+            shadow=shadow,
             accepted=accepted,
             rng=rng,
             criterion=importance.criterion if scored else "pins",
@@ -184,7 +187,9 @@ class FusedSlot(Slot):
         return self.optimizer.capturable
 
 
-def _boundary_of(step: Step, importance: Importance, masks: Masks, scored: bool) -> BoundaryArguments | None:
+def _boundary_of(
+    step: Step, importance: Importance, masks: Masks, scored: bool, kept: ops.KeptLists
+) -> BoundaryArguments | None:
     """What the pass takes along: the choice that is coming, and the end of the window.
 
     The window ends in the step before the one whose mask it decides: counts and averages are complete before that step
@@ -195,6 +200,7 @@ def _boundary_of(step: Step, importance: Importance, masks: Masks, scored: bool)
         importance: of all pruned tensors.
         masks: of all pruned tensors.
         scored: whether the pass takes this step's gradients into the window.
+        kept: lists of the steps before.
 
     Returns:
         None where there is neither.
@@ -205,9 +211,10 @@ def _boundary_of(step: Step, importance: Importance, masks: Masks, scored: bool)
         return None
     counted = masks.counting() if folds and step.due_next else None
     bracket, counts = counted or (None, None)
+    exp_avg_ipt, exp_avg_unc = kept.of("averages", importance.exp_avg_ipt, importance.exp_avg_unc)
     return BoundaryArguments(
-        exp_avg_ipt=importance.exp_avg_ipt,
-        exp_avg_unc=importance.exp_avg_unc,
+        exp_avg_ipt=exp_avg_ipt,
+        exp_avg_unc=exp_avg_unc,
         around=coming.around if coming else None,
         stats=masks.stats if coming else None,
         threshold=coming.cutoff if coming else None,

@@ -84,7 +84,7 @@ class Importance:
         self._check_storage()
         device = layout.places.device
         self.parts = [(tuple(part), layout.subset(part)) for part in parts]
-        self._pointers = ops.PointerTables()
+        self._pointers, self._kept = ops.PointerTables(), ops.KeptLists()
         self._seen_by_all = False
         self._barred: Sequence[Tensor] | None = None
         self.accepted = [torch.zeros(1, dtype=torch.float32, device=device) for _ in parts]
@@ -252,9 +252,10 @@ class Importance:
         """Take instant scores into window means; see `_operands` for where these come from."""
         if callable(self.config.criterion):
             scaling = Scaling(found_inf=scaling.found_inf)
+        use = ("accumulate", part)
+        pointers = self._pointers.of(use, layout.places, ipt, weights, grads)
         torch.ops.pins_ext.accumulate_(
-            ipt,
-            weights,
+            *self._kept.of(use, ipt, weights),
             grads,
             layout.places,
             layout.chunks,
@@ -265,7 +266,7 @@ class Importance:
             grad_scale=scaling.grad_scale,
             clip=scaling.clip,
             found_inf=scaling.found_inf,
-            pointers=self._pointers.of(("accumulate", part), layout.places, ipt, weights, grads),
+            pointers=pointers,
         )
 
     def fold_at_once(self, i: int, layout: ops.Layout, grad: Tensor, part: int, step: int, skipped: Tensor) -> None:
@@ -390,7 +391,8 @@ class Importance:
         if not self.rule.reads_moments:
             ipt = [self.ipt[i] for i in indices]
             pointers = self._pointers.of(use, layout.places, *averages, ipt)
-            torch.ops.pins_ext.fold_(*averages, ipt, *tables, *rest, bracket=bracket, counts=counts, pointers=pointers)
+            lists = self._kept.of(use, *averages, ipt)
+            torch.ops.pins_ext.fold_(*lists, *tables, *rest, bracket=bracket, counts=counts, pointers=pointers)
             return
         moments = self.moments()
         weights, first, second = ([local(x[i]) for i in indices] for x in (self.parameters, *moments[:2]))
@@ -400,7 +402,7 @@ class Importance:
         lists = (*averages, weights, first, second)
         pointers = self._pointers.of(use, layout.places, *lists)
         torch.ops.pins_ext.fold_moments_(
-            *lists, *tables, factors, *rest, bracket=bracket, counts=counts, pointers=pointers
+            *self._kept.of(use, *lists), *tables, factors, *rest, bracket=bracket, counts=counts, pointers=pointers
         )
 
     def _fold_arguments(self, accepted: Tensor, step: int) -> tuple[Tensor, Tensor, float, float]:

@@ -92,7 +92,7 @@ class Masks:
         device = layout.places.device
         self.sizes = [local(p).numel() for p in parameters]
         self.bits = self.packed = [ops.new_mask(local(p)) for p in parameters]
-        self._pointers = ops.PointerTables()
+        self._pointers, self._kept = ops.PointerTables(), ops.KeptLists()
         self.cutoff = torch.zeros(1, 2, dtype=torch.int64, device=device)
         self.fixed: list[Tensor] | None = None
         self.packed_fixed: list[Tensor] | None = None
@@ -250,8 +250,9 @@ class Masks:
             kind, a, b, factors = score[:4]
             tables = (self.layout.places, self.layout.chunks)
             pointers = self._pointers.of("pack", self.layout.places, self.packed, a, b)
+            packed, *scores = self._kept.of("pack", self.packed, a, b)
             torch.ops.pins_ext.pack_(
-                self.packed, self.stats, a, b, *tables, kind, cutoff, factors=factors, pointers=pointers
+                packed, self.stats, *scores, *tables, kind, cutoff, factors=factors, pointers=pointers
             )
         else:
             units.pack(self.packed, self.stats, cutoff)
@@ -288,7 +289,8 @@ class Masks:
         own = [(self.bits if bits is None else bits)[i] for i in indices]
         use = (of, bits is None, indices[0] if indices else None)
         pointers = self._pointers.of(use, layout.places, tensors, own)
-        torch.ops.pins_ext.apply_mask_(tensors, own, layout.places, layout.chunks, pointers=pointers)
+        lists = self._kept.of(use, tensors, own)
+        torch.ops.pins_ext.apply_mask_(*lists, layout.places, layout.chunks, pointers=pointers)
         torch.autograd.graph.increment_version(tensors)
 
     def pruned(self, masks: list[Tensor] | None = None) -> list[int]:

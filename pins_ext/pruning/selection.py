@@ -31,7 +31,7 @@ class Selection:
 
     def __init__(self, scopes: Scopes, layout: ops.Layout, ranks: Ranks, units: ops.Layout | None = None) -> None:
         self.scopes, self.layout, self.ranks = scopes, layout, ranks
-        self._pointers = ops.PointerTables()
+        self._pointers, self._kept = ops.PointerTables(), ops.KeptLists()
         self.held = [0] * len(scopes.parts)
         self._whole, self._owned = layout, list(ranks.owned)
         if scopes.is_global:
@@ -102,11 +102,12 @@ class Selection:
             The cutoff, int64 [1, 2].
         """
         wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0] - self.held[0], counted or (None, None)
+        (packed,), (a, b) = self._kept.of("masks", masks), self._kept.of("scores", score.a, score.b)
         return ops.pack_lowest_(
-            masks,
+            packed,
             stats,
-            score.a,
-            score.b,
+            a,
+            b,
             self.layout.places,
             self.layout.chunks,
             score.kind,
@@ -126,8 +127,8 @@ class Selection:
             int64 [5]; None where it takes `pack`.
         """
         wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
-        tables = (self.layout.places, self.layout.chunks)
-        return ops.bin_of(score.a, score.b, *tables, score.kind, torch.tensor(wanted), bracket=bracket, counts=counts)
+        (a, b), tables = self._kept.of("scores", score.a, score.b), (self.layout.places, self.layout.chunks)
+        return ops.bin_of(a, b, *tables, score.kind, torch.tensor(wanted), bracket=bracket, counts=counts)
 
     def bin_or_cutoff(
         self, score: Operands, remaining_ratio: float, counted: Counted | None, known: Tensor
@@ -163,8 +164,7 @@ class Selection:
             total, exact = sum(self.scopes.sizes), self.scopes.exact
             return select(self.ranks, a, b, layout, score.kind, target, total, exact, bracket, counts, factors)
         return torch.ops.pins_ext.select(
-            a,
-            b,
+            *self._kept.of("scores", a, b),
             layout.places,
             layout.chunks,
             score.kind,

@@ -402,6 +402,14 @@ def _load(library: str) -> None:
     sys.modules["pins_ext._C"] = importlib.util.module_from_spec(spec)
 
 
+def _keep(call: Call) -> list[Tensor]:
+    """Let one tensor stand for each list, see ops.KeptLists; returns those tensors."""
+    lists = {name: value for name, value in call.items() if isinstance(value, list) and value}
+    kept = {name: torch.ops.pins_ext.keep_list(value) for name, value in lists.items()}
+    call.update((name, [stands]) for name, stands in kept.items())
+    return list(kept.values())
+
+
 def main(arguments: Sequence[str]) -> None:
     library, seed, calls = arguments[0], int(arguments[1]), int(arguments[2])
     _load(library)
@@ -420,6 +428,7 @@ def main(arguments: Sequence[str]) -> None:
             spoil(call, dice)
         if n % 100 == 0:
             print(f"seed {seed} call {n}: {op}", file=sys.stderr, flush=True)
+        kept = _keep(call) if dice.random() < 0.2 else []
         try:
             getattr(torch.ops.pins_ext, op)(**call)
         except RuntimeError as error:
@@ -428,6 +437,8 @@ def main(arguments: Sequence[str]) -> None:
             outcomes["refused"] += 1
         else:
             outcomes["spoilt, accepted" if spoilt else "done"] += 1
+        for stands in kept:
+            torch.ops.pins_ext.forget_list(stands)
     print(f"{torch.ops.pins_ext.cpu_capability()} seed {seed}: {calls} calls, {dict(outcomes)}")
 
 

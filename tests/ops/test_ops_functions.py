@@ -18,7 +18,9 @@ from pins_ext.ops import PackedWeight
 from pins_ext.ops.grouped import GroupedWeight
 
 OPERATORS = sorted(
-    s.name.removeprefix("pins_ext::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("pins_ext::")
+    s.name.removeprefix("pins_ext::")
+    for s in torch._C._jit_get_all_schemas()
+    if s.name.startswith("pins_ext::") and not s.name.endswith("_list")  # called by ops.KeptLists alone
 )
 
 

@@ -37,7 +37,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-O1", "-g1", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
     flags += ["-fvisibility=hidden", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     include = [f"-I{home}/include", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = [path for folder in ("csrc", "csrc/cpu") for path in sorted((ROOT / folder).glob("*.cpp"))]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
