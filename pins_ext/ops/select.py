@@ -182,10 +182,11 @@ def select(
 def weights_in(states: Sequence[Tensor], places: Tensor) -> int:
     """How many weights these tensors are the states of.
 
-    Of thousands of tensors the table says it sooner, and of 8-bit ones, with more bytes than weights, alone; where it
-    is on a GPU, that is waited for.
+    Of 8-bit ones, with more bytes than weights, and of a kept list the table says it; a GPU is waited for.
     """
-    if places.is_cpu or (states and not states[0].is_floating_point()):
+    if states and not states[0].is_floating_point():
+        if places.dim() != 2 or places.shape[1] != 14:
+            raise RuntimeError(f"places must have 14 columns, got shape {tuple(places.shape)}")
         return int(places[:, 5:9].prod(1).sum())
     return sum(tensor.numel() for tensor in states)
 

@@ -21,6 +21,7 @@ from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
 from pins_ext.optim.step import (
     Scaling,
+    State,
     begin_on_device,
     begin_on_host,
     check_capturable,
@@ -201,7 +202,8 @@ class FusedOptimizer(Optimizer):
     def rounds(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the pass over these parameters rounds anything stochastically, and so needs random bits."""
         exact = (torch.float32, torch.float16)
-        return any(p.dtype not in exact or self._storage(p, "exp_avg") not in exact for p in parameters)
+        kinds = {p.dtype: p for p in parameters}.values()
+        return any(p.dtype not in exact or self._storage(p, "exp_avg") not in exact for p in kinds)
 
     def coded(self, parameters: Sequence[Tensor]) -> bool:
         """Whether moments of these parameters are stored in 8 bits."""
@@ -285,9 +287,7 @@ class FusedOptimizer(Optimizer):
         """Make the state that a first step will need, and leave it and the weights at the beginning."""
         for group in self.param_groups:
             names = self._moments(group)
-            for p in group["params"]:
-                if (names or self.rounds([p])) and p.grad is not None:
-                    self._initialise(p, names)
+            self._begun([p for p in group["params"] if (names or self.rounds([p])) and p.grad is not None], names)
 
     def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
         """Parameters with a gradient and their groups, those that one kernel call can take together: pruned, plain.
@@ -368,12 +368,11 @@ class FusedOptimizer(Optimizer):
             grads.append(grad.contiguous())
         scaling = released or Scaling.of(self, device)
         names = self._moments(owners[0])
+        states: list[State] = []
         if names or self.rounds(parameters):
-            for p in parameters:
-                self._initialise(p, names)
+            states = self._begun(parameters, names)
             count = count_on_device if self.capturable else count_on_host
-            count([self.state[p] for p in parameters], scaling.found_inf if released is None else None)
-        states = [self.state[p] for p in parameters]
+            count(states, scaling.found_inf if released is None else None)
         moments = {key: locals_of(state[key] for state in states) for key in names}
         operands = self._operands(moments)
         ends = pruning.boundary
@@ -390,21 +389,24 @@ class FusedOptimizer(Optimizer):
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)
 
-    def _initialise(self, p: Tensor, names: tuple[str, ...]) -> None:
-        """State of a parameter at the first step that needs its moments, or a count of steps alone."""
-        state = self.state[p]
-        if ops.capturing(p.device) and not {"skipped", *names} <= state.keys():
+    def _begun(self, parameters: list[Tensor], names: tuple[str, ...]) -> list[State]:
+        """The states of parameters, with the moments that this step needs, or a count of steps alone."""
+        states: list[State] = [self.state[p] for p in parameters]
+        captured = any(ops.capturing(p.device) for p in parameters[:1])
+        if captured and not all({"skipped", *names} <= state.keys() for state in states):
             raise RuntimeError("a CUDA graph is captured before the optimizer has its state: take a step before")
-        if names and state.get(names[0]) is None:  # they come together
-            moments = {name: _new_moment(p, self._storage(p, name)) for name in names}
-            state.pop("skipped", None)
-            state.update({"step": 0.0, **moments})
-        if not names:
-            state.setdefault("step", 0.0)
-        if self.capturable:
-            begin_on_device(state, p.device)
-        else:
-            begin_on_host(state)
+        for p, state in zip(parameters, states, strict=True):
+            if names and state.get(names[0]) is None:  # they come together
+                moments = {name: _new_moment(p, self._storage(p, name)) for name in names}
+                state.pop("skipped", None)
+                state.update({"step": 0.0, **moments})
+            if not names:
+                state.setdefault("step", 0.0)
+            if self.capturable:
+                begin_on_device(state, p.device)
+            else:
+                begin_on_host(state)
+        return states
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's of the same name, and loadable by it."""
