@@ -38,16 +38,16 @@ from .shapes import RATIOS, SCORES, shapes_of
 from .suite import Group, run
 from .targets import lines
 
-GROUPS: dict[str, list[Callable[[Problem, bool], Group]]] = {
+GROUPS: dict[str, list[Callable[[Problem, bool], Group | None]]] = {
     "select": [bench_select.group],
-    "step": [partial(bench_step.group, delta_t=10), partial(bench_step.group, delta_t=1)],
+    "step": [partial(made, delta_t=n) for made in (bench_step.group, bench_step.eager_group) for n in (10, 1)],
     "clip": [partial(bench_step.clipped_group, delta_t=10)],
     "update": [bench_update.group],
     "importance": [bench_importance.group],
     "pack": [bench_pack.group],
     "norm": [bench_norm.group],
 }
-"""What makes the groups of a stem from a problem, with or without peers; the most valuable first."""
+"""What makes the groups of a stem from a problem, with or without peers; the most valuable first, and no peers' own."""
 
 _QUICK_PARAMS, _QUICK_BUDGET = 8_000_000, 80.0
 
@@ -162,7 +162,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
     def problem(name: str, scores: str = "lognormal-4", ratio: float = 0.2) -> Problem:
         return Problem(name, shapes_of(name, params), DTYPES[options.dtype], device, scores, ratio, options.seed)
 
-    groups = [
+    groups: list[Group | None] = [
         make(problem(name), peers)
         for name in options.shapes
         for stem, made in GROUPS.items()
@@ -177,7 +177,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
         groups += [
             made[0](problem(name), peers and stem == "update") for stem, made in GROUPS.items() for name in others
         ]
-    return groups
+    return [group for group in groups if group is not None]
 
 
 def _scored(options: argparse.Namespace) -> list[tuple[str, float]]:

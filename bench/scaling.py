@@ -131,7 +131,7 @@ def _measured(
     needed, free = int(group.operand_bytes * problem.weights), memory.available(device)
     if needed > 0.9 * free:
         raise MemoryError(f"out of memory: the operands need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    ours, plain = bench_step.cases(problem, point.window, peers=False)
+    ours, plain = bench_step.cases(problem, point.window)
     seen = measure([ours, plain], device, limits, neighbours=neighbours)
     for name in (ours.name, plain.name):
         if seen[name].error is not None:
