@@ -21,6 +21,7 @@ from . import (
     bench_norm,
     bench_pack,
     bench_select,
+    bench_small,
     bench_step,
     bench_update,
     machine,
@@ -177,6 +178,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[Group]:
         groups += [
             made[0](problem(name), peers and stem == "update") for stem, made in GROUPS.items() for name in others
         ]
+        groups.append(bench_small.group(problem("many-small"), peers))
     return [group for group in groups if group is not None]
 
 

@@ -17,7 +17,8 @@ PyTorch itself and the released algorithm offer. Prints a table per group and th
 
 stems: select, step, clip (clipping and step together), update, importance, pack, norm on one model's shapes, with
 peers; scores: select over score distributions and remaining ratios; shapes: our operators on one flat tensor, 5,000
-small ones, misaligned views. "of floor" is the share of a loop that moves the same tensors without arithmetic.
+small ones, misaligned views, and 5,000 small ones in turns with one. "of floor" is the share of a loop that moves the
+same tensors without arithmetic.
 """
 _EXAMPLES = """examples:
   pins-ext bench --quick                          under two minutes on two cores

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from test_bench import CPU, MAKERS, Nobody, problem
 
-from pins_ext.bench import command, contention, machine, memory, records, results_table, roofline, suite, targets
+from pins_ext.bench import (
+    bench_small,
+    command,
+    contention,
+    machine,
+    memory,
+    records,
+    results_table,
+    roofline,
+    suite,
+    targets,
+)
 from pins_ext.bench.protocol import Limits
 
 
@@ -17,7 +28,7 @@ from pins_ext.bench.protocol import Limits
 def run() -> records.Run:
     """A small run of everything that targets look at."""
     groups = [group(problem(), True) for group in MAKERS]
-    groups += [command.GROUPS["update"][0](problem(name), False) for name in ("many-small", "flat")]
+    groups.append(bench_small.group(problem("many-small"), False))
     limits = Limits(rounds=2, warmups=1, patience=2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "last_level_cache", lambda device: 1)
