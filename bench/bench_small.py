@@ -15,7 +15,6 @@ _MADE: tuple[tuple[Callable[[Problem, bool], list[Case]], str], ...] = (
     (bench_importance.cases, "fold_ + count"),
     (bench_select.cases, "count_"),
 )
-OPERATORS = tuple(name for _, name in _MADE)
 
 
 def one_tensor(name: str) -> str:

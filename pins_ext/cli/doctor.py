@@ -28,7 +28,8 @@ TRITON, DRIVER, COMPILED = "Triton", "Python over count_ and collect_", "CUDA"
 CPU_ONLY = "none, there it is grouped_linear and grouped_expand"
 PACKED, SPLIT = "none, matrices are packed on the CPU", "none, there separate passes do it"
 MEASURE = "none, benchmarks measure copies there"
-ONLY_CPU = (CPU_ONLY, PACKED, SPLIT, MEASURE)
+CROSSED = "none, there tables of addresses are kept"
+ONLY_CPU = (CPU_ONLY, PACKED, SPLIT, MEASURE, CROSSED)
 FALLBACK = {"grouped_linear": "Triton", "grouped_expand": "torch's own operators"}
 """Operators for a GPU: what runs them in a build without CUDA C++. On a CPU they are plain torch."""
 
@@ -41,6 +42,7 @@ OPERATORS = {
     **dict.fromkeys(("boundary_adamw_", "boundary_sgd_"), COMPILED),
     "pack_around_": SPLIT,
     "stream_": MEASURE,
+    **dict.fromkeys(("keep_list", "forget_list"), CROSSED),
     **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),
     "grouped_pack": PACKED,
     **dict.fromkeys(FALLBACK, COMPILED),
