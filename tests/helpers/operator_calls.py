@@ -20,6 +20,17 @@ def lists(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     return [[t.abs() for t in tensors(SIZES, dtype, seed=s)] for s in range(count)]
 
 
+def tensors_in(*values: Any) -> list[Tensor]:
+    """All tensors among these values and in lists of them, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+    return found
+
+
 def tables() -> tuple[Tensor, Tensor]:
     layout = ops.Layout.of(tensors(SIZES, torch.float32))
     return layout.places, layout.chunks

@@ -300,6 +300,17 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
 }
 
 
+def refused(case: str) -> tuple[str, Arguments, str]:
+    """The operator of a case of REFUSED, the good call with the bad argument in place, what the message says."""
+    name, where, value, message = REFUSED[case]
+    args, kwargs = CALLS[name]()
+    if isinstance(where, int):
+        args[where] = value
+    else:
+        kwargs[where] = value
+    return name, (args, kwargs), message
+
+
 def by_name(op: str, arguments: Arguments) -> dict[str, Any]:
     """The arguments of a call by their names in the schema; defaults left out."""
     args, kwargs = arguments

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 from operator_calls import CALLS
-from operator_refusals import REFUSED, by_name, overlapping, overlaps, refuse_overlap, written
+from operator_refusals import REFUSED, by_name, overlapping, overlaps, refuse_overlap, refused, written
 
 pins = torch.ops.pins_ext
 
@@ -28,12 +28,7 @@ def test_every_operator_is_checked() -> None:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_arguments_are_refused_by_name(case: str) -> None:
-    name, where, value, message = REFUSED[case]
-    args, kwargs = CALLS[name]()
-    if isinstance(where, int):
-        args[where] = value
-    else:
-        kwargs[where] = value
+    name, (args, kwargs), message = refused(case)
     with pytest.raises(RuntimeError, match=message):
         getattr(pins, name)(*args, **kwargs)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_calls import CALLS, Arguments
-from torch import Tensor
+from operator_calls import CALLS, Arguments, tensors_in
 
 from pins_ext import ops
 from pins_ext.ops import PackedWeight
@@ -60,16 +59,6 @@ def as_called(op: str) -> tuple[Arguments, Arguments]:
         size = len(kind._fields)
         typed[at : at + size] = [kind(*typed[at : at + size])]
     return (args, kwargs), (typed, typed_kwargs)
-
-
-def tensors_in(*values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors_in(*value)
-    return found
 
 
 @pytest.mark.parametrize("op", OPERATORS)

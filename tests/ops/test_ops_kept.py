@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from operator_calls import CALLS, Arguments
-from operator_refusals import REFUSED
+from operator_calls import CALLS, Arguments, tensors_in
+from operator_refusals import REFUSED, refused
 from torch import Tensor
 
 from pins_ext import ops
@@ -28,16 +28,6 @@ def is_list(value: object) -> bool:
 def kept(call: Arguments) -> Arguments:
     args, kwargs = call
     return [[pins.keep_list(x)] if is_list(x) else x for x in args], kwargs
-
-
-def tensors_in(*values: object) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors_in(*value)
-    return found
 
 
 OF_LISTS = [name for name, call in CALLS.items() if any(map(is_list, call()[0]))]
@@ -58,13 +48,8 @@ def test_a_kept_list_is_as_good_as_the_list(name: str) -> None:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_of_a_list_is_refused_of_a_kept_one(case: str) -> None:
-    name, where, value, message = REFUSED[case]
-    args, kwargs = CALLS[name]()
-    if isinstance(where, int):
-        args[where] = value
-    else:
-        kwargs[where] = value
-    args, kwargs = kept((args, kwargs))
+    name, call, message = refused(case)
+    args, kwargs = kept(call)
     with pytest.raises(RuntimeError, match=message):
         getattr(pins, name)(*args, **kwargs)
 

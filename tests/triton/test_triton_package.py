@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from operator_calls import CALLS
-from operator_refusals import REFUSED, overlaps, refuse_overlap
+from operator_refusals import REFUSED, overlaps, refuse_overlap, refused
 
 from pins_ext import ops, reference, triton_kernels
 
@@ -105,12 +105,7 @@ def test_all_spellings_mean_the_same_groups() -> None:
 
 @pytest.mark.parametrize("case", REFUSED_BY_TRITON)
 def test_bad_arguments_are_refused_in_the_words_of_the_cpu(case: str) -> None:
-    op, where, value, message = REFUSED[case]
-    args, kwargs = CALLS[op]()
-    if isinstance(where, int):
-        args[where] = value
-    else:
-        kwargs[where] = value
+    op, (args, kwargs), message = refused(case)
     with pytest.raises(RuntimeError, match=message):
         triton_kernels.launcher(op)(*args, **kwargs)
 
