@@ -392,7 +392,7 @@ class FusedOptimizer(Optimizer):
     def _begun(self, parameters: list[Tensor], names: tuple[str, ...]) -> list[State]:
         """The states of parameters, with the moments that this step needs, or a count of steps alone."""
         states: list[State] = [self.state[p] for p in parameters]
-        captured = any(ops.capturing(p.device) for p in parameters[:1])
+        captured = any(map(ops.capturing, {p.device for p in parameters}))
         if captured and not all({"skipped", *names} <= state.keys() for state in states):
             raise RuntimeError("a CUDA graph is captured before the optimizer has its state: take a step before")
         for p, state in zip(parameters, states, strict=True):
