@@ -1,5 +1,5 @@
-// Blocks of a chunk, small enough that all operands of one stay in the L1 cache. 16-bit operands are converted into
-// buffers, float32 ones are used in place, so that a formula is compiled once and not once per combination of dtypes.
+// Blocks of a chunk, small enough that all operands of one stay in the L1 cache. float32 is used in place, and so is
+// bfloat16 in the combinations that loops are compiled for; all else is converted into buffers of float32.
 
 // 256 weights. Measured on bfloat16, where an operand's block is loaded as a whole before the formula runs: 128 to 256
 // keep several operands' cache misses in flight, 512 and more do not (masked AdamW with ipt: 1.39 against 1.94 ns).
@@ -196,19 +196,57 @@ PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Roundi
   }
 }
 
-// g / scale * clip, in place where there is nothing to do. Dividing by one or multiplying by it changes no bit.
-PINS_BLOCK const float* load_gradient(const Span& span, int64_t at, int64_t n, const Gradient& gradient,
-                                      Buffer& buffer) {
-  const float* source = load(span, at, n, buffer);
-  const float scale = gradient.scale, clip = gradient.clip;
-  if (scale != 1.0f) {
-    for (int64_t i = 0; i < n; ++i) buffer.values[i] = (source[i] / scale) * clip;
-    return buffer.values;
-  }
-  if (clip == 1.0f) return source;
-  for (int64_t i = 0; i < n; ++i) buffer.values[i] = source[i] * clip;
+// g / scale, in place where there is nothing to do: dividing by one changes no bit.
+PINS_BLOCK float* load_gradient(const Span& span, int64_t at, int64_t n, float scale, Buffer& buffer) {
+  float* source = load(span, at, n, buffer);
+  if (scale == 1.0f) return source;
+  for (int64_t i = 0; i < n; ++i) buffer.values[i] = source[i] / scale;
   return buffer.values;
 }
+
+// ---- operands of a loop -----------------------------------------------------------------------------------------
+
+// One weight at a time. float32, in place or converted into a buffer: `take` and `give` load and store a block.
+struct Float32s {
+  static constexpr bool kConverts = true;
+  float* data;
+  PINS_HD float get(int64_t i) const { return data[i]; }
+  PINS_HD void set(int64_t i, float x, uint32_t) const { data[i] = x; }
+  // What `set` stores.
+  static PINS_HD float stored(float x, uint32_t) { return x; }
+
+  static Float32s take(const Span& span, int64_t at, int64_t n, Buffer& buffer) { return {load(span, at, n, buffer)}; }
+  static Float32s take_gradient(const Span& span, int64_t at, int64_t n, float scale, Buffer& buffer) {
+    return {load_gradient(span, at, n, scale, buffer)};
+  }
+  void give(const Span& span, int64_t at, int64_t n, const uint32_t* random, int shift) const {
+    store_state(span, at, n, data, random, shift);
+  }
+  void give_moment(const Span& span, int64_t at, int64_t n, const uint32_t* random, int shift) const {
+    store_moment(span, at, n, data, random, shift);
+  }
+};
+
+// bfloat16 in place, converted and rounded stochastically where a loop computes: conversions in passes of their own
+// took longer than the formula. An operand that is not wanted lies in the buffer.
+struct Bfloat16s {
+  static constexpr bool kConverts = false;
+  uint16_t* data;
+  PINS_HD float get(int64_t i) const { return float_of_bf16(data[i]); }
+  // By the lower 16 random bits.
+  PINS_HD void set(int64_t i, float x, uint32_t random) const { data[i] = bf16_of(x, random); }
+  static PINS_HD float stored(float x, uint32_t random) { return float_of_bf16(bf16_of(x, random)); }
+
+  static Bfloat16s take(const Span& span, int64_t at, int64_t, Buffer& buffer) {
+    return {span.data ? halves(span, at) : reinterpret_cast<uint16_t*>(buffer.values)};
+  }
+  // Of a scale of 1.
+  static Bfloat16s take_gradient(const Span& span, int64_t at, int64_t n, float, Buffer& buffer) {
+    return take(span, at, n, buffer);
+  }
+  void give(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
+  void give_moment(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
+};
 
 // ---- reading ahead ----------------------------------------------------------------------------------------------
 

@@ -131,10 +131,10 @@ void run(const UpdateCall& call, const BoundaryCall& boundary, void (*const (&ta
 }
 
 void boundary_adamw(const UpdateCall& call, const BoundaryCall& boundary) {
-  run(call, boundary, kernels().boundary_adamw);
+  run(call, boundary, kernels().masked_adamw);
 }
 
-void boundary_sgd(const UpdateCall& call, const BoundaryCall& boundary) { run(call, boundary, kernels().boundary_sgd); }
+void boundary_sgd(const UpdateCall& call, const BoundaryCall& boundary) { run(call, boundary, kernels().masked_sgd); }
 
 }  // namespace
 }  // namespace pins_ext::cpu

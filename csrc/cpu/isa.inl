@@ -8,6 +8,7 @@
 #include "select.inl"
 #include "importance.inl"
 #include "eligible.inl"
+#include "step.inl"
 #include "boundary.inl"
 #include "update.inl"
 #include "sparse.inl"
@@ -22,10 +23,8 @@
 #define PINS_PACK(id, name, formula) pack<Score::id>,
 #define PINS_ELIGIBLE(id, name, formula) eligible<Score::id>,
 #define PINS_PACK_AROUND(id, name, formula) pack_around<Score::id>,
-#define PINS_ADAMW(id, name, formula) masked_update<AdamW, static_cast<int>(Criterion::id), false>,
-#define PINS_SGD(id, name, formula) masked_update<Sgd, static_cast<int>(Criterion::id), false>,
-#define PINS_BOUNDARY_ADAMW(id, name, formula) masked_update<AdamW, static_cast<int>(Criterion::id), true>,
-#define PINS_BOUNDARY_SGD(id, name, formula) masked_update<Sgd, static_cast<int>(Criterion::id), true>,
+#define PINS_ADAMW(id, name, formula) masked_update<AdamW, static_cast<int>(Criterion::id)>,
+#define PINS_SGD(id, name, formula) masked_update<Sgd, static_cast<int>(Criterion::id)>,
 
 constexpr Kernels table(const char* name) {
   return Kernels{
@@ -38,10 +37,8 @@ constexpr Kernels table(const char* name) {
       {PINS_SCORES(PINS_PACK)},
       {PINS_SCORES(PINS_ELIGIBLE)},
       {PINS_SCORES(PINS_PACK_AROUND)},
-      {PINS_CRITERIA(PINS_ADAMW) masked_update<AdamW, kNoCriterion, false>},
-      {PINS_CRITERIA(PINS_SGD) masked_update<Sgd, kNoCriterion, false>},
-      {PINS_CRITERIA(PINS_BOUNDARY_ADAMW) masked_update<AdamW, kNoCriterion, true>},
-      {PINS_CRITERIA(PINS_BOUNDARY_SGD) masked_update<Sgd, kNoCriterion, true>},
+      {PINS_CRITERIA(PINS_ADAMW) masked_update<AdamW, kNoCriterion>},
+      {PINS_CRITERIA(PINS_SGD) masked_update<Sgd, kNoCriterion>},
       apply_mask,
       sparse_loops(),
       sum_of_squares,

@@ -124,7 +124,7 @@ struct Update {
   float accepted;
   bool clear_state;
   Rounding rounding;
-  Boundary* boundary;  // of the boundary kernels; not of 8-bit storage
+  Boundary* boundary;  // or null; not of 8-bit storage
 };
 
 struct ApplyMask {
@@ -159,8 +159,6 @@ struct Kernels {
   int64_t (*pack_around[kScoreCount])(const Scores&, const Bracket&, uint8_t* mask, PackStats&, Inside&);
   void (*masked_adamw[kCriterionCount + 1])(const Update&);
   void (*masked_sgd[kCriterionCount + 1])(const Update&);
-  void (*boundary_adamw[kCriterionCount + 1])(const Update&);
-  void (*boundary_sgd[kCriterionCount + 1])(const Update&);
   void (*apply_mask)(const ApplyMask&);
   SparseLoops sparse;
   double (*sum_of_squares)(const Span&, int64_t count);

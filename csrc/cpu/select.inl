@@ -1,20 +1,24 @@
 // sample, count_, tie_index and pack_: order keys of a block in the L1 cache, compared 64 at a time.
 
-template <Score score>
-void keys_part(const float* __restrict a, const float* __restrict b, float factor, int64_t n,
-               uint32_t* __restrict keys) {
-  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a[i], b[i], factor));
+template <Score score, class A, class B>
+void keys_part(A a, B b, float factor, int64_t n, uint32_t* __restrict keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score_of<score>(a.get(i), b.get(i), factor));
 }
 
 // Keys of a block. Scores of one operand read it twice.
 template <Score score>
-void keys_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
-  Buffer a_buffer, b_buffer;
-  const float* a = load(scores.a, at, n, a_buffer);
-  const float* b = scores.b.data ? load(scores.b, at, n, b_buffer) : a;
+PINS_BLOCK void keys_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
   // Two operands: a block's lines can all be on their way.
   for (int64_t i = kPart; i <= n; i += kPart) ahead.fetch(at + i - kPart);
-  keys_part<score>(a, b, scores.factor, n, keys);
+  const float factor = scores.factor;
+  const Span& a = scores.a;
+  const Span& b = scores.b.data ? scores.b : a;
+  if (a.dtype == Dtype::bfloat16 && b.dtype == Dtype::bfloat16) {
+    return keys_part<score>(Bfloat16s{halves(a, at)}, Bfloat16s{halves(b, at)}, factor, n, keys);
+  }
+  Buffer a_buffer, b_buffer;
+  const Float32s first{load(a, at, n, a_buffer)};
+  keys_part<score>(first, scores.b.data ? Float32s{load(b, at, n, b_buffer)} : first, factor, n, keys);
 }
 
 // To whole words with the highest key.

@@ -1,129 +1,107 @@
 // masked_adamw_, masked_sgd_ and apply_mask_: optimizer, importance and mask of a weight in one pass over memory.
 
-struct AdamW {
-  using Row = AdamWRow;
-  static inline __attribute__((always_inline)) float step(float p, float g, float& first, float& second,
-                                                          const Row& row) {
-    return adamw(p, g, first, second, row);
-  }
-};
-
-struct Sgd {
-  using Row = SgdRow;
-  static inline __attribute__((always_inline)) float step(float p, float g, float& first, float&, const Row& row) {
-    return sgd(p, g, first, row);
-  }
-};
-
-// next = optimizer(p, g, moments), before masking and rounding, and the window's mean with its score. q: the weight
-// that the score reads, which is the unmasked one where it is known. next may be p.
-template <class Optimizer, int criterion>
-void step_part(const float* p, const float* g, const float* q, float* first, float* second, float* ipt, float* next,
-               int64_t n, const typename Optimizer::Row& row, float accepted) {
-  // Each weight has its own place in every operand.
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    float m = first[i], v = second[i];
-    const float stepped = Optimizer::step(p[i], g[i], m, v, row);
-    if constexpr (criterion != kNoCriterion) {
-      constexpr Criterion kind = static_cast<Criterion>(criterion);
-      ipt[i] = next_ipt<kind>(ipt[i], instant_score<kind>(q[i], stepped, g[i], row.lr), accepted);
-    }
-    first[i] = m;
-    second[i] = v;
-    next[i] = stepped;
-  }
+// The masks of a block whose step is done.
+template <class Weights, class Moments, class States>
+void mask_step(const Update& args, const Step<Weights, Moments, States>& step, int64_t at, int64_t n, bool in_loop) {
+  if (!args.mask || (in_loop && !args.clear_state)) return;
+  Bits keep;
+  expand_mask(args.mask, args.run.offset + at, n, keep.values);
+  mask_block(step.p, keep.values, n);
+  if (!args.clear_state) return;
+  if (args.first.data) mask_block(step.first, keep.values, n);
+  if (args.second.data) mask_block(step.second, keep.values, n);
 }
 
-// Bits of their own: the low half rounds the first moment, the high half the second.
-inline Rounding for_moments(const Rounding& rounding) { return {rounding.key1, rounding.key0}; }
-
-inline void mask_block(float* __restrict values, const uint32_t* __restrict keep, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) values[i] = float_of(bits_of(values[i]) & keep[i]);
+// What is added to the operands of an update that are read ahead, where scores choose and are folded in its loop.
+inline Ahead ahead_of(const Update& args, const Span& ipt, bool in_loop) {
+  const Span none;
+  return Ahead(args.params, args.grads, args.first, args.second, ipt, args.shadow,
+               in_loop ? args.boundary->fold.exp_avg_ipt : none, in_loop ? args.boundary->fold.exp_avg_unc : none);
 }
 
-// `criterion` is one of Criterion, or kNoCriterion for a step without importance. at_boundary: see Update::boundary.
-template <class Optimizer, int criterion, bool at_boundary>
-void masked_update(const Update& args) {
+inline void store_shadow(const Span& shadow, int64_t at, int64_t n, Float32s p, const uint32_t* random) {
+  store_state(shadow, at, n, p.data, random, 16);
+}
+
+inline void store_shadow(const Span& shadow, int64_t at, int64_t n, Bfloat16s p, const uint32_t*) {
+  if (shadow.data) __builtin_memcpy(halves(shadow, at), p.data, n * sizeof(uint16_t));
+}
+
+template <class Optimizer, int criterion, class Weights, class Moments, class States>
+void update_run(const Update& args) {
   const typename Optimizer::Row row = *reinterpret_cast<const typename Optimizer::Row*>(args.hyper);
-  Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer, next_buffer;
-  Bits keep, random, moment_random, before, after;
+  const Gradient& gradient = args.gradient;
+  Buffer p_buffer, g_buffer, first_buffer, second_buffer, ipt_buffer, shadow_buffer;
+  Bits random, moment_random;
   Pending pending;
-  // The first step of a window starts its mean anew; a sum goes on.
-  constexpr bool is_sum = criterion == static_cast<int>(Criterion::movement);
-  const bool begins = args.accepted == 0.0f && !is_sum;
-  const bool chooses = at_boundary && args.boundary->around;
-  const bool folds = at_boundary && args.boundary->folds;
-  const bool in_loop = chooses && folds && begins && criterion != kNoCriterion && goes_in_loop(args);
-  const Span none, ipt_read = folds && begins ? none : args.ipt;
-  if (folds && begins) __builtin_memset(ipt_buffer.values, 0, sizeof(ipt_buffer));
-  const Fold fold = at_boundary ? args.boundary->fold : Fold{};
-  const Span at_once[2] = {in_loop ? fold.exp_avg_ipt : none, in_loop ? fold.exp_avg_unc : none};
-  const Ahead ahead(args.params, args.grads, args.first, args.second, ipt_read, args.shadow, at_once[0], at_once[1]);
-  const Ahead to_choose(in_loop ? none : fold.exp_avg_ipt, in_loop ? none : fold.exp_avg_unc);
-  const bool rounds = args.params.dtype == Dtype::bfloat16 || args.ipt.dtype == Dtype::bfloat16;
+  const bool in_loop = goes_in_loop<criterion>(args);
+  const bool chooses = args.boundary && args.boundary->around && !in_loop;
+  const bool folds = args.boundary && args.boundary->folds && !in_loop;
+  // The mean of a window of one step stays out of memory.
+  const Span ipt_span = in_loop || (folds && begins<criterion>(args)) ? Span{} : args.ipt;
+  if (folds) __builtin_memset(ipt_buffer.values, 0, sizeof(ipt_buffer));
+  const Ahead ahead = ahead_of(args, ipt_span, in_loop);
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
-    if (chooses && !in_loop) choose_block(args, to_choose, at, n);
-    if (rounds) random_block(args.run, at, n, args.rounding, random.values);
-    const float* p = load(args.params, at, n, p_buffer);
-    const float* g = load_gradient(args.grads, at, n, args.gradient, g_buffer);
-    float* first = load(args.first, at, n, first_buffer);
-    float* second = load(args.second, at, n, second_buffer);
-    const float* q = criterion != kNoCriterion && args.shadow.data ? load(args.shadow, at, n, shadow_buffer) : p;
-    float* ipt = load(ipt_read, at, n, ipt_buffer);
-    float* next = args.params.dtype == Dtype::float32 ? in_place(args.params, at) : next_buffer.values;
+    if (chooses) choose_block(args, at, n);
+    random_blocks(args, at, n, random, moment_random);
+    const Weights p = Weights::take(args.params, at, n, p_buffer);
+    Step<Weights, Moments, States> step{p,
+                                        Weights::take_gradient(args.grads, at, n, gradient.scale, g_buffer),
+                                        args.shadow.data ? Weights::take(args.shadow, at, n, shadow_buffer) : p,
+                                        Moments::take(args.first, at, n, first_buffer),
+                                        Moments::take(args.second, at, n, second_buffer),
+                                        States::take(ipt_span, at, n, ipt_buffer),
+                                        random.values,
+                                        moment_random.values};
+    if constexpr (States::kConverts) {
+      if (folds && step.ipt.data != ipt_buffer.values) {
+        __builtin_memcpy(ipt_buffer.values, step.ipt.data, n * sizeof(float));
+        step.ipt.data = ipt_buffer.values;
+      }
+    }
     if (in_loop) {
-      if constexpr (at_boundary && criterion != kNoCriterion && !is_sum) {
-        const BoundaryBlock block{p,
-                                  g,
-                                  first,
-                                  second,
-                                  in_place(fold.exp_avg_ipt, at),
-                                  in_place(fold.exp_avg_unc, at),
-                                  next,
-                                  before.values,
-                                  after.values};
-        boundary_block<Optimizer, criterion>(block, ahead, at, n, row, args.boundary->around->lo, fold);
-        choose_by_keys(args, before.values, at, n);
-        if (fold.tally) {
-          pad_keys(n, after.values);
-          count_keys(after.values, n, fold.bracket, *fold.tally, pending);
-        }
+      if constexpr (can_go_in_loop(criterion)) {
+        boundary_block<Optimizer, criterion>(args, step, ahead, at, n, row, pending);
       }
     } else {
-      if (folds && ipt != ipt_buffer.values) {
-        __builtin_memcpy(ipt_buffer.values, ipt, n * sizeof(float));
-        ipt = ipt_buffer.values;
-      }
       for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
-        step_part<Optimizer, criterion>(p + i, g + i, q + i, first + i, second + i, ipt + i, next + i, part, row,
-                                        args.accepted);
+        step_part<Optimizer, criterion>(step, i, part, row, gradient.clip, args.accepted);
       });
-      if (folds) {
-        round_state(args.ipt, n, ipt, random.values, 0);
-        fold_block(fold, Ahead(), at, n, ipt, pending);
-      } else if (criterion != kNoCriterion) {
-        store_state(args.ipt, at, n, ipt, random.values, 0);
+      if constexpr (States::kConverts) {
+        if (folds) {
+          round_state(args.ipt, n, step.ipt.data, random.values, 0);
+          fold_block(args.boundary->fold, Ahead(), at, n, step.ipt, pending);
+        } else {
+          step.ipt.give(ipt_span, at, n, random.values, 0);
+        }
       }
     }
-    store_state(args.shadow, at, n, next, random.values, 16);
-    if (args.mask && (!in_loop || args.clear_state)) {
-      expand_mask(args.mask, args.run.offset + at, n, keep.values);
-      mask_block(next, keep.values, n);
-      if (args.clear_state) {
-        mask_block(first, keep.values, n);
-        mask_block(second, keep.values, n);
-      }
-    }
-    store_state(args.params, at, n, next, random.values, 16);
-    if (args.first.data && args.first.dtype != Dtype::float32 && args.first.dtype != Dtype::float16) {
-      random_block(args.run, at, n, for_moments(args.rounding), moment_random.values);
-    }
-    store_moment(args.first, at, n, first, moment_random.values, 0);
-    store_moment(args.second, at, n, second, moment_random.values, 16);
+    store_shadow(args.shadow, at, n, p, random.values);
+    mask_step(args, step, at, n, in_loop);
+    p.give(args.params, at, n, random.values, 16);
+    step.first.give_moment(args.first, at, n, moment_random.values, 0);
+    step.second.give_moment(args.second, at, n, moment_random.values, 16);
   }
-  if (folds && fold.tally) pending.flush(fold.bracket, fold.tally->bins);
+  if (args.boundary && args.boundary->folds && args.boundary->fold.tally) {
+    pending.flush(args.boundary->fold.bracket, args.boundary->fold.tally->bins);
+  }
+}
+
+// `criterion` is one of Criterion, or kNoCriterion for a step without importance. bfloat16 is used in place in the
+// statistics, in them and the moments, and in all operands.
+template <class Optimizer, int criterion>
+void masked_update(const Update& args) {
+  const auto in_bfloat16 = [](const Span& span) { return !span.data || span.dtype == Dtype::bfloat16; };
+  const bool folds = args.boundary && args.boundary->folds;
+  const bool states = in_bfloat16(args.ipt) && (!folds || goes_in_loop<criterion>(args));
+  const bool moments = states && args.first.data && in_bfloat16(args.first) && in_bfloat16(args.second);
+  if (moments && in_bfloat16(args.params) && args.gradient.scale == 1.0f) {
+    return update_run<Optimizer, criterion, Bfloat16s, Bfloat16s, Bfloat16s>(args);
+  }
+  if (moments) return update_run<Optimizer, criterion, Float32s, Bfloat16s, Bfloat16s>(args);
+  if (states) return update_run<Optimizer, criterion, Float32s, Float32s, Bfloat16s>(args);
+  update_run<Optimizer, criterion, Float32s, Float32s, Float32s>(args);
 }
 
 // p = bit ? p : +0, bit by bit: a kept NaN stays the NaN it was.
@@ -133,10 +111,9 @@ void apply_mask(const ApplyMask& args) {
     const int64_t n = args.count - at < kBlock ? args.count - at : kBlock;
     expand_mask(args.mask, at, n, keep.values);
     if (args.params.dtype == Dtype::float32) {
-      mask_block(in_place(args.params, at), keep.values, n);
+      mask_block(Float32s{in_place(args.params, at)}, keep.values, n);
     } else {
-      uint16_t* __restrict values = halves(args.params, at);
-      for (int64_t i = 0; i < n; ++i) values[i] = static_cast<uint16_t>(values[i] & keep.values[i]);
+      mask_block(Bfloat16s{halves(args.params, at)}, keep.values, n);
     }
   }
 }
