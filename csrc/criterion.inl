@@ -117,13 +117,13 @@ PINS_HD float float_of_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(
 PINS_HD uint16_t bf16_of(float x) {
   uint32_t bits = bits_of(x);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 // Stochastic rounding: add 16 random bits below the kept ones, truncate. Exact values and infinities never move.
 PINS_HD uint16_t bf16_of(float x, uint32_t random16) {
   uint32_t bits = bits_of(x);
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + (random16 & 0xffffu)) >> 16);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + (random16 & 0xffffu)) >> 16);
 }
 
 // Exact: shift the 15 low bits into place and rescale by 2^112, which also normalises fp16 subnormals.

@@ -51,13 +51,12 @@ PINS_HD float adamw(float p, float g, float& exp_avg, float& exp_avg_sq, const A
   return p + ((row.minus_step_size * exp_avg) / denominator);
 }
 
-// torch.optim.SGD: weight decay, momentum with dampening, Nesterov.
+// torch.optim.SGD: weight decay, momentum with dampening, Nesterov. Choices instead of branches: loops are vectorised.
 PINS_HD float sgd(float p, float g, float& momentum_buffer, const SgdRow& row) {
-  g = row.weight_decay != 0.0f ? fused_multiply_add(row.weight_decay, p, g) : g;
-  if (row.momentum != 0.0f) {
-    momentum_buffer =
-        row.first != 0.0f ? g : fused_multiply_add(row.one_minus_dampening, g, momentum_buffer * row.momentum);
-    g = row.nesterov != 0.0f ? fused_multiply_add(row.momentum, momentum_buffer, g) : momentum_buffer;
-  }
-  return fused_multiply_add(row.minus_lr, g, p);
+  const float decayed = row.weight_decay != 0.0f ? fused_multiply_add(row.weight_decay, p, g) : g;
+  const float averaged = fused_multiply_add(row.one_minus_dampening, decayed, momentum_buffer * row.momentum);
+  const float buffer = row.first != 0.0f ? decayed : averaged;
+  const float step = row.nesterov != 0.0f ? fused_multiply_add(row.momentum, buffer, decayed) : buffer;
+  momentum_buffer = row.momentum != 0.0f ? buffer : momentum_buffer;
+  return fused_multiply_add(row.minus_lr, row.momentum != 0.0f ? step : decayed, p);
 }

@@ -26,8 +26,11 @@ struct Step {
 
 // p = optimizer(p, g, moments), before masking, and the window's mean with its score.
 template <class Optimizer, int criterion, class Weights, class Moments, class States>
-void step_part(const Step<Weights, Moments, States>& block, int64_t begin, int64_t n,
-               const typename Optimizer::Row& row, float clip, float accepted) {
+void step_part(const Step<Weights, Moments, States>& given, int64_t begin, int64_t n,
+               const typename Optimizer::Row& given_row, float clip, float accepted) {
+  // Copies, which no store can change.
+  const Step<Weights, Moments, States> block = given;
+  const typename Optimizer::Row row = given_row;
   // Each weight has its own place in every operand.
 #pragma GCC ivdep
   for (int64_t i = begin; i < begin + n; ++i) {

@@ -107,13 +107,16 @@ void masked_update(const Update& args) {
 // p = bit ? p : +0, bit by bit: a kept NaN stays the NaN it was.
 void apply_mask(const ApplyMask& args) {
   Bits keep;
+  const Ahead ahead(args.params);
   for (int64_t at = 0; at < args.count; at += kBlock) {
     const int64_t n = args.count - at < kBlock ? args.count - at : kBlock;
     expand_mask(args.mask, at, n, keep.values);
-    if (args.params.dtype == Dtype::float32) {
-      mask_block(Float32s{in_place(args.params, at)}, keep.values, n);
-    } else {
-      mask_block(Bfloat16s{halves(args.params, at)}, keep.values, n);
-    }
+    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
+      if (args.params.dtype == Dtype::float32) {
+        mask_block(Float32s{in_place(args.params, at + i)}, keep.values + i, part);
+      } else {
+        mask_block(Bfloat16s{halves(args.params, at + i)}, keep.values + i, part);
+      }
+    });
   }
 }
