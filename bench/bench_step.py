@@ -70,57 +70,93 @@ class Model(nn.Module):
 def cases(problem: Problem, delta_t: int, eager: bool = False) -> list[Case]:
     """Ours beside torch's fused AdamW, or beside the eager ones. One call is a window and its boundary.
 
-    Bytes counted per step: update, ipt and mask at every step, and once a window what `_boundary_bytes` says. torch's
-    AdamW: its seven.
+    Bytes counted per step: update, ipt and mask at every step, and once a window what `_boundary_bytes` says.
     """
     weight, state = problem.sizes
     model = Model(problem)
-    parameters = model.tensors
-    n = sum(p.numel() for p in parameters)
-    optimizer = PinsAdamW(parameters, lr=_LR)
-    pruner = _pruner(problem, model, optimizer, delta_t)
-    _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
+    counted = 7 * weight + 2 * state + 0.125 + _boundary_bytes(problem, state, delta_t) / delta_t
+    own = _ours(problem, model, name_of(delta_t), counted, delta_t)
+    return [own, *_eager_cases(problem, model, delta_t)] if eager else [own, _floor(problem, model, delta_t)]
 
-    window, first = partial(_window, model, delta_t), partial(_first, model)
 
-    def written() -> list[Tensor]:
-        return [*parameters, *pruner.importance.ipt, *pruner.importance.exp_avg_unc, *pruner.masks.bits]
+def lean_cases(problem: Problem, delta_t: int) -> list[Case]:
+    """The same with less beside the weights: statistics in bfloat16, or taken from AdamW's moments, or none.
 
-    ours = 7 * weight + 2 * state + 0.125 + _boundary_bytes(problem, delta_t) / delta_t
-    name = name_of(delta_t)
-    own = Case(
+    Bytes counted per step: `moments` reads p, m and v at a window's end and has no ipt, `fisher` reads p and v twice.
+    """
+    weight, state = problem.sizes
+    model = Model(problem)
+    update, half = 7 * weight + 0.125, torch.bfloat16.itemsize
+    halved = update + 2 * half + _boundary_bytes(problem, half, delta_t) / delta_t
+    moments = update + (3 * weight + 8 * state + 0.25) / delta_t
+    fisher = update + (4 * weight + 0.25) / delta_t
+    return [
+        _ours(problem, model, lean_name_of(delta_t, "bfloat16"), halved, delta_t, state_dtype="bfloat16"),
+        _ours(problem, model, lean_name_of(delta_t, "moments"), moments, delta_t, criterion="moments"),
+        _ours(problem, model, lean_name_of(delta_t, "fisher"), fisher, delta_t, criterion="fisher"),
+        _floor(problem, model, delta_t, lean_name_of(delta_t, "bfloat16")),
+    ]
+
+
+def _ours(
+    problem: Problem,
+    model: Model,
+    name: str,
+    counted: float,
+    delta_t: int,
+    criterion: str = "pins",
+    state_dtype: str | None = None,
+    clips: bool = False,
+) -> Case:
+    """Steps through Pruner and PinsAdamW; `counted` bytes per weight and step."""
+    optimizer = PinsAdamW(model.tensors, lr=_LR)
+    state_dtype = state_dtype or ("float32" if problem.state_dtype == torch.float32 else "bfloat16")
+    pruner = _pruner(problem, model, optimizer, delta_t, criterion, state_dtype)
+    importance = pruner.importance
+
+    def setup() -> None:
+        _first(model, optimizer)
+        if criterion == "pins":
+            _settle(model, delta_t, importance.exp_avg_ipt, importance.exp_avg_unc)
+
+    def clip_and_step() -> None:
+        # Half the norm of the gradients: they are multiplied.
+        optimizer.clip_grad_norm_(0.5 * math.sqrt(problem.weights) * _GRADIENT)
+        optimizer.step()
+
+    return Case(
         name,
-        partial(window, optimizer.step),
+        partial(_window, model, delta_t, clip_and_step if clips else optimizer.step),
         "step",
-        n,
-        ours,
+        problem.weights,
+        counted,
         delta_t,
-        setup=partial(first, optimizer),
-        outputs=written,
+        setup=setup,
+        outputs=lambda: [*model.tensors, *importance.ipt, *importance.exp_avg_unc, *pruner.masks.bits],
     )
-    if eager:
-        return [own, *_eager_cases(problem, model, window, delta_t)]
-    plain = torch.optim.AdamW(parameters, lr=_LR, fused=True)
-    floor = Case(
+
+
+def _floor(problem: Problem, model: Model, delta_t: int, against: str | None = None) -> Case:
+    """torch's AdamW; its seven operands are counted."""
+    plain = torch.optim.AdamW(model.tensors, lr=_LR, fused=True)
+    return Case(
         FLOOR,
-        partial(window, plain.step),
+        partial(_window, model, delta_t, plain.step),
         "floor",
-        n,
-        7 * weight,
+        problem.weights,
+        7 * problem.sizes[0],
         delta_t,
-        against=name,
-        setup=partial(first, plain),
+        against=against or name_of(delta_t),
+        setup=partial(_first, model, plain),
     )
-    return [own, floor]
 
 
-def _boundary_bytes(problem: Problem, delta_t: int) -> float:
-    """What a window's boundary moves beside its steps' update and ipt.
+def _boundary_bytes(problem: Problem, state: int, delta_t: int) -> float:
+    """What a window's boundary moves beside its steps' update and ipt, with `state` bytes of each statistic.
 
     On the CPU fold, one read to select, pack. On a GPU the last step's pass reads and writes both averages and leaves
     ipt, and the next one's reads them. A window of one step reads and writes them in its own pass, and has no ipt.
     """
-    _, state = problem.sizes
     if delta_t == 1:
         return 2 * state + 0.25
     return (9 if problem.device.type == "cpu" else 5) * state + 0.25
@@ -141,36 +177,13 @@ def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
     weight, state = problem.sizes
     model = Model(problem)
     update = 8 * weight + 0.125
-    pins = update + 2 * state + _boundary_bytes(problem, delta_t) / delta_t
+    pins = update + 2 * state + _boundary_bytes(problem, state, delta_t) / delta_t
+    fisher = update + (4 * weight + 0.25) / delta_t
     return [
-        _clipped(problem, model, delta_t, "pins", pins),
-        _clipped(problem, model, delta_t, "fisher", update + (4 * weight + 0.25) / delta_t),
+        _ours(problem, model, clipped_name_of(delta_t, "pins"), pins, delta_t, clips=True),
+        _ours(problem, model, clipped_name_of(delta_t, "fisher"), fisher, delta_t, criterion="fisher", clips=True),
         _clipped_floor(problem, model, delta_t),
     ]
-
-
-def _clipped(problem: Problem, model: Model, delta_t: int, criterion: str, counted: float) -> Case:
-    """Ours; `counted` bytes per weight and step."""
-    optimizer = PinsAdamW(model.tensors, lr=_LR)
-    pruner = _pruner(problem, model, optimizer, delta_t, criterion)
-    if criterion == "pins":
-        _settle(model, delta_t, pruner.importance.exp_avg_ipt, pruner.importance.exp_avg_unc)
-
-    def step() -> None:
-        # Half the norm of the gradients: they are multiplied.
-        optimizer.clip_grad_norm_(0.5 * math.sqrt(problem.weights) * _GRADIENT)
-        optimizer.step()
-
-    return Case(
-        clipped_name_of(delta_t, criterion),
-        partial(_window, model, delta_t, step),
-        "step",
-        problem.weights,
-        counted,
-        delta_t,
-        setup=partial(_first, model, optimizer),
-        outputs=lambda: [*model.tensors, *pruner.masks.bits],
-    )
 
 
 def _clipped_floor(problem: Problem, model: Model, delta_t: int) -> Case:
@@ -193,8 +206,9 @@ def _clipped_floor(problem: Problem, model: Model, delta_t: int) -> Case:
     )
 
 
-def _pruner(problem: Problem, model: Model, optimizer: PinsAdamW, delta_t: int, criterion: str = "pins") -> Pruner:
-    dtype = "float32" if problem.state_dtype == torch.float32 else "bfloat16"
+def _pruner(
+    problem: Problem, model: Model, optimizer: PinsAdamW, delta_t: int, criterion: str, state_dtype: str
+) -> Pruner:
     config = PruneConfig(
         1 - problem.ratio,
         criterion=criterion,
@@ -203,7 +217,7 @@ def _pruner(problem: Problem, model: Model, optimizer: PinsAdamW, delta_t: int, 
         warmup=0,
         cooldown=2,
         include=("*",),
-        state_dtype=dtype,
+        state_dtype=state_dtype,
     )
     return Pruner(model, optimizer, config, total_steps=1 << 40)
 
@@ -229,14 +243,17 @@ def clipped_name_of(delta_t: int, criterion: str) -> str:
     return f"clip + step, deltaT = {delta_t}, {criterion}"
 
 
+def lean_name_of(delta_t: int, what: str) -> str:
+    """Name of our case with less beside the weights: statistics in bfloat16, or a criterion."""
+    return f"{name_of(delta_t)}, {'statistics in bfloat16' if what == 'bfloat16' else what}"
+
+
 def name_of(delta_t: int) -> str:
     """Name of our case."""
     return "mask step, deltaT = 1" if delta_t == 1 else f"average step, deltaT = {delta_t}"
 
 
-def _eager_cases(
-    problem: Problem, model: Model, window: Callable[[Callable[[], object], int], None], delta_t: int
-) -> list[Case]:
+def _eager_cases(problem: Problem, model: Model, delta_t: int) -> list[Case]:
     n, item = problem.weights, problem.dtype.itemsize
 
     def peer(name: str, fused: bool, compiled: bool, beside: int, slow: bool) -> Case:
@@ -248,7 +265,7 @@ def _eager_cases(
 
         return Case(
             name,
-            lambda turn: window(made[0].step, turn),
+            lambda turn: _window(model, delta_t, made[0].step, turn),
             "peer",
             n,
             steps=delta_t,
@@ -303,11 +320,23 @@ def eager_group(problem: Problem, peers: bool, delta_t: int) -> Group | None:
     return Group("step", problem, partial(_cases_at, delta_t, True), True, operand_bytes, label) if peers else None
 
 
+def lean_group(problem: Problem, peers: bool, delta_t: int) -> Group:
+    """Ours with less beside the weights; torch's fused AdamW is measured with or without peers."""
+    weight, state = problem.sizes
+    # Statistics in bfloat16, and two averages of `moments`.
+    operand_bytes = (9 + gradient_sets(problem)) * weight + 6 + 2 * state
+    return Group("step", problem, partial(_lean_cases_at, delta_t), peers, operand_bytes, f"deltaT = {delta_t}, lean")
+
+
 def clipped_group(problem: Problem, peers: bool, delta_t: int) -> Group:
     """Clipping and step; torch's is measured with or without peers."""
     weight, state = problem.sizes
     operand_bytes = (7 + gradient_sets(problem)) * weight + 3 * state
     return Group("clip", problem, partial(_clipped_cases_at, delta_t), peers, operand_bytes, f"deltaT = {delta_t}")
+
+
+def _lean_cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:
+    return lean_cases(problem, delta_t)
 
 
 def _clipped_cases_at(delta_t: int, problem: Problem, peers: bool) -> list[Case]:

@@ -41,7 +41,11 @@ from .targets import lines
 
 GROUPS: dict[str, list[Callable[[Problem, bool], Group | None]]] = {
     "select": [bench_select.group],
-    "step": [partial(made, delta_t=n) for made in (bench_step.group, bench_step.eager_group) for n in (10, 1)],
+    "step": [
+        *(partial(bench_step.group, delta_t=n) for n in (10, 1)),
+        partial(bench_step.lean_group, delta_t=10),
+        *(partial(bench_step.eager_group, delta_t=n) for n in (10, 1)),
+    ],
     "clip": [partial(bench_step.clipped_group, delta_t=10)],
     "update": [bench_update.group],
     "importance": [bench_importance.group],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .bench_small import one_tensor
-from .bench_step import CLIPPED_FLOOR, FLOOR, clipped_name_of, name_of
+from .bench_step import CLIPPED_FLOOR, FLOOR, clipped_name_of, lean_name_of, name_of
 from .records import Record
 
 Measured = Iterable[tuple[str, Record, float | None]]
@@ -142,9 +142,19 @@ def _beside(peer: str, ours: str, inverse: bool = False) -> Callable[[Sequence[R
 
 def _clipped(criterion: str) -> Callable[[Sequence[Record]], Measured]:
     """Time of our clipping and step over that of torch's."""
+    return _over(clipped_name_of(10, criterion), CLIPPED_FLOOR)
 
+
+def _lean(what: str) -> Callable[[Sequence[Record]], Measured]:
+    """Time of our step with less beside the weights over that of torch's, in the same group."""
+    return _over(lean_name_of(10, what), FLOOR)
+
+
+def _over(name: str, floor_name: str) -> Callable[[Sequence[Record]], Measured]:
     def measure(records: Sequence[Record]) -> Measured:
-        ours, floor = (_find(records, name) for name in (clipped_name_of(10, criterion), CLIPPED_FLOOR))
+        ours = _find(records, name)
+        beside = [] if ours is None else [r for r in records if (r.stem, r.label) == (ours.stem, ours.label)]
+        floor = _find(beside, floor_name)
         if ours is not None and floor is not None and ours.median_s and floor.median_s:
             yield "", ours, ours.median_s / floor.median_s
 
@@ -183,6 +193,9 @@ TARGETS = (
     Target("the same with criterion fisher (floor 0.82)", "cpu", 1.0, 0.9, False, "x", _clipped("fisher")),
     Target("average step at deltaT = 10 / torch fused AdamW (floor 1.35)", "cpu", 1.45, 1.2, False, "x",
            _beside(FLOOR, AVERAGE, inverse=True)),
+    Target("the same with statistics in bfloat16 (floor 1.20)", "both", 1.3, 1.2, False, "x", _lean("bfloat16")),
+    Target("the same with criterion moments (floor 1.06)", "both", 1.2, 1.1, False, "x", _lean("moments")),
+    Target("the same with criterion fisher (floor 1.03)", "both", 1.1, 1.05, False, "x", _lean("fisher")),
     Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "cuda", 2.2, 1.65, False, "x",
            _beside(FLOOR, MASK, inverse=True)),
     Target("mask step at deltaT = 1 / torch fused AdamW (floor 1.57)", "cpu", 2.0, 1.65, False, "x",

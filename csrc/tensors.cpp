@@ -125,8 +125,6 @@ void Tensors::ask_kept() {
       for (int64_t i = begin; i < last; ++i) tensors_[i].const_data_ptr();
     }
   });
-  // A lazy copy gets memory of its own here, which is not for several threads.
-  for (const ListedTensor& tensor : tensors_) tensor.data_ptr();
 }
 
 }  // namespace pins_ext

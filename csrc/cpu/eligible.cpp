@@ -44,7 +44,7 @@ void eligible_(const Tensors& scores, const Tensor& nans, const Tensors& a, cons
   int64_t* counts = static_cast<int64_t*>(nans.data_ptr());
   std::fill(counts, counts + work.tensors(), 0);
   const Group* rows = static_cast<const Group*>(groups.const_data_ptr());
-  const Operand target(work, scores);
+  const Operand target(work, scores, Use::write);
   const auto eligible = kernels().eligible[scored.kind];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const auto [keep, of, stride] = rows[chunk.tensor];

@@ -183,7 +183,7 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
   }
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * n, 0);
-  const Masks masks_at(masks);
+  const Masks masks_at(masks, Use::write);
   const auto pack = kernels().pack[scored.kind];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const int64_t* row = thresholds + (rows == 1 ? 0 : 2 * chunk.tensor);
@@ -212,7 +212,7 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
   Inputs{{"threshold", &threshold}}.check_outputs({{"masks", masks}});
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * work.tensors(), 0);
-  const Masks masks_at(masks);
+  const Masks masks_at(masks, Use::write);
   const auto pack_around = kernels().pack_around[scored.kind];
   Candidates candidates;
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {

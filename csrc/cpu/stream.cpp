@@ -19,7 +19,8 @@ void stream_(const Tensors& written, const Tensors& read) {
       check_tensor([&] { return item(list.name, i); }, tensor, kCpu, kParamDtypes);
       if (streams.size == 0) numel = tensor.numel();
       PINS_CHECK(tensor.numel() == numel, item(list.name, i), " must have ", numel, " elements, got ", tensor.numel());
-      streams.data[streams.size] = static_cast<char*>(tensor.data_ptr());
+      const Use use = &list.tensors == &written ? Use::write : Use::read;
+      streams.data[streams.size] = static_cast<char*>(address_of(tensor, use));
       streams.itemsize[streams.size++] = static_cast<int64_t>(tensor.element_size());
     }
   }

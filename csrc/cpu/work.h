@@ -78,10 +78,17 @@ inline Work check_work(const Tensor& places, const Tensor& chunks) {
   return work;
 }
 
+// Whether an operator writes an operand: a lazy copy that is read stays one.
+enum class Use { read, write };
+
+inline void* address_of(const ListedTensor& tensor, Use use) {
+  return use == Use::write ? tensor.data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+}
+
 // One operand of the list: addresses by tensor. An empty list gives empty spans.
 class Operand {
  public:
-  Operand(const Work& work, const Tensors& tensors) : places_(work.places) {
+  Operand(const Work& work, const Tensors& tensors, Use use) : places_(work.places) {
     if (tensors.empty()) return;
     ScalarType dtype = tensors[0].scalar_type();
     dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16
@@ -91,7 +98,7 @@ class Operand {
                                            : Dtype::float32;
     data_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      data_.push_back(static_cast<char*>(tensors[i].data_ptr()));
+      data_.push_back(static_cast<char*>(address_of(tensors[i], use)));
       if (coded()) check_rows(tensors[i], i);
     }
   }
@@ -126,9 +133,9 @@ class Operand {
 // Packed masks by chunk; chunks are whole bytes. An empty list gives null.
 class Masks {
  public:
-  explicit Masks(const Tensors& tensors) {
+  Masks(const Tensors& tensors, Use use) {
     data_.reserve(tensors.size());
-    for (const ListedTensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(tensor.data_ptr()));
+    for (const ListedTensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(address_of(tensor, use)));
   }
 
   uint8_t* at(const Chunk& chunk) const { return data_.empty() ? nullptr : data_[chunk.tensor] + chunk.offset / 8; }

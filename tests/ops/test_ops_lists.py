@@ -24,7 +24,10 @@ def of_lists(call: Arguments) -> Iterator[Tensor]:
             yield from (x for x in arg if isinstance(x, Tensor))
 
 
-@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if any(True for _ in of_lists(call()))])
+LISTED = [name for name, call in CALLS.items() if any(True for _ in of_lists(call()))]
+
+
+@pytest.mark.parametrize("name", LISTED)
 def test_no_tensor_outlives_a_call(name: str) -> None:
     args, kwargs = CALLS[name]()
     seen = [weakref.ref(x) for x in of_lists((args, kwargs))]
@@ -55,6 +58,21 @@ def test_threads_that_share_tensors_may_call_at_once() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(norm, range(100))) == {600.0}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", LISTED)
+def test_lazy_copies_are_made_of_what_is_written_alone(name: str, keep: bool) -> None:
+    args, kwargs = CALLS[name]()
+    written, read = [], []
+    for i, argument in enumerate(getattr(pins, name).default._schema.arguments[: len(args)]):
+        if isinstance(args[i], list) and all(isinstance(x, Tensor) for x in args[i]):
+            copies = [torch._lazy_clone(x) for x in args[i]]
+            (written if argument.alias_info and argument.alias_info.is_write else read).extend(copies)
+            args[i] = [pins.keep_list(copies)] if keep and copies else copies
+    getattr(pins, name)(*args, **kwargs)
+    assert all(map(torch._C._is_cow_tensor, read))
+    assert not any(x.numel() and torch._C._is_cow_tensor(x) for x in written)
 
 
 def test_a_lazy_copy_is_made_before_it_is_written() -> None:
