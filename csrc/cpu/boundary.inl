@@ -11,13 +11,11 @@ bool begins(const Update& args) {
   return args.accepted == 0.0f && criterion != static_cast<int>(Criterion::movement);
 }
 
-// Of a step that begins a window and ends it, where its statistics are stored alike.
+// Of a step that begins a window and ends it.
 template <int criterion>
 bool goes_in_loop(const Update& args) {
-  if (!args.boundary || !args.boundary->around || !args.boundary->folds) return false;
-  const Fold& fold = args.boundary->fold;
-  return can_go_in_loop(criterion) && begins<criterion>(args) && fold.exp_avg_unc.data && !args.shadow.data &&
-         fold.exp_avg_ipt.dtype == args.ipt.dtype && fold.exp_avg_unc.dtype == args.ipt.dtype;
+  return can_go_in_loop(criterion) && begins<criterion>(args) && args.boundary && args.boundary->around &&
+         args.boundary->folds && args.boundary->fold.exp_avg_unc.data && !args.shadow.data;
 }
 
 // What a boundary adds to the operands of a step.
@@ -85,7 +83,7 @@ PINS_BLOCK void choose_block(const Update& args, int64_t at, int64_t n) {
   choose_by_keys(args, keys.values, at, n);
 }
 
-// A block of such a boundary, but for what follows from its masks.
+// A block of such a step, but for moments that its masks zero.
 template <class Optimizer, int criterion, class Weights, class Moments, class States>
 void boundary_block(const Update& args, const Step<Weights, Moments, States>& step, const Ahead& ahead, int64_t at,
                     int64_t n, const typename Optimizer::Row& row, Pending& pending) {

@@ -12,7 +12,7 @@ void mask_step(const Update& args, const Step<Weights, Moments, States>& step, i
   if (args.second.data) mask_block(step.second, keep.values, n);
 }
 
-// What is added to the operands of an update that are read ahead, where scores choose and are folded in its loop.
+// What an update reads ahead: its operands, and the averages where they choose and are folded in its loop.
 inline Ahead ahead_of(const Update& args, const Span& ipt, bool in_loop) {
   const Span none;
   return Ahead(args.params, args.grads, args.first, args.second, ipt, args.shadow,
@@ -27,6 +27,7 @@ inline void store_shadow(const Span& shadow, int64_t at, int64_t n, Bfloat16s p,
   if (shadow.data) __builtin_memcpy(halves(shadow, at), p.data, n * sizeof(uint16_t));
 }
 
+// Weights, Moments, States: Bfloat16s where bfloat16 is used in place, Float32s for all else.
 template <class Optimizer, int criterion, class Weights, class Moments, class States>
 void update_run(const Update& args) {
   const typename Optimizer::Row row = *reinterpret_cast<const typename Optimizer::Row*>(args.hyper);
@@ -88,8 +89,8 @@ void update_run(const Update& args) {
   }
 }
 
-// `criterion` is one of Criterion, or kNoCriterion for a step without importance. bfloat16 is used in place in the
-// statistics, in them and the moments, and in all operands.
+// `criterion` is one of Criterion, or kNoCriterion for a step without importance. bfloat16 is used in place where it
+// stores the statistics, these and the moments, or all operands; other combinations would make more code than speed.
 template <class Optimizer, int criterion>
 void masked_update(const Update& args) {
   const auto in_bfloat16 = [](const Span& span) { return !span.data || span.dtype == Dtype::bfloat16; };
