@@ -74,8 +74,9 @@ def test_accumulate_ugly_values(state: torch.dtype, criterion: str, values: str)
         assert_all_same(ipt, expected)
 
 
+@pytest.mark.parametrize("state", STATES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_accumulate_scales_and_clips_gradients(dtype: torch.dtype) -> None:
+def test_accumulate_scales_and_clips_gradients(dtype: torch.dtype, state: torch.dtype) -> None:
     params, grads = tensors([3000], dtype, seed=1), tensors([3000], dtype, "special", seed=2)
     layout, lr, scale, clip = ops.Layout.of(params), torch.tensor([0.5]), torch.tensor([1024.0]), torch.tensor([0.3])
     used = [(g.float() / scale) * clip for g in grads]
@@ -84,7 +85,7 @@ def test_accumulate_scales_and_clips_gradients(dtype: torch.dtype) -> None:
         ({"grad_scale": scale}, [g.float() / scale for g in grads]),
         ({"clip": clip, "found_inf": torch.zeros(1)}, [g.float() * clip for g in grads]),
     ):
-        ipt = tensors([3000], torch.float32, seed=3)
+        ipt = tensors([3000], state, seed=3)
         expected = expected_ipt("pins", ipt, params, g, layout, lr, 2, rng_of(0))
         args = (ipt, params, grads, layout.places, layout.chunks, lr, torch.tensor([2.0]), rng_of(0), "pins")
         pins.accumulate_(*args, **kwargs)

@@ -245,21 +245,29 @@ def test_masks_and_importance_ride_along(
             assert_all_same(moment, stored(kind, kept, moment_dtype, layout, rng))
 
 
+@pytest.mark.parametrize("names", [("grad_scale",), ("clip",), ("grad_scale", "clip")], ids=str)
+@pytest.mark.parametrize("state", STATES, ids=str)
 @pytest.mark.parametrize("optimizer", KINDS, ids=lambda o: type(o).__name__)
 @pytest.mark.usefixtures("exact_sqrt")
-def test_gradients_are_unscaled_and_clipped_first(optimizer: AdamW | SGD) -> None:
-    params, grads, ipt = (tensors([3000], torch.float32, seed=s) for s in (1, 2, 3))
-    moments = [[m.abs() for m in tensors([3000], torch.float32, seed=5 + k)] for k in range(len(optimizer.moments))]
-    scale, clip, layout = torch.tensor([65536.0]), torch.tensor([0.7]), ops.Layout.of(params)
-    used = [(g / scale) * clip for g in grads]
-    stepped, new_moments = torch_step(optimizer, 3, params, moments, used)
-    c = ref.instant_score("pins-update", params[0], stepped[0], used[0], optimizer.lr)
-    expected = ref.next_ipt("pins-update", ipt[0], c, 1)
-    kwargs = {"ipt": ipt, "accepted": 1.0, "criterion": "pins-update", "grad_scale": scale, "clip": clip}
-    run(optimizer, 3, params, moments, grads, layout, **kwargs)
-    assert_all_same(params + ipt, [stepped[0], expected])
-    for moment, expected_moment in zip(moments, new_moments, strict=True):
-        assert_all_same(moment, expected_moment)
+def test_gradients_are_unscaled_and_clipped_first(
+    optimizer: AdamW | SGD, state: torch.dtype, names: tuple[str, ...]
+) -> None:
+    scalars = {name: torch.tensor([{"grad_scale": 48.0, "clip": 0.7}[name]]) for name in names}
+    scale, clip = (scalars.get(name, torch.ones(1)) for name in ("grad_scale", "clip"))
+    for dtype, moment_dtype in pairs_of(optimizer):
+        params, grads = (tensors([3000], dtype, seed=s) for s in (1, 2))
+        ipt, moments = tensors([3000], state, seed=3), moments_of(optimizer, [3000], moment_dtype)
+        layout, rng = ops.Layout.of(params), rng_of(3)
+        used = [(g.float() / scale) * clip for g in grads]
+        stepped, new_moments = torch_step(optimizer, 3, params, moments, used)
+        c = ref.instant_score("pins-update", params[0], stepped[0], used[0], optimizer.lr)
+        expected = [ref.next_ipt("pins-update", ipt[0], c, 1)]
+        kwargs = {"ipt": ipt, "accepted": 1.0, "criterion": "pins-update", "rng": rng, **scalars}
+        run(optimizer, 3, params, moments, grads, layout, **kwargs)
+        assert_all_same(params, stored("params", stepped, dtype, layout, rng))
+        assert_all_same(ipt, stored("ipt", expected, state, layout, rng))
+        for kind, moment, values in zip(("first", "second"), moments, new_moments, strict=False):
+            assert_all_same(moment, stored(kind, values, moment_dtype, layout, rng))
 
 
 @pytest.mark.parametrize("optimizer", KINDS, ids=lambda o: type(o).__name__)
