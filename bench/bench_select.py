@@ -44,6 +44,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
     hit = counted(ops.bracket_around(threshold))
     miss = counted(ops.bracket_around(threshold + torch.tensor([3 << 23, 0]).to(threshold)))
     counts = hit[1].clone()
+    samples = ops.samples_of(n, places.is_cpu)
     found = [
         Case("select", select, "kernel", n, read_bytes(problem)),
         Case(
@@ -69,9 +70,7 @@ def cases(problem: Problem, peers: bool = True) -> list[Case]:
             outputs=lambda: [counts],
             streams=Streams((), (problem.state_dtype,) * 2),
         ),
-        Case(
-            "sample", lambda turn: kernels.sample(*averages(0), places, chunks, _KIND, min(ops.SAMPLES, n)), "kernel", n
-        ),
+        Case("sample", lambda turn: kernels.sample(*averages(0), places, chunks, _KIND, samples), "kernel", n),
     ]
     return found + (selection_cases(*sets[0], problem.n_prune) if peers else [])
 

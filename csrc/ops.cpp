@@ -57,6 +57,10 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def("bracket_of(Tensor keys, Tensor position, int total) -> Tensor");
   m.def("narrow(Tensor bracket, Tensor counts, Tensor position) -> Tensor");
   m.def("settle(Tensor bracket, Tensor candidates, Tensor found) -> (Tensor, Tensor)");
+  // collect_ and settle of a wider bracket in one pass; on the CPU alone.
+  m.def(
+      "settle_around(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor bracket, "
+      "Tensor position, *, Tensor? factors=None) -> (Tensor, Tensor)");
   m.def("cutoff(Tensor bracket, Tensor tie, Tensor n_prune, int total, bool exact) -> Tensor");
   m.def(
       "select(Tensor[] a, Tensor[] b, Tensor places, Tensor chunks, str score, Tensor n_prune, bool exact=True, *, "

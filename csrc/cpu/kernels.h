@@ -96,6 +96,9 @@ struct PackStats {
   int64_t kept, flipped, nan;
 };
 
+// Places that `inside` may write to past those it has found.
+constexpr int64_t kPast = 16;
+
 // Weights of a chunk inside a bracket, one entry each; room for a whole chunk.
 struct Inside {
   uint32_t* keys;
@@ -153,7 +156,7 @@ struct Kernels {
   void (*fold)(const Fold&);
   void (*keys[kScoreCount])(const Scores&, uint32_t* keys);
   void (*count[kScoreCount])(const Scores&, const Bracket&, Tally&);
-  int64_t (*inside[kScoreCount])(const Scores&, const Bracket&, uint32_t* keys, uint16_t* places);
+  int64_t (*inside[kScoreCount])(const Scores&, const Bracket&, uint32_t* keys, uint16_t* places, int64_t& below);
   void (*pack[kScoreCount])(const Scores&, const Pack&, PackStats&);
   int64_t (*eligible[kScoreCount])(const Eligible&);
   int64_t (*pack_around[kScoreCount])(const Scores&, const Bracket&, uint8_t* mask, PackStats&, Inside&);

@@ -48,9 +48,11 @@ void count_ties(const Work& work, const Scored& scored, const Chunk& chunk, cons
     }
     return;
   }
-  uint32_t keys[kChunk];
-  uint16_t places_in_chunk[kChunk];
-  const int64_t count = kernels().inside[scored.kind](scored.at(work, chunk), {key, key, 0}, keys, places_in_chunk);
+  uint32_t keys[kChunk + kPast];
+  uint16_t places_in_chunk[kChunk + kPast];
+  int64_t below = 0;
+  const Bracket one{key, key, 0};
+  const int64_t count = kernels().inside[scored.kind](scored.at(work, chunk), one, keys, places_in_chunk, below);
   const bool consecutive = last - first == run.count - 1;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = places_in_chunk[i];

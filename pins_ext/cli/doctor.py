@@ -40,7 +40,7 @@ OPERATORS = {
     "select": DRIVER,
     **dict.fromkeys(("sum_of_squares", "masked_adamw_", "masked_sgd_", "apply_mask_"), COMPILED),
     **dict.fromkeys(("boundary_adamw_", "boundary_sgd_"), COMPILED),
-    "pack_around_": SPLIT,
+    **dict.fromkeys(("pack_around_", "settle_around"), SPLIT),
     "stream_": MEASURE,
     **dict.fromkeys(("keep_list", "forget_list"), CROSSED),
     **dict.fromkeys(("sparse_pack", "sparse_linear", "sparse_linear_int8"), CPU_ONLY),

@@ -37,7 +37,15 @@ from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_ar
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_, search_bytes
 from pins_ext.ops.rounding import rounding_key, rounding_keys
-from pins_ext.ops.select import CANDIDATES, SAMPLES, bin_of, bin_or_cutoff, pack_lowest_, score_of_key
+from pins_ext.ops.select import (
+    CANDIDATES,
+    bin_of,
+    bin_or_cutoff,
+    listed_bytes,
+    pack_lowest_,
+    samples_of,
+    score_of_key,
+)
 from pins_ext.ops.select import select as select_on_any_device
 from pins_ext.ops.sparse import PackedWeight, sparse_linear, sparse_linear_int8, sparse_pack
 
@@ -51,6 +59,7 @@ from pins_ext.ops.threshold import (
     sample,
     select,
     settle,
+    settle_around,
     tie_index,
 )
 from pins_ext.ops.transfer import MANY, KeptLists, PointerTables, Uploads, capturing, on_device, to_device
@@ -67,7 +76,6 @@ __all__ = [
     "MANY",
     "MAX_INDEX",
     "MAX_KEY",
-    "SAMPLES",
     "SCORES",
     "Bounds",
     "Count",
@@ -110,6 +118,7 @@ __all__ = [
     "grouped_linear",
     "grouped_pack",
     "is_coded",
+    "listed_bytes",
     "mask_bytes",
     "masked_adamw_",
     "masked_sgd_",
@@ -124,11 +133,13 @@ __all__ = [
     "rounding_key",
     "rounding_keys",
     "sample",
+    "samples_of",
     "score_of_key",
     "search_bytes",
     "select",
     "set_bits",
     "settle",
+    "settle_around",
     "sparse_linear",
     "sparse_linear_int8",
     "sparse_pack",

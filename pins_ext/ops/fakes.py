@@ -50,6 +50,12 @@ def settle(bracket, candidates, found):  # type: ignore[no-untyped-def]
     return torch.empty_like(bracket), torch.empty_like(found)
 
 
+@torch.library.register_fake("pins_ext::settle_around")
+def settle_around(a, b, places, chunks, score, bracket, position, *, factors=None):  # type: ignore[no-untyped-def]
+    _check_devices(a, b, places, chunks, bracket, position, factors)
+    return torch.empty_like(bracket), bracket.new_empty(1)
+
+
 @torch.library.register_fake("pins_ext::cutoff")
 def cutoff(bracket, tie, n_prune, total, exact):  # type: ignore[no-untyped-def]
     return bracket.new_empty(2)

@@ -1,7 +1,8 @@
-"""The exact n-th smallest score over all tensors, by counting passes driven from here.
+"""The exact n-th smallest score over all tensors, by passes over them driven from here.
 
-On a GPU the host never waits for what a pass has found: further passes are launched and return at once where they are
-not needed. On the CPU, where looking is free, they are left out.
+On a GPU one pass counts and another writes down the few weights of the threshold's bin; the host never waits for what
+a pass has found: further passes are launched and return at once where they are not needed. On the CPU, where looking
+is free, they are left out, and one pass writes down all weights that a sample takes to be near the threshold.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from pins_ext.ops.bracket import BINS, MAX_INDEX, MAX_KEY
 from pins_ext.triton_kernels.table import pointer_table
 
 SAMPLES = 16384
-"""Keys drawn to bracket the threshold before the first counting pass: about 4 % of the weights then fall inside it.
+"""Keys drawn to bracket the threshold: some 3 % of the weights then fall inside. On the CPU more, see `samples_of`."""
 
-65536 would halve that, but sorting them takes torch's parallel sort, whose many barriers cost 0.1 to 0.5 s wherever
-another process wants a core.
-"""
+INSIDE = 2_500_000
+"""Weights that fall inside a sample's bracket at most, about, where the CPU selects in one pass: it writes them down, 6
+bytes each, and has room for 1.6 times as many."""
+
+ONE_PASS = 400_000_000
+"""Weights up to which the CPU does so; beyond, drawing enough keys for that would take longer than a second pass."""
 
 CANDIDATES = 16384
 """Weights ordered one by one at the end of a selection. The threshold's bin holds fewer, some ten of 85 M and some
@@ -28,6 +32,18 @@ thousand of 7 G, unless many are tied.
 """
 
 pins = torch.ops.pins_ext
+
+
+def samples_of(total: int, on_host: bool) -> int:
+    """How many keys are drawn of this many weights, so that at most INSIDE of them fall between the ones chosen."""
+    # Four standard deviations to either side, the widest where half is pruned.
+    enough = (4 * total // INSIDE) ** 2 if on_host and total <= ONE_PASS else 0
+    return min(max(SAMPLES, enough), total)
+
+
+def listed_bytes(total: int) -> int:
+    """Transient memory of a selection on the CPU beside its counts: samples, as drawn and as ordered, and a list."""
+    return 3 * 8 * samples_of(total, on_host=True) + 6 * min(total, 8 * INSIDE // 5)
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,14 @@ class Scored:
 
     def begun(self) -> Tensor:
         """A bracket to begin with, from a sample."""
-        keys = pins.sample(*self.operands, min(SAMPLES, self.total), **self._keywords)
+        size = samples_of(self.total, self.places.is_cpu)
+        keys = pins.sample(*self.operands, size, **self._keywords)
         return pins.bracket_of(keys, self.position, self.total)
+
+    def likely(self) -> Tensor:
+        """A bracket that likely holds the threshold, for `settled`: a sample's, or where that is wide one bin of it."""
+        begun = self.begun()
+        return begun if self.places.is_cpu and self.total <= ONE_PASS else self.counted(begun)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
@@ -83,15 +105,17 @@ class Scored:
         pins.count_(self.scratch, *self.operands, bracket, **self._keywords)
         return pins.narrow(bracket, self.scratch, self.position)
 
-    def candidates(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and global indices of the weights inside the bracket, int64 [2, m], in any order, and how many they are.
+    def settled(self, bracket: Tensor) -> tuple[Tensor, Tensor]:
+        """The bracket of one key and its tie index, see `settle`; where that can't be told, a bracket as wide or wider.
 
-        In the places that are left both are MAX_INDEX; where more are found than fit, not all are there.
+        On a GPU of a bracket with few weights; on the CPU, also of a sample's.
         """
+        if self.places.is_cpu:
+            return pins.settle_around(*self.operands, bracket, self.position, factors=self.factors)
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
         pins.collect_(found, candidates, *self.operands, bracket, **self._keywords)
-        return candidates, found
+        return pins.settle(bracket, candidates, found)
 
     def tie_index(self, bracket: Tensor) -> Tensor:
         """The tie index of the weight at the bracket's rank among those of its one key."""
@@ -99,15 +123,14 @@ class Scored:
 
 
 def _bin_of(scored: Scored, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
-    """A bracket of one bin around the threshold.
+    """A bracket around the threshold that `settled` settles: one bin, or on the CPU what a sample says.
 
     From the bracket that is given, whose counts may have ridden on the fold; where the threshold has left it, or
-    without one, from another and one pass more.
+    without one, from a sample.
     """
     if bracket is None:
-        return scored.counted(scored.begun())
-    found, hit = _bin_inside(scored, bracket, counts)
-    return found if scored.looked(hit) else _bin_found(scored, found, hit)
+        return scored.likely()
+    return _bin_found(scored, *_bin_inside(scored, bracket, counts))
 
 
 def _bin_inside(scored: Scored, bracket: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,7 +140,9 @@ def _bin_inside(scored: Scored, bracket: Tensor, counts: Tensor | None) -> tuple
 
 
 def _bin_found(scored: Scored, found: Tensor, hit: Tensor) -> Tensor:
-    """This bin; where the threshold is not in it, another one, by a pass more."""
+    """This bin; where the threshold is not in it, what a sample says."""
+    if scored.places.is_cpu:
+        return found if bool(hit) else scored.likely()
     begun = scored.begun()
     # Marked as one key, a bracket costs no pass.
     begun[4] = hit
@@ -127,16 +152,15 @@ def _bin_found(scored: Scored, found: Tensor, hit: Tensor) -> Tensor:
 def choose(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor | None, counts: Tensor | None) -> Tensor:
     """The cutoff below which `n_prune` weights lie, see `select`.
 
-    A bin around the threshold, then its few weights one by one. Only where they are many, because most are tied or the
+    A bracket around the threshold, then its weights one by one. Only where they are many, because most are tied or the
     bracket misled, further counting passes follow: two resolve anything to one key.
     """
     return _choose_inside(scored, n_prune, exact, _bin_of(scored, bracket, counts))
 
 
 def _choose_inside(scored: Scored, n_prune: Tensor, exact: bool, bracket: Tensor) -> Tensor:
-    """The cutoff, from a bracket of one bin around it."""
-    candidates, found = scored.candidates(bracket)
-    bracket, tie = pins.settle(bracket, candidates, found.reshape(1))
+    """The cutoff, from a bracket around it."""
+    bracket, tie = scored.settled(bracket)
     # One key, and none of its weights is pruned.
     if not scored.looked(bracket[4] > bracket[3]):
         for _ in range(2):
@@ -265,12 +289,12 @@ def bin_or_cutoff(
     scored = Scored(a, b, places, chunks, score, pointers, position, total, scratch, None)
     few = torch.zeros_like(known)
     if bracket is None or counts is None:
-        found = left = scored.counted(scored.begun())
+        found = left = scored.likely()
     else:
         found, hit = _bin_inside(scored, bracket, counts)
         inside = counts.take(((found[:1] - bracket[:1]) >> bracket[2]).clamp_(0, BINS - 1) + 1)
         few = known & hit & (inside <= CANDIDATES)
-        left = _bin_found(scored, found, hit)
+        left = _bin_found(scored, found, hit).clone()
         # One key, of whose weights none is pruned, costs no pass.
         left[3:4].mul_(~few)
         left[4:5].logical_or_(few)

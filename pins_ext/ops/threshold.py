@@ -239,6 +239,46 @@ def settle(
     return torch.ops.pins_ext.settle(bracket, candidates, found)
 
 
+def settle_around(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    places: Tensor,
+    chunks: Tensor,
+    score: str,
+    bracket: Tensor,
+    position: Tensor,
+    *,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The single key of the weight at a rank and its tie index, in one pass over the scores; on the CPU.
+
+    The weights inside the bracket are written down, 6 bytes each, up to four million of them.
+
+    Args:
+        a: [n tensors], first operand of the score: float32 or bfloat16 for product and deviation, otherwise also
+            float16; also a state in 8 bits, see `encode`.
+        b: [n tensors], its second operand: in the dtype of a for product and deviation, any of the three for fisher,
+            otherwise empty.
+        places: int64 [n, 14], `Layout.places`.
+        chunks: int64 [m, 2], `Layout.chunks`.
+        score: one of `SCORES`.
+        bracket: int64 [5], where the weight is likely to be, as from `bracket_of`; its rank is not read.
+        position: int64 [], rank of the weight looked for among all.
+        factors: float32 [n], of the score fisher: 1 / (1 - beta2^t) of each tensor; None for the others.
+
+    Returns:
+        The bracket, int64 [5], and the tie index, int64 [1], as from `settle`. For a weight beside the bracket, all
+        keys on that side, as from `narrow`; with too many weights inside, the bracket in the finest bins there are. A
+        bracket of one key that holds the weight is resolved, with the rank among that key's weights. The tie index is
+        then 0.
+
+    Raises:
+        RuntimeError: an unknown score, an argument of another dtype, shape or device, not contiguous, a bracket of more
+            than BINS bins, a position outside of what competes.
+    """
+    return torch.ops.pins_ext.settle_around(a, b, places, chunks, score, bracket, position, factors=factors)
+
+
 def cutoff(
     bracket: Tensor,
     tie: Tensor,

@@ -213,15 +213,16 @@ def _patterned(
 def _selection(sizes: list[int], ranks: int, scopes: Scopes) -> int:
     """What is asked for while a mask is chosen, without patterns' scores.
 
-    With one threshold: counts of the pass that rides on the fold and of the one that does not, the sample, candidates.
+    With one threshold: counts of the pass that rides on the fold and of the one that does not, candidates, and what is
+    drawn and written down on the CPU, more than a GPU draws.
 
     Args:
         sizes: weights of each tensor's part.
         ranks: those that share the tensors.
         scopes: which weights compete.
     """
-    counts, sample, candidates = 2 * (1 + ops.BINS), 2 * ops.SAMPLES, 4 * ops.CANDIDATES
-    asked = 8 * (counts + sample + candidates)
+    counts, candidates = 2 * (1 + ops.BINS), 4 * ops.CANDIDATES
+    asked = 8 * (counts + candidates) + ops.listed_bytes(sum(sizes))
     if not scopes.is_global:
         asked = search_bytes(scopes, together=ranks > 1)
     elif ranks > 1:

@@ -94,6 +94,10 @@ def settle() -> Arguments:
     return [torch.tensor([0, 9, 0, 2, 0]), candidates, torch.tensor([3])], {}
 
 
+def settle_around() -> Arguments:
+    return [*lists(2), *tables(), "product", torch.tensor([3200000000, 3210000000, 10, 0, 0]), torch.tensor(300)], {}
+
+
 def cutoff() -> Arguments:
     return [torch.tensor([7, 7, 0, 0, 1]), torch.tensor([30]), torch.tensor(300), 700, True], {}
 
@@ -212,6 +216,7 @@ CALLS: dict[str, Callable[[], Arguments]] = {
     "bracket_of": bracket_of,
     "narrow": narrow,
     "settle": settle,
+    "settle_around": settle_around,
     "cutoff": cutoff,
     "select": select,
     "eligible_": eligible,

@@ -150,6 +150,10 @@ def _collect(p: Problem) -> Call:
     return _scored(p) | {"found": torch.zeros(1, dtype=torch.int64), "candidates": candidates, "bracket": p.bracket()}
 
 
+def _settle_around(p: Problem) -> Call:
+    return _scored(p) | {"bracket": p.bracket(), "position": torch.tensor(p.dice.randrange(max(1, sum(p.numel))))}
+
+
 def _tie_index(p: Problem) -> Call:
     return _scored(p) | {"bracket": p.bracket()}
 
@@ -299,6 +303,7 @@ GENERATORS: dict[str, Callable[[Problem], Call]] = {
     "count_": _count,
     "count_regions_": _count_regions,
     "collect_": _collect,
+    "settle_around": _settle_around,
     "tie_index": _tie_index,
     "select": _select,
     "eligible_": _eligible,

@@ -113,6 +113,13 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
         r"groups\[2\] has weights 50 apart in groups of 4, which do not fill 700 weights",
     ),
     "threshold key": ("pack_", 7, torch.tensor([[2**32, 0]]), r"threshold\[0\] has key 4294967296"),
+    "position": ("settle_around", 6, torch.tensor([3]), r"position must have shape \(\), got \(1,\)"),
+    "position of nothing": (
+        "settle_around",
+        6,
+        torch.tensor(705),
+        "position must be the rank of one of 705 weights, got 705",
+    ),
     "threshold of a bracket": (
         "pack_around_",
         2,

@@ -1,6 +1,9 @@
-"""sample, count_, collect_, tie_index, select and pack_ on the CPU against a stable sort, exactly."""
+"""sample, count_, collect_, settle_around, tie_index, select and pack_ on the CPU against a stable sort, exactly."""
 
 from __future__ import annotations
+
+from importlib import import_module
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from pins_ext import ops
 from pins_ext import reference as ref
 
 pins = torch.ops.pins_ext
+SELECT = import_module("pins_ext.ops.select")  # the name is also an operator's
 MAX_INDEX = torch.iinfo(torch.int64).max
 # Kinds that read two states, and those that read one tensor, which may be a parameter.
 KINDS = [(s, d) for s in ("product", "deviation") for d in STATES] + [
@@ -194,6 +198,104 @@ def test_collect_leaves_a_resolved_bracket() -> None:
     pins.collect_(found, candidates, a, b, layout.places, layout.chunks, "product", bracket)
     assert found.tolist() == [0]
     assert bool((candidates == -1).all())
+
+
+def narrowest(lo: int, hi: int, rank: int, resolved: bool) -> list[int]:
+    """A bracket in the finest bins that there are."""
+    return [lo, hi, max(0, (hi - lo).bit_length() - 16), rank, int(resolved)]
+
+
+@pytest.mark.parametrize("sizes", LISTS)
+@pytest.mark.parametrize(("score", "dtype"), KINDS)
+def test_settle_around(score: str, dtype: torch.dtype, sizes: str) -> None:
+    """Brackets that hold the weight, and those beside which it lies, against a stable sort."""
+    for values in VALUES:
+        a, b = operands(score, dtype, LISTS[sizes], values)
+        layout, keys = ops.Layout.of(a, base=2**33), keys_of(score, a, b)
+        if not keys.numel():
+            continue
+        index = torch.cat(index_of(layout))
+        order = torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))
+        ordered, middle = keys[order], int(keys[order[keys.numel() // 2]])
+        for lo, hi in ((0, ref.MASK32), (max(0, middle - 1000), min(middle + 1000, ref.MASK32)), (middle, middle)):
+            for position in sorted({0, keys.numel() // 3, keys.numel() // 2, keys.numel() - 1}):
+                bracket = torch.tensor([lo, hi, max(0, (hi - lo).bit_length() - 16), -7, 0])
+                work = (a, b, layout.places, layout.chunks, score, bracket, torch.tensor(position))
+                found, tie = pins.settle_around(*work)
+                key, expected = int(ordered[position]), 0
+                if key == lo == hi:
+                    wanted = narrowest(lo, hi, position - int((keys < lo).sum()), True)
+                elif key < lo:
+                    wanted = narrowest(0, lo - 1, position, False)
+                elif key > hi:
+                    wanted = narrowest(hi + 1, ref.MASK32, position - int((keys <= hi).sum()), False)
+                else:
+                    wanted = narrowest(key, key, 0, True)
+                    tied = position > 0 and int(ordered[position - 1]) == key
+                    expected = int(index[order[position]]) if tied else 0
+                assert found.tolist() == wanted
+                assert tie.tolist() == [expected]
+
+
+def test_settle_around_leaves_a_resolved_bracket() -> None:
+    a, b = operands("product", torch.float32, [100])
+    layout, bracket = ops.Layout.of(a), torch.tensor([7, 7, 0, 3, 1])
+    found, tie = pins.settle_around(a, b, layout.places, layout.chunks, "product", bracket, torch.tensor(5))
+    assert torch.equal(found, bracket)
+    assert tie.tolist() == [0]
+
+
+def test_settle_around_more_weights_than_are_written_down() -> None:
+    """4 M at most; a selection then counts, and ends at the same threshold."""
+    a = [torch.arange(2**22 + 5, dtype=torch.float32)]
+    layout, bracket = ops.Layout.of(a), torch.tensor([0, ref.MASK32, 20, 0, 0])
+    tables, position = (layout.places, layout.chunks), torch.tensor(2**21)
+    found, tie = pins.settle_around(a, [], *tables, "identity", bracket, position)
+    assert found.tolist() == [0, ref.MASK32, 16, 0, 0]
+    assert tie.tolist() == [0]
+    few = [a[0][:-5]]
+    layout = ops.Layout.of(few)
+    found, _ = pins.settle_around(few, [], layout.places, layout.chunks, "identity", bracket, position)
+    assert found.tolist()[4] == 1
+    assert float(ops.score_of_key(found[None, :2])) == 2**21
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("misled", ["everything", "below", "above", "one key", "counted"])
+def test_select_from_a_sample_that_misleads(misled: str, values: str) -> None:
+    """Whatever bracket a sample gives, and where so many compete that none is settled whole."""
+    a, b = operands("product", torch.float32, LISTS["chunk"], values)
+    layout, keys = ops.Layout.of(a), keys_of("product", a, b)
+    rank, key = ranks(keys), int(keys.sort().values[keys.numel() // 2])
+    wrong = {
+        "everything": torch.tensor([0, ref.MASK32, 16, 0, 0]),
+        "below": torch.tensor([0, 3, 0, 0, 0]),
+        "above": torch.tensor([ref.MASK32 - 3, ref.MASK32, 0, 0, 0]),
+        "one key": torch.tensor([key, key, 0, 0, 0]),
+    }
+    begun = (lambda self: wrong[misled]) if misled in wrong else SELECT.Scored.begun
+    with (
+        patch.object(SELECT.Scored, "begun", begun),
+        patch.object(SELECT, "ONE_PASS", 0 if misled == "counted" else 10**9),
+    ):
+        for n_prune in (1, keys.numel() // 3, keys.numel() // 2, keys.numel() - 1):
+            for exact in (True, False):
+                threshold = pins.select(a, b, layout.places, layout.chunks, "product", torch.tensor(n_prune), exact)
+                if exact:
+                    assert torch.equal(pruned_by_threshold(keys, threshold), rank < n_prune)
+                else:
+                    expected = ref.select(keys, torch.arange(keys.numel()), n_prune, exact=False)
+                    assert tuple(threshold.tolist()) == expected
+
+
+def test_samples_are_enough_for_one_pass() -> None:
+    for total in (0, 1, 16384, 85_000_000, 400_000_000, 10**10):
+        size = SELECT.samples_of(total, on_host=True)
+        assert min(total, SELECT.SAMPLES) <= size <= max(SELECT.SAMPLES, 500_000)
+        if total <= SELECT.ONE_PASS:
+            # Eight standard deviations of a sample's rank, at the widest.
+            assert 4 * total <= SELECT.INSIDE * size**0.5 * 1.01 or total <= 16384
+        assert SELECT.samples_of(total, on_host=False) == min(total, SELECT.SAMPLES)
 
 
 @pytest.mark.parametrize("dtype", STATES, ids=str)
