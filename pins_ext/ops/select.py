@@ -42,8 +42,12 @@ def samples_of(total: int, on_host: bool) -> int:
 
 
 def listed_bytes(total: int) -> int:
-    """Transient memory of a selection on the CPU beside its counts: samples, as drawn and as ordered, and a list."""
-    return 3 * 8 * samples_of(total, on_host=True) + 6 * min(total, 8 * INSIDE // 5)
+    """Transient memory of a selection on the CPU beside its counts: samples, as drawn and as ordered, and a list.
+
+    Beyond ONE_PASS weights the list is that of one bin, which is long only where thousands of scores are equal.
+    """
+    most = 8 * INSIDE // 5 if total <= ONE_PASS else CANDIDATES
+    return 3 * 8 * samples_of(total, on_host=True) + 6 * min(total, most)
 
 
 @dataclass(frozen=True)
