@@ -31,7 +31,7 @@ install: $(ENVIRONMENT)/.pins_ext ## set up the environment and build the extens
 demo: install ## the main job: fine-tune and prune a pretrained transformer to 80 % on real text, with a report
 	$(BIN)/pins-ext train
 
-demo-short: install ## the same in about a minute, for a quick look and for CI: too few steps for good numbers
+demo-short: install ## the same in one to two minutes, for a quick look and for CI: too few steps for good numbers
 	$(BIN)/pins-ext train --max-steps 30 --output-dir runs/demo-short --overwrite
 
 # Anything but GPU code, which is chosen for each process: interpreted, emulated, or compiled for a GPU.

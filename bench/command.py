@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pins_ext import ops  # noqa: F401  (registers the operators before the machine is described)
+from pins_ext.contention import QUIET
 
 from . import (
     bench_importance,
@@ -28,7 +29,6 @@ from . import (
     scaling,
     scaling_picture,
 )
-from .contention import QUIET
 from .data import DTYPES, Problem
 from .options import STEMS
 from .protocol import Limits

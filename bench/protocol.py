@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pins_ext.contention import Neighbours
+
 from . import memory
-from .contention import Neighbours
 
 _BLOCK_SECONDS = 0.5
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pins_ext.contention import QUIET
 from pins_ext.runs.tables import markdown
 
-from .contention import QUIET
 from .records import Run
 from .screen import DISTURBED, place
 from .targets import Line, lines, shown

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from pins_ext.contention import Neighbours
 from pins_ext.files.atomic import write_file
 
 from . import bench_step, memory
-from .contention import Neighbours
 from .data import Problem
 from .protocol import Limits, measure, reason
 from .suite import Group

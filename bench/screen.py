@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .contention import QUIET
+from pins_ext.contention import QUIET
+
 from .records import Record
 from .suite import Group
 from .targets import DASH, TIMES, Line, shown

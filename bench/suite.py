@@ -10,8 +10,9 @@ from typing import Protocol
 
 import torch
 
+from pins_ext.contention import Neighbours
+
 from . import memory
-from .contention import Neighbours
 from .data import Problem
 from .protocol import Case, Limits, bandwidth_cases, floor_cases, measure, reason, repeatable
 from .records import Record, record_of

@@ -63,6 +63,7 @@ class SparseMatrix {
     const int64_t slices = start[2 * n], steps = start[2 * n + 1];
     const int64_t most = std::numeric_limits<int64_t>::max() / (kSliceRows * group);
     PINS_CHECK(0 <= steps && steps <= most, "starts end at step ", steps, ", which no matrix has");
+    stored_ = steps * kSliceRows * group;
     check_shape("rows", rows, {slices, kSliceRows}, ScalarType::Byte, kSparseDevice);
     check_shape("counts", counts, {slices}, ScalarType::Short, kSparseDevice);
     check_shape("values", values, {steps * kSliceRows * group}, dtype, kSparseDevice);
@@ -89,6 +90,11 @@ class SparseMatrix {
   }
 
   int64_t chunks() const { return chunks_; }
+  // Chunks that are worth another thread where it should have so many products to compute.
+  int64_t chunks_with(int64_t products, int64_t tokens) const {
+    const int64_t each = std::max<int64_t>(stored_ * tokens / std::max<int64_t>(chunks_, 1), 1);
+    return (products + each - 1) / each;
+  }
   int64_t blocks() const { return blocks_; }
   int64_t first_row(int64_t chunk) const { return chunk * chunk_rows_; }
   int64_t rows(int64_t chunk) const {
@@ -98,7 +104,7 @@ class SparseMatrix {
   const SparseBlock& block(int64_t chunk, int64_t k) const { return blocks_list_[chunk * blocks_ + k]; }
 
  private:
-  int64_t chunks_, chunk_rows_, blocks_, out_features_;
+  int64_t chunks_, chunk_rows_, blocks_, out_features_, stored_ = 0;
   std::vector<SparseBlock> blocks_list_;
 };
 

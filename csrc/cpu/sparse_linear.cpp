@@ -13,6 +13,9 @@ using OptionalTensor = std::optional<Tensor>;
 // Up to this many tokens are multiplied one by one: a tile of 16 costs as much as two of them.
 constexpr int64_t kOneByOne = 2;
 
+// Products below which one thread is faster than two, and much faster where another process has the second core.
+constexpr int64_t kWorthAThread = 32768;
+
 struct Call {
   const SparseMatrix& matrix;
   const char* x;
@@ -51,7 +54,8 @@ void run_tokens(const Call& call) {
     // A tile of one token lies as the token does: converted and filled up.
     loops.load_token({call.token(t), call.dtype, call.in_features, 1, call.in_features, x.data() + t * padded});
   }
-  torch::stable::parallel_for(0, call.matrix.chunks(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = call.matrix.chunks_with(kWorthAThread, call.tokens);
+  torch::stable::parallel_for(0, call.matrix.chunks(), grain, [&](int64_t begin, int64_t end) {
     alignas(64) float y[kOneByOne][kBlockRows];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       for (int64_t t = 0; t < call.tokens; ++t) call.begin(chunk, 1, y[t]);

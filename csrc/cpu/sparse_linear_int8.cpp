@@ -12,6 +12,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Up to this many tokens are multiplied one by one.
 constexpr int64_t kOneByOneBytes = 4;
+
+// Products below which one thread is faster than two.
+constexpr int64_t kWorthAThread = 131072;
 // Sums of this many products of a code and a byte fit 31 bits.
 constexpr int64_t kMostColumns = int64_t{1} << 15;
 
@@ -70,7 +73,8 @@ void run_tokens(const Call& call) {
   const SparseLoops& loops = kernels().sparse;
   Bytes bytes(call.padded());
   bytes.load(call, 0, call.tokens, false);
-  torch::stable::parallel_for(0, call.matrix.chunks(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = call.matrix.chunks_with(kWorthAThread, call.tokens);
+  torch::stable::parallel_for(0, call.matrix.chunks(), grain, [&](int64_t begin, int64_t end) {
     alignas(64) int32_t found[kOneByOneBytes][kBlockRows];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::fill_n(&found[0][0], kOneByOneBytes * kBlockRows, 0);

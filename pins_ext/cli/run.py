@@ -130,7 +130,7 @@ def _sparsify(model: Any, given: dict[str, Any]) -> None:
         sparsify_for_inference(model, given.get("min_sparsity", 0.7), values=given.get("values"), say=say)
     except NothingSparseError as error:
         if say is not None:
-            say(f"computed densely: {error}")
+            say(f"computed densely: {str(error).replace('min_sparsity', '--min-sparsity')}")
 
 
 def _line(answer: dict[str, Any]) -> str:

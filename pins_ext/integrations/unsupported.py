@@ -51,12 +51,14 @@ def refuse_release(args: TrainingArguments, kind: type, frozen_base: bool = Fals
     if args.max_grad_norm:
         raise ValueError(
             f"max_grad_norm={args.max_grad_norm:g} clips by this step's norm, and released gradients are gone by then: "
-            "set it to 0, and give release_gradients a max_norm, which clips by the norm of the step before"
+            "set it to 0 (--max-grad-norm 0), and clip by the norm of the step before with "
+            f"release_gradients(max_norm={args.max_grad_norm:g}) (--release-norm {args.max_grad_norm:g})"
         )
     if args.gradient_accumulation_steps > 1:
         raise ValueError(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps}: released gradients are used by the first "
-            "backward of a step, so that there is nothing to accumulate: set it to 1, with larger batches"
+            "backward of a step, so that there is nothing to accumulate: set it to 1 "
+            "(--gradient-accumulation-steps 1), with larger batches"
         )
     if args.world_size > 1:
         raise ValueError(

@@ -175,7 +175,9 @@ def conflicts(
     if config.state_device and not moves_states(config, frozen_base):
         found.append(f"state_device={config.state_device!r} moves nothing: {config.criterion} keeps no statistics")
     if frozen_base and config.rule.name == "pins":
-        found.append("pins is platon, |p g|, over a frozen base: there is no step of its weights to look ahead to")
+        found.append(
+            "over a frozen base criterion pins is the same as platon, |p g|: no weight takes a step to look ahead to"
+        )
     if config.rule.warning:
         found.append(f"{config.rule.name} {config.rule.warning}")
     return found

@@ -122,8 +122,8 @@ def no_better_than_baseline(record: RunRecord) -> str:
         return ""
     name = final.metric.removeprefix("eval_").replace("_", " ")
     less = ", a lower --sparsity" if final.weights else ""
+    look = ", or look at the labels: pins-ext plan shows how they are distributed" if data.labels else ""
     return (
         f"{record.label}: {name} {score:.4f} is no better than {data.baseline_name}, which needs no model and has "
-        f"{baseline:.4f}. Try more steps (--num-train-epochs), another --learning-rate{less}, or look at the labels: "
-        "pins-ext plan shows how they are distributed."
+        f"{baseline:.4f}. Try more steps (--num-train-epochs), another --learning-rate{less}{look}."
     )

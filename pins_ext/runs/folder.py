@@ -150,7 +150,10 @@ class RunFolder:
             names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             if names:
                 changed = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in names)
-                raise UsageError(f"the unfinished run in {self.work} was started with other settings: {changed}")
+                raise UsageError(
+                    f"the unfinished run in {self.work} was started with other settings: {changed}. "
+                    "Leave those flags out to go on with it, or start anew with --overwrite or in another --output-dir"
+                )
         write_file(file, json.dumps({"given": request.tokens, "settings": settings}, indent=1))
 
     def remembered(self) -> list[str]:

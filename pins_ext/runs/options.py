@@ -294,7 +294,7 @@ def patterns(text: str) -> str | dict[str, str]:
 def share(text: str) -> float:
     """A share of 1; one that was meant in percent gets a hint."""
     percent = _number(text.strip().removesuffix("%"))
-    if "%" in text or 1 < percent <= 100:
+    if "%" in text or 2 <= percent <= 100:
         raise argparse.ArgumentTypeError(f"a share of 1 expected, got {text!r}: did you mean {percent / 100:g}?")
     return percent
 

@@ -124,8 +124,15 @@ def write_result(folder: Path, record: RunRecord, model: Any, tokenizer: Any, pr
     return None
 
 
+def _collator(loader: Any, name: str) -> Any:
+    """What the Trainer's data collator holds under a name, as a Trainer saves its tokenizer with a checkpoint."""
+    collator = getattr(loader, "collate_fn", None)
+    # A Trainer may wrap it, to drop columns that the model doesn't take.
+    return getattr(getattr(collator, "data_collator", collator), name, None)
+
+
 class SaveResult(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Calls `save_result` when training ends, with the Trainer's history and its last evaluation.
+    """Calls `save_result` when training ends, with the Trainer's history, tokenizer and last evaluation.
 
     That evaluation counts only if it saw the final model: evaluate at the last step, or call `save_result` yourself.
 
@@ -153,6 +160,6 @@ class SaveResult(TrainerCallback):  # type: ignore[misc, unused-ignore]
         seen = seen and not args.load_best_model_at_end
         options: dict[str, Any] = {
             "metrics": last if seen else {},
-            "tokenizer": kwargs.get("processing_class"),
+            "tokenizer": kwargs.get("processing_class") or _collator(kwargs.get("train_dataloader"), "tokenizer"),
         } | self.options
         save_result(self.folder, model, self.pins.pruner, history=state.log_history, **options)

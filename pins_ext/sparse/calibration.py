@@ -61,11 +61,13 @@ class Calibration:
         machine: the instruction set of the kernels and the number of threads.
         trials: one for each shape and sparsity.
         dense: name -> why the layer stays dense, for those that were not tried.
+        others: share of the machine's CPU time that other processes used meanwhile; None: too little to disturb.
     """
 
     machine: str
     trials: tuple[Trial, ...]
     dense: Mapping[str, str]
+    others: float | None = None
 
     def table(self) -> str:
         """Lines for people."""
@@ -84,12 +86,17 @@ class Calibration:
         for reason in self.dense.values():
             reasons[reason] = reasons.get(reason, 0) + 1
         lines += [f"  {count} layer{'s' if count > 1 else ''} dense: {reason}" for reason, count in reasons.items()]
+        if self.others is not None:
+            lines.append(
+                f"  other processes used {self.others:.0%} of the CPU meanwhile: work that is shared among threads\n"
+                "  waits for a core, so times and choices are not those of a quiet machine"
+            )
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         """The measurements for JSON."""
         trials = [asdict(trial) | {"speedup": trial.speedup, "chosen": trial.chosen} for trial in self.trials]
-        return {"machine": self.machine, "trials": trials, "dense": dict(self.dense)}
+        return {"machine": self.machine, "others": self.others, "trials": trials, "dense": dict(self.dense)}
 
     def save(self, path: str | Path) -> None:
         """Write the measurements as JSON.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from pins_ext.contention import Neighbours
 from pins_ext.sparse.calibration import Calibration, Trial, measure
 from pins_ext.sparse.linear import SparseLinear
 from pins_ext.sparse.survey import TensorSurvey
@@ -37,6 +38,8 @@ def expected_speed(
         if len(each.shape) == 2 and each.weights and each.sparsity >= min_sparsity and not embeds:
             groups.setdefault((each.shape[0], each.shape[1], round(each.sparsity * 20)), []).append(each)
     trials = []
+    neighbours = Neighbours(torch.device("cpu"))
+    neighbours.begin()
     for (rows, columns, _), members in groups.items():
         sparsity = sum(each.sparsity for each in members) / len(members)
         progress(f"measuring {rows} x {columns} with {sparsity:.0%} zeros")
@@ -50,7 +53,8 @@ def expected_speed(
         names = tuple(each.name for each in members)
         trials.append(Trial((rows, columns), sparsity, tuple(tokens), dense, sparse, names))
     machine = f"{torch.ops.pins_ext.cpu_capability()}, {torch.get_num_threads()} threads"
-    return Calibration(machine, tuple(trials), {})
+    neighbours.keep()
+    return Calibration(machine, tuple(trials), {}, neighbours.disturbance)
 
 
 def totals(calibration: Calibration) -> dict[int, tuple[float, float]]:

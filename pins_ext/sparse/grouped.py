@@ -54,9 +54,8 @@ class GroupedLinear(SparseLinear):
             self.register_buffer(name, tensor.to(weight.device), persistent=False)
         self._most_tokens = MOST_TOKENS if self._fits(weight.device) else 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
-        x = self._accepted(x)
+    def multiplied(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], see SparseLinear."""
         packed = GroupedWeight(self.values, self.columns, self.bases, self.starts)
         if x.numel() <= self._most_tokens * self.in_features:
             return grouped_linear(x, packed, self.bias)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pins_ext.contention import Neighbours
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial, measure
 from pins_ext.sparse.encoding import refuse_overflow
@@ -87,6 +88,8 @@ def sparsify_for_inference(
             refuse_overflow(name, weight_matrix(model.get_submodule(name)), getattr(torch, values))
     model.eval()
     trials = []
+    neighbours = Neighbours(device)
+    neighbours.begin()
     for group in groups_of(model, places):
         trial = _tried(model, group, tuple(tokens) if calibrate else (), values)
         if trial is not None:
@@ -94,7 +97,8 @@ def sparsify_for_inference(
         if trial is None or trial.chosen == "sparse":
             for names in by_weight(model, group):
                 _replace(model, names, values)
-    calibration = Calibration(_machine(device), tuple(trials), dense)
+    neighbours.keep()
+    calibration = Calibration(_machine(device), tuple(trials), dense, neighbours.disturbance if trials else None)
     if say is not None:
         say(calibration.table())
     if save_to is not None:
@@ -110,7 +114,7 @@ def _nothing(min_sparsity: float, dense: Mapping[str, str]) -> str:
     why = f"; left as they are: {'; '.join(others[:3])}{more}" if others else ""
     return (
         f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
-        f"prune the model first, or lower min_sparsity{why}"
+        f"prune the model further, or lower min_sparsity{why}"
     )
 
 

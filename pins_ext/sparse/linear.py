@@ -20,6 +20,23 @@ _PACKED = (
 )
 
 
+class _Forward(torch.autograd.Function):
+    """A layer's answer where gradients are recorded, and a refusal where they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: SparseLinear) -> Tensor:
+        """What the layer computes of x."""
+        return layer.multiplied(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        """Raises RuntimeError: a packed layer has no gradients."""
+        raise RuntimeError(
+            "a model made for inference has no gradients: compute them with the model as it was before "
+            "pins_ext.sparsify_for_inference, or load it again"
+        )
+
+
 class SparseLinear(nn.Module):
     """y = x · weightᵀ + bias over the non-zero weights, on the CPU, for inference only; on a GPU see `GroupedLinear`.
 
@@ -101,8 +118,18 @@ class SparseLinear(nn.Module):
         return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype."""
+        """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype.
+
+        Raises:
+            RuntimeError: x of another width; in backward, always: there are no gradients.
+        """
         x = self._accepted(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Forward.apply(x, self)
+        return self.multiplied(x)
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """The same of a contiguous x of the right width, without autograd."""
         packed = PackedWeight(self.values, self.columns, self.rows, self.counts, self.starts)
         if self.kind == "int8":
             return sparse_linear_int8(x, packed, self.scales, self.sums, self.bias)

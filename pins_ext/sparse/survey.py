@@ -118,7 +118,10 @@ def files_of(path: Path) -> list[Path]:
     """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise SurveyError(f"{path} is no .safetensors file; convert a pickle (.bin, .pt), which runs code")
+            raise SurveyError(
+                f"{path} is no .safetensors file: a pickle (.bin, .pt) may run code when it is "
+                "opened, so it is not; from_pretrained loads what you trust, and save_pretrained writes .safetensors"
+            )
         return [path]
     if not path.is_dir():
         raise SurveyError(f"there is no {path}")

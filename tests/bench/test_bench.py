@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 import pins_ext.bench as bench
-from pins_ext import ops
+from pins_ext import contention, ops
 from pins_ext.bench import (
     baselines,
     bench_step,
     command,
-    contention,
     data,
     machine,
     memory,

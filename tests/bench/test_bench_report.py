@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_bench import CPU, MAKERS, Nobody, problem
 
+from pins_ext import contention
 from pins_ext.bench import (
     bench_small,
     command,
-    contention,
     machine,
     memory,
     records,

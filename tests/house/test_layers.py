@@ -28,6 +28,7 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
     (
         2,
         (
+            "pins_ext.contention",
             "pins_ext.extras",
             "pins_ext.files",
             "pins_ext.files.*",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bert import model as tiny_bert
+from helpers.small_models import characters
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -20,13 +21,23 @@ from pins_ext.runs.saving import SaveResult, save_result
 CONFIG = PruneConfig(sparsity=0.75, delta_t=2)
 
 
+class Collator:
+    """As a padding collator: it holds a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([f[name] for f in features]) for name in features[0]}
+
+
 def batches(n: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 12, (n, 6), generator=generator)
     return [{"input_ids": row, "labels": row[0] % 2} for row in ids]
 
 
-def train(folder: Path, result: Path, **arguments: Any) -> Trainer:
+def train(folder: Path, result: Path, collator: Any = None, **arguments: Any) -> Trainer:
     model = tiny_bert()
     pins = PinsCallback(CONFIG)
     args = TrainingArguments(
@@ -35,10 +46,19 @@ def train(folder: Path, result: Path, **arguments: Any) -> Trainer:
     )  # fmt: skip
     trainer = Trainer(
         model, args, train_dataset=batches(40), eval_dataset=batches(8), callbacks=[pins, SaveResult(result, pins)],
+        data_collator=collator,
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )  # fmt: skip
     trainer.train()
     return trainer
+
+
+def test_the_collators_tokenizer_is_saved(tmp_path: Path) -> None:
+    """As a Trainer saves it with a checkpoint, whether or not it wraps the collator."""
+    for i, wrapped in enumerate((True, False)):
+        result = tmp_path / f"result{i}"
+        train(tmp_path / "trainer", result, Collator(characters()), remove_unused_columns=wrapped)
+        assert (result / "tokenizer.json").is_file()
 
 
 def test_a_stock_trainer_leaves_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import (
     pipeline,
 )
 
+from pins_ext import contention
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial
 from pins_ext.sparse.format import load_sparse, save_sparse
@@ -142,6 +145,33 @@ def test_two_models_in_two_threads_at_once() -> None:
     for job in jobs:
         job.join()
     assert right == [True] * 160
+
+
+def test_gradients_are_refused_not_wrong() -> None:
+    """Answers are the same where autograd records, without a warning; what asks for gradients is told."""
+    dense = bert()
+    fast, ids = sparse(dense), torch.randint(0, 40, (2, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = fast(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(logits, fast(ids).logits)
+    with pytest.raises(RuntimeError, match="a model made for inference has no gradients"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("theirs", [0.0, 1.2])
+def test_a_disturbed_measurement_says_so(
+    theirs: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wall = iter(range(1, 3))
+    monkeypatch.setattr(contention, "_now", lambda: ((now := next(wall)), now * theirs, 0.0))
+    model = copy.deepcopy(bert())
+    model = sparsify_for_inference(model, min_sparsity=0.5, save_to=tmp_path / "measured.json")
+    share = theirs / (os.cpu_count() or 1) if theirs else None
+    assert model.pins_calibration.others == share
+    assert json.loads((tmp_path / "measured.json").read_text())["others"] == share
+    assert ("other processes used" in capsys.readouterr().out) == bool(theirs)
 
 
 def test_torch_compile_is_tolerated() -> None:
@@ -295,7 +325,7 @@ def test_under_autocast_the_answer_has_the_dtype_of_the_dense_one(dtype: torch.d
     ],
 )
 def test_nothing_to_replace_says_what_was_in_the_way(module: nn.Module, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"prune the model first, or lower min_sparsity; left as they are: {reason}"):
+    with pytest.raises(ValueError, match=f"prune the model further, or lower min_sparsity; left as they are: {reason}"):
         sparse(pruned(module))
 
 
@@ -334,7 +364,7 @@ def test_bad_requests_say_what_to_do() -> None:
         sparsify_for_inference(bert(), tokens=(0,))
     with pytest.raises(ValueError, match="values must be one of float32, bfloat16, int8; got 'int4'"):
         sparsify_for_inference(bert(), values="int4")
-    with pytest.raises(ValueError, match="prune the model first, or lower min_sparsity"):
+    with pytest.raises(ValueError, match="prune the model further, or lower min_sparsity"):
         sparsify_for_inference(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"this one is on meta: move it, for example with model\.to"):
         sparsify_for_inference(nn.Linear(3, 3, device="meta"))

@@ -117,7 +117,11 @@ def test_incomplete_rows_can_be_left_out(write: Write) -> None:
         ("a.csv", "text,label\nfine,1\na,b,c\n", r"a\.csv:3: 3 fields instead of 2"),
         ("a.csv", 'text,label\n"open,1\n', r"a\.csv:2: unexpected end of data"),
         ("a.csv", "text,text\na,b\n", "occurs twice"),
-        ("a.csv", "body,label\na,b\n", "no text column known by name among body, label; use --text-columns"),
+        (
+            "a.csv",
+            "body,label\na,b\n",
+            "no text column known by name among body, label, which the first line names; use",
+        ),
         ("a.csv", "text,mark\na,b\n", "no label column known by name among text, mark; use --label-column"),
         ("a.csv", "text,label\na,\n", r"a\.csv:2: label must be a text or a number, got ''"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', r"a\.jsonl:2: not JSON"),

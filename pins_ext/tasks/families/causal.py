@@ -44,8 +44,8 @@ class CausalTask(Task):
         model.train(was_training)
         if not torch.allclose(logits[0], logits[1], rtol=_TOLERANCE, atol=_TOLERANCE * float(logits.abs().max())):
             raise TaskError(
-                f"{type(model).__name__} sees the token that it is to predict: {self.name} needs a causal language "
-                "model, for example --model gpt2"
+                f"{type(model).__name__} sees the token that it is to predict: text without labels and tasks that "
+                "write text need a causal language model, for example --model gpt2"
             )
 
     @property

@@ -215,7 +215,10 @@ def _find_text_columns(table: Table) -> tuple[str, ...]:
     for names in TEXT_COLUMNS:
         if all(name in table.columns for name in names):
             return names
-    raise TaskError(f"{table.path}: no text column known by name among {', '.join(table.columns)}; use --text-columns")
+    raise TaskError(
+        f"{table.path}: no text column known by name among {', '.join(table.columns)}, which the "
+        "first line names; use --text-columns, and put such a line there if it is missing"
+    )
 
 
 def _find_label_column(table: Table) -> str:

@@ -37,6 +37,11 @@ class Neighbours:
         """Their share of the machine's CPU time during the samples that were kept; None where nobody watched."""
         return self._theirs / self._capacity if self._capacity else None
 
+    @property
+    def disturbance(self) -> float | None:
+        """Their share, where it was enough to disturb."""
+        return self.share if _disturbs(self._theirs, self._capacity) else None
+
     def wait_for_quiet(self, pause: float = 0.5) -> None:
         """Return once they have been quiet for `pause` seconds, or when the waiting time is used up."""
         while self.left > 0:
