@@ -56,7 +56,11 @@ def main(argv: Sequence[str]) -> int:
     screen = console(quiet=rank > 0)
     record = finished(request)
     if record is not None:
-        screen.print("this run is complete; there is nothing to resume")
+        screen.print(
+            "this run is complete; there is nothing to resume, and other flags change nothing: for another run name "
+            "another --output-dir, or --overwrite this one",
+            soft_wrap=True,
+        )
     elif request.compares:
         compare(request, screen)
         return EXIT_OK

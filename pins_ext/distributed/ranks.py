@@ -84,7 +84,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; one synchronisation where there are several."""
-        return flag if self.alone else bool(self.sum(torch.tensor(int(flag))))
+        return flag if self.alone else bool(self.sum(torch.tensor(int(flag), device="cpu")))
 
     def write(self, action: Callable[[], None]) -> None:
         """Have the rank that writes act, while the others wait: they may read at once what it wrote.

@@ -151,7 +151,10 @@ class _Search:
         """A bin around the threshold; where it has left the bracket, from all keys on that side."""
         if bracket is None:
             # No sample to begin with, which would be another collective.
-            bracket, counts = ops.to_device(torch.tensor([0, MAX_KEY, 16, 0, 0]), self._scored.places.device), None
+            bracket, counts = (
+                ops.to_device(torch.tensor([0, MAX_KEY, 16, 0, 0], device="cpu"), self._scored.places.device),
+                None,
+            )
         position = self._scored.position
         found = self._narrowed(bracket, self._counts(bracket) if counts is None else counts, position)
         if isinstance(found, _Bin):
@@ -230,7 +233,7 @@ class _Search:
             yield found.listed[1]
             return
         scored, key = self._scored, int(found.bracket[0])
-        cutoffs = ops.to_device(torch.tensor([[[key, 0]], [[key, MAX_INDEX]]]), found.bracket.device)
+        cutoffs = ops.to_device(torch.tensor([[[key, 0]], [[key, MAX_INDEX]]], device="cpu"), found.bracket.device)
         for i in self._layout.within(begin, end):
             layout, b = self._layout.subset([i]), scored.b[i : i + 1]
             stats = found.bracket.new_empty(1, 3)

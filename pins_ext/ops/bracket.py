@@ -27,7 +27,7 @@ def _shift(width: int) -> int:
 
 
 def _bracket(lo: int, hi: int, rank: int, resolved: bool) -> Tensor:
-    return torch.tensor([lo, hi, _shift(hi - lo), rank, int(resolved)])
+    return torch.tensor([lo, hi, _shift(hi - lo), rank, int(resolved)], device="cpu")
 
 
 def bracket_of(keys: Tensor, position: Tensor, total: int) -> Tensor:
@@ -50,7 +50,7 @@ def bracket_of(keys: Tensor, position: Tensor, total: int) -> Tensor:
     # A sort of so many takes all threads, whose barriers cost up to .5 s where another process wants a core.
     lo, hi = (int(keys.kthvalue(rank + 1).values) for rank in (first, last))
     bits = min(16, max(10, (total >> 15).bit_length()))
-    return torch.tensor([lo, hi, max(0, (hi - lo).bit_length() - bits), 0, 0])
+    return torch.tensor([lo, hi, max(0, (hi - lo).bit_length() - bits), 0, 0], device="cpu")
 
 
 def bracket_around(threshold: Tensor, octaves: float = 0.125) -> Tensor:
@@ -137,7 +137,7 @@ def cutoff(bracket: Tensor, tie: Tensor, n_prune: Tensor, total: int, exact: boo
     check_shape("n_prune", n_prune.reshape(1), torch.int64, (1,), bracket)
     key, wanted = int(bracket[0]), int(n_prune)
     if wanted <= 0 or (not exact and key == MAX_KEY):
-        return torch.zeros(2, dtype=torch.int64)
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
     if not exact:
-        return torch.tensor([key, 0])
-    return torch.tensor([MAX_KEY, MAX_INDEX] if wanted >= total else [key, int(tie)])
+        return torch.tensor([key, 0], device="cpu")
+    return torch.tensor([MAX_KEY, MAX_INDEX] if wanted >= total else [key, int(tie)], device="cpu")

@@ -66,7 +66,7 @@ class Layout:
             full, local, start = _collapse(tuple(tensor.shape), shards[i] if shards else None)
             places.append([base, *full, *local, *start, columns_of(tensor.shape, shards[i] if shards else None)])
             base += math.prod(full)
-        return _laid_out(torch.tensor(places, dtype=torch.int64).reshape(-1, 14), base, device)
+        return _laid_out(torch.tensor(places, dtype=torch.int64, device="cpu").reshape(-1, 14), base, device)
 
     def subset(self, indices: Sequence[int]) -> Layout:
         """The layout of some of the tensors, in this order, at their own global indices.
@@ -145,9 +145,9 @@ def _laid_out(places: Tensor, total: int, device: torch.device) -> Layout:
     """A layout whose table is on the host so far."""
     chunks = []
     for i, numel in enumerate(places[:, 5:9].prod(1).tolist()):
-        offsets = torch.arange(0, numel, CHUNK)
+        offsets = torch.arange(0, numel, CHUNK, device="cpu")
         chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
-    work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64)
+    work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     return Layout(to_device(places, device), to_device(work, device), total, places)
 
 

@@ -98,8 +98,8 @@ class Regions:
             device: where they are.
         """
         widest = max((last - first for first, last in spans), default=0)
-        ends = torch.tensor(list(spans), dtype=torch.int64).reshape(-1, 2).t().contiguous()
-        weights = torch.tensor(list(totals), dtype=torch.int64)
+        ends = torch.tensor(list(spans), dtype=torch.int64, device="cpu").reshape(-1, 2).t().contiguous()
+        weights = torch.tensor(list(totals), dtype=torch.int64, device="cpu")
         # So that small models are stepped as large ones are.
         bits = max(2 * MOST_BITS, widest.bit_length())
         return Regions(to_device(ends, device), tuple(totals), to_device(weights, device), bits)
@@ -193,7 +193,7 @@ class Search:
             int64 [r, 2]: (order key, tie index).
         """
         rows = [self._row(n, total) for n, total in zip(n_prune, regions.totals, strict=True)]
-        table = to_device(torch.tensor(rows, dtype=torch.int64).reshape(-1, 6), regions.weights.device)
+        table = to_device(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 6), regions.weights.device)
         brackets, position = table[:, :5], table[:, 5]
         found, _ = self._searched(regions, brackets, position, torch.zeros_like(position), near)
         if self.exact:
@@ -219,8 +219,9 @@ class Search:
         """
         rows = []
         for n, (least, most) in zip(n_prune, bounds.sums, strict=True):
-            rows.append([0, MAX_KEY, 0, 0, KEYS, max(n, least)] if n < most else _EVERYTHING)
-        table = to_device(torch.tensor(rows, dtype=torch.int64).reshape(-1, 6), bounds.owner.device)
+            # Where the bounds leave no choice, no cutoff holds the position, and each tensor prunes its most.
+            rows.append([0, MAX_KEY, 0, 0, KEYS, max(n, least)] if max(n, least) < most else _EVERYTHING)
+        table = to_device(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 6), bounds.owner.device)
         brackets, position = table[:, :5], table[:, 5]
         weights = bounds.tensors.weights
         base = torch.where(brackets[bounds.owner, 4] == SETTLED, weights, 0)

@@ -87,20 +87,25 @@ class Scored:
     def _keywords(self) -> dict[str, Tensor | None]:
         return {"factors": self.factors, "pointers": self.pointers}
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the host may look at what a pass has found: on the CPU, where that is free."""
+        return self.places.is_cpu
+
     def looked(self, flag: Tensor) -> bool:
-        """Whether the flag is set and the host knows: on the CPU, where looking is free."""
-        return flag.is_cpu and bool(flag)
+        """Whether the flag is set and the host knows."""
+        return self.on_host and bool(flag)
 
     def begun(self) -> Tensor:
         """A bracket to begin with, from a sample."""
-        size = samples_of(self.total, self.places.is_cpu)
+        size = samples_of(self.total, self.on_host)
         keys = pins.sample(*self.operands, size, **self._keywords)
         return pins.bracket_of(keys, self.position, self.total)
 
     def likely(self) -> Tensor:
         """A bracket that likely holds the threshold, for `settled`: a sample's, or where that is wide one bin of it."""
         begun = self.begun()
-        return begun if self.places.is_cpu and self.total <= ONE_PASS else self.counted(begun)
+        return begun if self.on_host and self.total <= ONE_PASS else self.counted(begun)
 
     def counted(self, bracket: Tensor) -> Tensor:
         """The bracket after a counting pass; one key is left as it is, and no weight is read for it."""
@@ -114,7 +119,7 @@ class Scored:
 
         On a GPU of a bracket with few weights; on the CPU, also of a sample's.
         """
-        if self.places.is_cpu:
+        if self.on_host:
             return pins.settle_around(*self.operands, bracket, self.position, factors=self.factors)
         candidates = self.places.new_full((2, CANDIDATES), MAX_INDEX)
         found = self.places.new_zeros(1)
@@ -145,7 +150,7 @@ def _bin_inside(scored: Scored, bracket: Tensor, counts: Tensor | None) -> tuple
 
 def _bin_found(scored: Scored, found: Tensor, hit: Tensor) -> Tensor:
     """This bin; where the threshold is not in it, what a sample says."""
-    if scored.places.is_cpu:
+    if scored.on_host:
         return found if bool(hit) else scored.likely()
     begun = scored.begun()
     # Marked as one key, a bracket costs no pass.

@@ -103,7 +103,7 @@ class PointerTables:
         n = len(places)
         rows = tuple(tuple(x.data_ptr() for x in tensors) if tensors else (0,) * n for tensors in lists)
         return self._uploads.of(
-            use, rows, places.device, lambda: torch.tensor(rows, dtype=torch.int64).view(len(lists), n)
+            use, rows, places.device, lambda: torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(lists), n)
         )
 
     @staticmethod

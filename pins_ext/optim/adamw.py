@@ -83,7 +83,9 @@ class PinsAdamW(FusedOptimizer):
     def _hyper_on_device(self, parameters: list[Tensor], owners: list[dict[str, Any]]) -> Tensor:
         device, use = parameters[0].device, id(parameters[0])
         rows = tuple((g["weight_decay"], *g["betas"], g["eps"]) for g in owners)
-        table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float64))
+        table = self._uploads.of(
+            ("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float64, device="cpu")
+        )
         decay, beta1, beta2, eps = table.unbind(1)
         taken = steps_taken([self.state[p] for p in parameters], device).clamp(min=1)
         first, second = (
@@ -109,10 +111,12 @@ class PinsAdamW(FusedOptimizer):
             # Few rows differ, of thousands that torch would read number by number.
             uses = [(id(group), step) for group, step in zip(owners, steps, strict=True)]
             places = {use: i for i, use in enumerate(dict.fromkeys(uses))}
-            rows = torch.tensor([_adamw_row(*(*of_groups[key], step)) for key, step in places], dtype=torch.float32)
-            return ops.to_device(rows[torch.tensor([places[use] for use in uses])], device)
+            rows = torch.tensor(
+                [_adamw_row(*(*of_groups[key], step)) for key, step in places], dtype=torch.float32, device="cpu"
+            )
+            return ops.to_device(rows[torch.tensor([places[use] for use in uses], device="cpu")], device)
         factors = [(*of_groups[id(group)], step) for group, step in zip(owners, steps, strict=True)]
-        table = ops.to_device(torch.tensor(factors, dtype=torch.float64), device)
+        table = ops.to_device(torch.tensor(factors, dtype=torch.float64, device="cpu"), device)
         _, decay, beta1, beta2, eps, step = table.unbind(1)
         lr = scalars_on([group["lr"] for group in owners], device)
         if skipped is not None:

@@ -34,7 +34,7 @@ def bias_corrections(betas: Sequence[float], steps: Tensor, uploads: ops.Uploads
     table = uploads.of(("corrections", use), tuple(distinct), device, lambda: _table(distinct))
     starts = dict(zip(distinct, accumulate((_length(b) for b in distinct), initial=0), strict=False))
     rows = [(starts[b], starts[b] + _length(b) - 1) for b in betas]
-    first, last = uploads.of(("rows", use), key, device, lambda: torch.tensor(rows)).unbind(1)
+    first, last = uploads.of(("rows", use), key, device, lambda: torch.tensor(rows, device="cpu")).unbind(1)
     return table.index_select(0, torch.minimum(first + steps.long(), last))
 
 
@@ -45,7 +45,9 @@ def check_betas(betas: Sequence[float]) -> None:
 
 
 def _table(betas: Sequence[float]) -> Tensor:
-    return torch.tensor([1 - beta ** float(t) for beta in betas for t in range(_length(beta))], dtype=torch.float64)
+    return torch.tensor(
+        [1 - beta ** float(t) for beta in betas for t in range(_length(beta))], dtype=torch.float64, device="cpu"
+    )
 
 
 def _length(beta: float) -> int:

@@ -152,8 +152,7 @@ class FusedOptimizer(Optimizer):
             if captured and self.listener is not None:
                 self.listener.abandon_step()
             raise
-        finally:
-            self.grad_clip = None
+        self.grad_clip = None
         return loss
 
     def check_captured(self) -> None:
@@ -175,11 +174,13 @@ class FusedOptimizer(Optimizer):
         if listener is not None:
             listener.begin_step()
             pruned, plain = self._batches(listener)
+            self._refuse_late([*pruned, *plain])
             for parameters, owners in pruned:
                 self._run(parameters, owners, listener.arguments(parameters))
             listener.end_pass()
         else:
             _, plain = self._batches(None)
+            self._refuse_late(plain)
         self._step_plain(plain)
         if listener is not None:
             listener.end_step()
@@ -317,6 +318,26 @@ class FusedOptimizer(Optimizer):
             found[plain].append(([parameters[i] for i in order], [owners[i] for i in order]))
         return found
 
+    def _refuse(self, part: Tensor, grad: Tensor) -> None:
+        name = type(self).__name__
+        if not part.is_contiguous():
+            raise ValueError(
+                f"{name} needs contiguous parameters, got strides {part.stride()} for shape {tuple(part.shape)}: "
+                "set p.data = p.data.contiguous() before training"
+            )
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} does not support sparse gradients, and that of a parameter of shape {tuple(part.shape)} is: "
+                "build its embedding with sparse=False, or give it an optimizer of its own"
+            )
+
+    def _refuse_late(self, batches: list[_Batch]) -> None:
+        """What batches behind the first would refuse, before that has stepped: a step is taken whole or not at all."""
+        for parameters, _ in batches[1:]:
+            for p in parameters:
+                assert p.grad is not None
+                self._refuse(local(p), p.grad)
+
     def _step_plain(self, batches: list[_Batch]) -> None:
         live = {}
         for parameters, owners in batches:
@@ -339,7 +360,7 @@ class FusedOptimizer(Optimizer):
         if self.capturable:
             return ops.rounding_keys(0, scalars_on(steps, parameters[0].device).max().long(), _ROUNDING)
         step = max(map(int, steps))
-        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING)), parameters[0].device)
+        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING), device="cpu"), parameters[0].device)
 
     def _run(
         self,
@@ -356,15 +377,12 @@ class FusedOptimizer(Optimizer):
             pruning: what the pass takes along.
             released: the scaling of a released gradient; one that is not finite ends the run, and counts as a step.
         """
-        name, device = type(self).__name__, parameters[0].device
+        device = parameters[0].device
         parts, grads = locals_of(parameters), []
         for p, part in zip(parameters, parts, strict=True):
             grad = local_gradient(p)
             assert grad is not None
-            if not part.is_contiguous():
-                raise ValueError(f"{name} needs contiguous parameters, got strides {part.stride()}")
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"{name} does not support sparse gradients")
+            self._refuse(part, grad)
             grads.append(grad.contiguous())
         scaling = released or Scaling.of(self, device)
         names = self._moments(owners[0])

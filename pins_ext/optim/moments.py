@@ -67,7 +67,7 @@ def exported_states(states: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str,
         # No step but skipped ones: torch's have no state then.
         if step > left_out or "skipped" not in state:
             moments = {name: value for name, value in state.items() if name not in ("step", "skipped")}
-            exported[key] = {"step": torch.tensor(step - left_out), **moments}
+            exported[key] = {"step": torch.tensor(step - left_out, device="cpu"), **moments}
     return {key: exported[key] for key in states if key in exported}
 
 

@@ -52,7 +52,7 @@ class GradientNorm:
             sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks, pointers=pointers))
         self._layouts = layouts
         if not sums:
-            return ranks.sum(torch.zeros(1, dtype=torch.float64))
+            return ranks.sum(torch.zeros(1, dtype=torch.float64, device="cpu"))
         device = sums[-1].device
         return ranks.sum(torch.stack([s.to(device) for s in sums]).sum(0))
 

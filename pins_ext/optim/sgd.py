@@ -61,7 +61,9 @@ class PinsSGD(FusedOptimizer):
             for g in owners
         )
         device, use = parameters[0].device, id(parameters[0])
-        table = self._uploads.of(("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float32))
+        table = self._uploads.of(
+            ("hyper", use), rows, device, lambda: torch.tensor(rows, dtype=torch.float32, device="cpu")
+        )
         hyper = table.clone()
         hyper[:, 0] = scalars_on([g["lr"] for g in owners], device)
         hyper[:, 6] = -hyper[:, 0]
@@ -79,12 +81,12 @@ class PinsSGD(FusedOptimizer):
             lr, momentum, first = host_rate(g["lr"]) or 0.0, g["momentum"], float(step <= 1)
             rows.append((lr, g["weight_decay"], momentum, 1 - g["dampening"], first, float(g["nesterov"]), -lr, 0.0))
         skipped = steps_skipped(states, device)
-        hyper = ops.to_device(torch.tensor(rows, dtype=torch.float32), device)
+        hyper = ops.to_device(torch.tensor(rows, dtype=torch.float32, device="cpu"), device)
         if any(host_rate(g["lr"]) is None for g in owners):
             hyper[:, 0] = scalars_on([g["lr"] for g in owners], device)
             hyper[:, 6] = -hyper[:, 0]
         if skipped is not None:
-            hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64), device) - skipped <= 1
+            hyper[:, 4] = ops.to_device(torch.tensor(steps, dtype=torch.float64, device="cpu"), device) - skipped <= 1
         return hyper
 
     @property

@@ -69,10 +69,10 @@ def scalars_on(scalars: Sequence[Rate], device: torch.device) -> Tensor:
         if all(x is there[0] for x in there):
             return there[0].double().reshape(1).repeat(len(scalars))
         return torch.stack([x.reshape(()) if x.dim() else x for x in there]).double()
-    column = ops.to_device(torch.tensor([number or 0.0 for number in known], dtype=torch.float64), device)
+    column = ops.to_device(torch.tensor([number or 0.0 for number in known], dtype=torch.float64, device="cpu"), device)
     for tensor in {id(x): x for x, number in zip(scalars, known, strict=True) if number is None}.values():
         assert isinstance(tensor, Tensor)
-        its_own = ops.to_device(torch.tensor([x is tensor for x in scalars]), device)
+        its_own = ops.to_device(torch.tensor([x is tensor for x in scalars], device="cpu"), device)
         column = torch.where(its_own, tensor.to(device, torch.float64), column)
     return column
 

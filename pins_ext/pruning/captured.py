@@ -178,7 +178,7 @@ class CapturedSteps:
             "targets",
             schedule,
             clock.device,
-            lambda: torch.tensor([scopes.n_prune(schedule.remaining_ratio(t))[0] for t in steps]),
+            lambda: torch.tensor([scopes.n_prune(schedule.remaining_ratio(t))[0] for t in steps], device="cpu"),
         )
         return table.index_select(0, clock.clamp(max=steps[-1]).reshape(1))
 

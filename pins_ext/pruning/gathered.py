@@ -153,7 +153,7 @@ class Gradients(Gathered):
         weights = [] if criterion == "precomputed" else [self.weights[i]]
         layout, mean = self._layouts[i], self._means[kind][i]
         key = ops.rounding_key(self.config.seed, self.batch, stream)
-        rng = ops.to_device(torch.tensor(key), layout.places.device)
+        rng = ops.to_device(torch.tensor(key, device="cpu"), layout.places.device)
         ops.accumulate_(
             [mean], weights, [values], layout.places, layout.chunks, self._lr, self._accepted, rng, criterion
         )

@@ -398,7 +398,7 @@ class Importance:
         weights, first, second = ([local(x[i]) for i in indices] for x in (self.parameters, *moments[:2]))
         factors = moments.factors
         if len(indices) < len(factors):
-            factors = factors[ops.to_device(torch.tensor(list(indices)), factors.device)]
+            factors = factors[ops.to_device(torch.tensor(list(indices), device="cpu"), factors.device)]
         lists = (*averages, weights, first, second)
         pointers = self._pointers.of(use, layout.places, *lists)
         torch.ops.pins_ext.fold_moments_(
@@ -430,7 +430,9 @@ class Importance:
             return self._no_rounding
         if self.clock is not None:
             return ops.rounding_keys(self.config.seed, self.clock, stream)
-        return ops.to_device(torch.tensor(ops.rounding_key(self.config.seed, step, stream)), self.layout.places.device)
+        return ops.to_device(
+            torch.tensor(ops.rounding_key(self.config.seed, step, stream), device="cpu"), self.layout.places.device
+        )
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""

@@ -90,7 +90,7 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
     if ranks.any(bool(problems)):
         listed = problems or ["nothing here: another rank says what it found"]
         raise RuntimeError("verification failed:\n  " + "\n  ".join(listed))
-    n_zeros, kept = zeros(list(parameters.values()), ranks), int(ranks.sum(torch.tensor(kept)))
+    n_zeros, kept = zeros(list(parameters.values()), ranks), int(ranks.sum(torch.tensor(kept, device="cpu")))
     n = sum(p.numel() for p in parameters.values())
     return {
         "weights": n,

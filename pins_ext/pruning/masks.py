@@ -214,7 +214,7 @@ class Masks:
 
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> list[int]:
         """Keep what is not zero. Returns the number of zeros per tensor; one synchronisation."""
-        cutoff = ops.to_device(torch.tensor([[ZERO, 0]]), self.layout.places.device)
+        cutoff = ops.to_device(torch.tensor([[ZERO, 0]], device="cpu"), self.layout.places.device)
         self._pack(Operands("magnitude", [local(p) for p in parameters], []), cutoff)
         return self.pruned()
 
@@ -234,7 +234,7 @@ class Masks:
             return
         pruned = self.pruned(self.packed_fixed)
         self.selection.held = [sum(pruned[i] for i in part.members) for part in self.scopes.parts]
-        here = ops.to_device(torch.tensor(self.sizes), self.stats.device)
+        here = ops.to_device(torch.tensor(self.sizes, device="cpu"), self.stats.device)
         self._held = (here - torch.stack([ops.set_bits(bits) for bits in self.packed_fixed]))[:, None]
 
     def forget_choice(self) -> None:
@@ -297,7 +297,7 @@ class Masks:
         """Weights that the last mask, or another one, prunes, per tensor, on all ranks; one synchronisation."""
         kept = torch.stack([ops.set_bits(bits) for bits in masks or self.packed])
         counted = [self.ranks.counts(i) for i in range(len(self.bits))]
-        kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted), kept.device))
+        kept = self.ranks.sum(kept * ops.to_device(torch.tensor(counted, device="cpu"), kept.device))
         return [n - k for n, k in zip(self.scopes.sizes, kept.tolist(), strict=True)]
 
     def pattern_now(self, i: int) -> Fit | None:

@@ -85,7 +85,7 @@ def read_moments(
         rows.append((group.get("lr", 0.0), state.get("step", 0.0), state.get("skipped", 0.0)))
     device = parameters[0].device
     lr, step, skipped = (scalars_on(column, device) for column in zip(*rows, strict=True))
-    table = uploads.of("betas", betas, device, lambda: torch.tensor(betas, dtype=torch.float64))
+    table = uploads.of("betas", betas, device, lambda: torch.tensor(betas, dtype=torch.float64, device="cpu"))
     beta1, beta2 = table.unbind(1)
     taken = (step - skipped).clamp(min=1)
     factors = torch.stack([lr, 1 / (1 - beta1**taken), 1 / (1 - beta2**taken)], 1)

@@ -228,7 +228,7 @@ class HostMasks(Masks):
 
     def keep_nonzero(self, parameters: Sequence[Tensor]) -> list[int]:
         """See Masks; weights come to the host tensor by tensor."""
-        cutoff = torch.tensor([[ZERO, 0]])
+        cutoff = torch.tensor([[ZERO, 0]], device="cpu")
         self._before_packing()
         items = ([local(p)] for p in parameters)
         for i, (weights,) in enumerate(self._staging.read(items)):

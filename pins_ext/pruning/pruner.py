@@ -103,8 +103,13 @@ class Pruner:
             for part, (owner, indices) in enumerate(parts)
         ]
         self.slots = Slots(made, self)
-        for conflict in (*misfits, *conflicts(config, self.schedule, frozen_base, self.slots)):
-            warnings.warn(conflict, ConflictWarning, stacklevel=2)
+        try:
+            for conflict in (*misfits, *conflicts(config, self.schedule, frozen_base, self.slots)):
+                warnings.warn(conflict, ConflictWarning, stacklevel=2)
+        except BaseException:
+            # Nobody has this pruner: its optimizers are free for the next one.
+            self.detach()
+            raise
 
     def __repr__(self) -> str:
         return (
@@ -143,7 +148,9 @@ class Pruner:
         if all(a is b for a, b in zip(parameters.values(), self.parameters, strict=False)):
             return
         if list(parameters) != self.names or self.n_weights != sum(p.numel() for p in parameters.values()):
-            raise RuntimeError("the model's parameters changed since the Pruner was made: make a new one")
+            left = next((name for name in self.names if name not in parameters), None)
+            why = f"{left} is gone, or does not require gradients any more" if left else "there are others"
+            raise RuntimeError(f"the model's parameters changed since the Pruner was made ({why}): make a new one")
         before, parts = self.masks, [(slot.optimizer, slot.indices) for slot in self.slots]
         refuse_stale(parameters, parts)
         self.parameters = list(parameters.values())

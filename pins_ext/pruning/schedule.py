@@ -36,8 +36,11 @@ class Schedule:
         """Resolve shares of training into steps.
 
         Raises:
+            TypeError: total_steps is no integer.
             ValueError: warm-up and cool-down together are longer than training.
         """
+        if not isinstance(total_steps, int):
+            raise TypeError(f"total_steps must be an integer, got {total_steps!r}")
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * total_steps)

@@ -67,7 +67,7 @@ class Selection:
         wanted = [n - held for n, held in zip(self.scopes.units_to_prune(remaining_ratio), self.held, strict=True)]
         if self.scopes.is_global:
             if target is None:
-                target = ops.to_device(torch.tensor(wanted[0]), self.layout.places.device)
+                target = ops.to_device(torch.tensor(wanted[0], device="cpu"), self.layout.places.device)
             else:
                 target = target - self.held[0]
             return self._select(score, target, counted, before).reshape(1, 2)
@@ -111,7 +111,7 @@ class Selection:
             self.layout.places,
             self.layout.chunks,
             score.kind,
-            torch.tensor(wanted),
+            torch.tensor(wanted, device="cpu"),
             factors=score.factors,
             bracket=bracket,
             counts=counts,
@@ -128,7 +128,7 @@ class Selection:
         """
         wanted, (bracket, counts) = self.scopes.n_prune(remaining_ratio)[0], counted or (None, None)
         (a, b), tables = self._kept.of("scores", score.a, score.b), (self.layout.places, self.layout.chunks)
-        return ops.bin_of(a, b, *tables, score.kind, torch.tensor(wanted), bracket=bracket, counts=counts)
+        return ops.bin_of(a, b, *tables, score.kind, torch.tensor(wanted, device="cpu"), bracket=bracket, counts=counts)
 
     def bin_or_cutoff(
         self, score: Operands, remaining_ratio: float, counted: Counted | None, known: Tensor
@@ -146,7 +146,7 @@ class Selection:
         if not 0 < wanted < total:
             return None
         (kind, a, b), layout, (bracket, counts) = score[:3], self.layout, counted or (None, None)
-        target = ops.to_device(torch.tensor(wanted), layout.places.device)
+        target = ops.to_device(torch.tensor(wanted, device="cpu"), layout.places.device)
         pointers = self._pointers.of("select", layout.places, a, b)
         tables = (layout.places, layout.chunks)
         return ops.bin_or_cutoff(
@@ -222,9 +222,9 @@ class Field:
         device = layout.places.device
         owner = {i: r for r, part in enumerate(self._parts) for i in part.members}
         self._tensors = sorted(owner)
-        self.members = ops.to_device(torch.tensor(self._tensors), device)
-        self._owner = ops.to_device(torch.tensor([owner[i] for i in self._tensors]), device)
-        self._first = ops.to_device(torch.tensor([part.members[0] for part in self._parts]), device)
+        self.members = ops.to_device(torch.tensor(self._tensors, device="cpu"), device)
+        self._owner = ops.to_device(torch.tensor([owner[i] for i in self._tensors], device="cpu"), device)
+        self._first = ops.to_device(torch.tensor([part.members[0] for part in self._parts], device="cpu"), device)
         # Of several ranks each reads what it counts.
         self._owned = [i for i in self._tensors if ranks.counts(i)]
         self._layout = layout.subset(self._owned)
@@ -235,9 +235,9 @@ class Field:
         self._regions = ops.Regions.of(of_parts, [sum(part.units.values()) for part in self._parts], device)
         self._bounds = self._bounds_of(spans, device) if scopes.bounded else None
         row = {i: place for place, i in enumerate(self._tensors)} if scopes.bounded else owner
-        self._rows = ops.to_device(torch.tensor([row[i] for i in self._owned], dtype=torch.int64), device)
+        self._rows = ops.to_device(torch.tensor([row[i] for i in self._owned], dtype=torch.int64, device="cpu"), device)
         self._levels: Tensor | None = None
-        self._all_but_best = ops.to_device(torch.tensor([[ops.MAX_KEY, 0]] * len(self._tensors)), device)
+        self._all_but_best = ops.to_device(torch.tensor([[ops.MAX_KEY, 0]] * len(self._tensors), device="cpu"), device)
 
     def _bounds_of(self, spans: Mapping[int, tuple[int, int]], device: torch.device) -> ops.Bounds:
         """How many units of each tensor are pruned at least and at most; what is fixed lies above all cutoffs."""
@@ -251,7 +251,9 @@ class Field:
         ]
         units = {i: n for part in self._parts for i, n in part.units.items()}
         each = ops.Regions.of([spans[i] for i in self._tensors], [units[i] for i in self._tensors], device)
-        low, high = ops.to_device(torch.tensor([limits[i] for i in self._tensors]).t().contiguous(), device)
+        low, high = ops.to_device(
+            torch.tensor([limits[i] for i in self._tensors], device="cpu").t().contiguous(), device
+        )
         return ops.Bounds(self._owner, low, high, tuple(sums), self._regions, each)
 
     def cutoffs(
@@ -318,5 +320,5 @@ def _of(score: Operands, places: Sequence[int]) -> tuple[list[Tensor], list[Tens
     a, b = ([x[i] for i in places] if x else [] for x in (score.a, score.b))
     factors = score.factors
     if factors is not None and len(places) < len(factors):
-        factors = factors[ops.to_device(torch.tensor(list(places), dtype=torch.int64), factors.device)]
+        factors = factors[ops.to_device(torch.tensor(list(places), dtype=torch.int64, device="cpu"), factors.device)]
     return a, b, factors

@@ -31,7 +31,7 @@ class BlockingCopies:
 
     def memory(self, size: int) -> Tensor:
         """See Copies."""
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def start(self, pairs: Sequence[Pair], to_host: bool) -> Callable[[], None]:
         """See Copies."""
@@ -52,7 +52,7 @@ class StreamCopies:
 
     def memory(self, size: int) -> Tensor:
         """See Copies."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def start(self, pairs: Sequence[Pair], to_host: bool) -> Callable[[], None]:
         """See Copies."""

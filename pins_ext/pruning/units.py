@@ -58,8 +58,10 @@ class Units:
         key = tuple(members)
         if key not in self._places:
             device = self.weights.places.device
-            indices = ops.to_device(torch.tensor(key, dtype=torch.int64), device)
-            groups = ops.to_device(torch.tensor([self._groups[i] for i in key], dtype=torch.int64), device)
+            indices = ops.to_device(torch.tensor(key, dtype=torch.int64, device="cpu"), device)
+            groups = ops.to_device(
+                torch.tensor([self._groups[i] for i in key], dtype=torch.int64, device="cpu"), device
+            )
             self._places[key] = indices, groups, self.weights.subset(key)
         return self._places[key]
 
@@ -188,7 +190,7 @@ class ScoredUnits:
         a, b = fit.cells
         kept = ops.unpack_bits(above, sums.shape).repeat_interleave(a, -2).repeat_interleave(b, -1)
         # Above zero is kept.
-        one = ops.to_device(torch.tensor([[0x80000001, 0]]), cutoff.device).expand(len(stats), 2)
+        one = ops.to_device(torch.tensor([[0x80000001, 0]], device="cpu"), cutoff.device).expand(len(stats), 2)
         self._pack([i], bits, stats, one, "identity", [kept.bfloat16()], [], nans=nans)
 
     def _sums(self, i: int) -> tuple[Tensor, Tensor]:
@@ -243,7 +245,7 @@ def _layout(parameters: Sequence[Tensor], names: Sequence[str], fits: Sequence[F
 
 def _by_rows(score: Operands, i: int, shape: torch.Size, rows: int) -> Iterator[Tensor]:
     """`values` of some rows of one tensor at a time, [rows, columns]; stacks of matrices one after another."""
-    if score.a[i].dtype in ops.CODED:
+    if any(operand[i].dtype in ops.CODED for operand in (score.a, score.b) if operand):
         score = Operands("identity", [values(score, i)], [])
         i = 0
     matrix = math.prod(shape[:-1]), shape[-1]

@@ -72,7 +72,9 @@ class Entry:
             and 0 <= self.nonzero <= prod(self.shape) < 1 << 48
         )
         if ok and self.layout == "rows":
-            ok = len(self.shape) >= 2 and self.dtype in SPARSE_DTYPES and self.values in (self.dtype, "int8")
+            # An array of no bytes could claim any number of columns.
+            ok = len(self.shape) >= 2 and prod(self.shape) > 0
+            ok = ok and self.dtype in SPARSE_DTYPES and self.values in (self.dtype, "int8")
         elif ok:
             ok = self.values == self.dtype and self.nonzero == prod(self.shape)
         if not ok:

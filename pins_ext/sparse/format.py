@@ -230,14 +230,21 @@ def _built(checkpoint: SparseCheckpoint) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise SparseFormatError(
             f"{checkpoint.folder / 'config.json'} can't be read: {' '.join(str(error).split())[:300]}"
         ) from error
     kind = model_class(config, checkpoint.folder)
-    with no_init_weights():
-        model = kind(config)
-    model.tie_weights()
+    try:
+        with no_init_weights():
+            model = kind(config)
+        model.tie_weights()
+    except Exception as error:
+        # Whatever a class makes of numbers and names that it can't use.
+        raise SparseFormatError(
+            f"{checkpoint.folder / 'config.json'} makes no {kind.__name__}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     if "generation_config.json" in checkpoint.index.files:
         model.generation_config = transformers.GenerationConfig.from_pretrained(
             checkpoint.folder, local_files_only=True
@@ -258,7 +265,7 @@ def model_class(config: Any, folder: Path) -> Any:
     import transformers
 
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
+    kind = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise SparseFormatError(
             f"{folder / 'config.json'} names {names} as its class, which transformers doesn't have: "

@@ -97,6 +97,8 @@ def _class_key(label: RawLabel) -> str:
 def _as_number(label: RawLabel) -> float | None:
     try:
         return None if isinstance(label, bool) else float(label)
+    except OverflowError:
+        return math.inf
     except ValueError:
         return None
 

@@ -133,7 +133,7 @@ def _place() -> str:
 @contextmanager
 def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     """CPU tensors take the branches of a GPU's: the host looks at nothing. `watch`: also inside of `select`."""
-    looked = SELECT.Scored.looked
+    on_host = SELECT.Scored.on_host
     library = torch.library.Library("pins_ext", "IMPL")
     select = SELECT.select
     with warnings.catch_warnings():
@@ -141,7 +141,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
         library.impl("select", watch.inside(select) if watch else select, "CPU", allow_override=True)
     readers = [import_module(f"pins_ext.optim.{name}") for name in ("adamw", "sgd", "step")]
     host_rate = readers[0].host_rate
-    SELECT.Scored.looked = lambda self, flag: False
+    SELECT.Scored.on_host = property(lambda self: False)
     settled, REGIONS.settled = REGIONS.settled, lambda brackets: False
     packs = Selection.packs
     Selection.packs = property(lambda self: False)  # type: ignore[assignment, method-assign]
@@ -152,7 +152,7 @@ def like_a_gpu(watch: Watch | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        SELECT.Scored.looked = looked
+        SELECT.Scored.on_host = on_host
         REGIONS.settled = settled
         Selection.packs = packs  # type: ignore[method-assign]
         ops.PointerTables.read_on = staticmethod(read_on)

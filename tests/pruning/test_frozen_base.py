@@ -265,9 +265,9 @@ def test_pins_is_platon_and_says_so() -> None:
         optimizer = torch.optim.AdamW(adapters(model), lr=1e-2)
         config = PruneConfig(**(OPTIONS | {"criterion": criterion}))
         if criterion == "pins":
-            with pytest.warns(ConflictWarning, match="pins is platon"):
+            with pytest.warns(ConflictWarning, match="pins is the same as platon"):
                 pruner = Pruner(model, optimizer, config, STEPS, frozen_base=True)
-            assert "conflict: pins is platon" in str(pruner.plan())
+            assert "conflict: over a frozen base criterion pins is the same as platon" in str(pruner.plan())
         else:
             pruner = Pruner(model, optimizer, config, STEPS, frozen_base=True)
         train(model, optimizer)

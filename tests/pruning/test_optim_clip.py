@@ -123,3 +123,36 @@ def test_a_wrong_max_norm_is_named() -> None:
     _, optimizer = small()
     with pytest.raises(ValueError, match="max_norm"):
         optimizer.clip_grad_norm_(float("nan"))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_refused_step_has_moved_nothing_and_keeps_its_clip(pruned: bool) -> None:
+    """What a batch behind the first refuses is refused before that steps; the retry is clipped as that was to be."""
+    model, other = Network(), Network()
+    models = [nn.ModuleList([m, nn.Embedding(4, 4), nn.Linear(2, 2).bfloat16()]) for m in (model, other)]
+    optimizers = [PinsAdamW(m.parameters(), lr=1e-2) for m in models]
+    if pruned:
+        for m, o in zip(models, optimizers, strict=True):
+            Pruner(m, o, PruneConfig(**(vars(CONFIG) | {"exclude": ("2.*",)})), STEPS)
+    for m, o in zip(models, optimizers, strict=True):
+        m.load_state_dict(models[0].state_dict())
+        for i, p in enumerate(m.parameters()):
+            p.grad = torch.full_like(p, 3.0 + i)
+        o.clip_grad_norm_(MAX_NORM)
+    last = list(models[0].parameters())[-1]
+    before, good = [p.detach().clone() for p in models[0].parameters()], last.grad
+    for wrong, message in (
+        (good.to_sparse(), "does not support sparse gradients"),
+        (good, "needs contiguous parameters"),
+    ):
+        last.grad = wrong
+        if wrong is good:
+            last = list(models[0].parameters())[-2]
+            last.data = last.data.t()
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            optimizers[0].step()
+        assert all(map(torch.equal, before[:-2], list(models[0].parameters())[:-2]))
+    last.data = last.data.t()
+    for o in optimizers:
+        o.step()
+    assert same(*models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -59,3 +60,27 @@ def test_a_step_is_refused_while_a_graph_is_captured(optimizer_class: Any, monke
     monkeypatch.undo()
     optimizer.step()
     assert pruner.step == 1
+
+
+@pytest.mark.parametrize("optimizer_class", [PinsAdamW, torch.optim.AdamW])
+def test_a_pruner_that_was_not_made_leaves_its_optimizer_free(optimizer_class: Any) -> None:
+    model = Network()
+    optimizer = optimizer_class(model.parameters(), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="window of 100 steps"):
+            Pruner(model, optimizer, PruneConfig(delta_t=100), 20)
+    with pytest.raises(TypeError, match=r"total_steps must be an integer, got 20\.0"):
+        Pruner(model, optimizer, PruneConfig(), 20.0)  # type: ignore[arg-type]
+    Pruner(model, optimizer, PruneConfig(), 20)
+
+
+def test_a_pruned_parameter_that_is_frozen_before_the_first_step_is_named() -> None:
+    model = Network()
+    optimizer = PinsAdamW(model.parameters())
+    pruner = Pruner(model, optimizer, PruneConfig(), 20)
+    model.get_parameter(pruner.names[0]).requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=f"{pruner.names[0]} is gone, or does not require gradients any more"):
+        optimizer.step()

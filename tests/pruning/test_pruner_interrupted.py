@@ -34,7 +34,8 @@ def test_a_step_takes_the_place_of_one_that_died(optimizer_class: Any) -> None:
     for i, (x, y) in enumerate(batches(STEPS)):
         for dies in [True, True, False] if i == 2 else [False]:
             backward(model, x, y)
-            if i < 4:
+            # PinsAdamW refuses before anything is written; torch's is begun, and its gradient has counted.
+            if i < 4 and not (dies and optimizer_class is PinsAdamW):
                 c = reference.instant_score("pins", weight, weight, weight.grad, 3e-3)
                 expected, gradients = reference.next_ipt("pins", expected, c, gradients).detach(), gradients + 1
             if dies:
@@ -42,7 +43,7 @@ def test_a_step_takes_the_place_of_one_that_died(optimizer_class: Any) -> None:
             else:
                 optimizer.step()
         if i == 3:
-            assert float(pruner.importance.accepted[0]) == gradients == 6
+            assert float(pruner.importance.accepted[0]) == gradients == (4 if optimizer_class is PinsAdamW else 6)
             assert torch.equal(pruner.importance.ipt[0], expected)
     assert pruner.step == STEPS
     assert pruner.verify()["zeros"] == exact(pruner)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from pins_ext import ops, reference
+from pins_ext import Pruner, ops, reference
 from pins_ext.distributed.ranks import Ranks
+from pins_ext.optim import PinsAdamW
 from pins_ext.pruning.config import PruneConfig
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.scores import Operands
@@ -133,3 +134,32 @@ def test_early_in_the_schedule_ceilings_bend_the_target_instead_of_failing() -> 
     scores = [torch.rand(100), torch.rand(100)]
     masks = prune(scores, PruneConfig(sparsity=0.8, max_density=0.5), 1.0)
     assert [int(m.sum()) for m in masks] == [50, 50]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("more", [{}, {"pattern": "4x1"}, {"criterion": "magnitude"}])
+def test_bounds_without_a_choice(scope: str, more: dict[str, Any]) -> None:
+    """Equal ones ask for the same sparsity in every tensor, on the way there too."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    optimizer = PinsAdamW(model.parameters())
+    config = PruneConfig(sparsity=0.5, delta_t=2, min_density=0.5, max_density=0.5, scope=scope, **more)
+    pruner = Pruner(model, optimizer, config, 12)
+    for _ in range(12):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pruner.finalize()
+    assert [int((model.get_parameter(name) == 0).sum()) for name in pruner.names] == [128, 64]
+
+
+def test_bounds_that_round_to_one_count() -> None:
+    model = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    pruner = Pruner(
+        model, optimizer, PruneConfig(sparsity=0.5, delta_t=2, scope="layer", min_density=0.3, max_density=0.7), 12
+    )
+    for _ in range(12):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert pruner.finalize()["zeros"] == 34

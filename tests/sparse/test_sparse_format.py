@@ -158,6 +158,31 @@ def test_a_configuration_that_transformers_refuses(tmp_path: Path) -> None:
             load_sparse(tmp_path / "sparse")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"architectures": [3]}, r"names \[3\] as its class"),
+        ({"architectures": ["GPT2Model"]}, "makes no GPT2Model"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "nope"}, "makes no Bert"),
+        ({"hidden_size": -4}, "makes no Bert"),
+        ({"dtype": "nope"}, "config.json"),
+        ({"num_hidden_layers": "x"}, "can't be read"),
+        ({"vocab_size": 10**12}, "makes no Bert"),
+    ],
+)
+def test_a_configuration_that_makes_no_model(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_sparse(pruned(bert()), tmp_path / "sparse")
+    file, index = tmp_path / "sparse" / "config.json", tmp_path / "sparse" / FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    body = json.loads(index.read_text())
+    body.pop("sha256")
+    body["files"]["config.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    index.write_text(json.dumps(body | {"sha256": digest_of(body)}))
+    with pytest.raises(SparseFormatError, match=message):
+        load_sparse(tmp_path / "sparse")
+
+
 def test_a_plain_module_is_loaded_into_one_of_its_kind(tmp_path: Path) -> None:
     model = pruned(Network())
     save_sparse(model, tmp_path / "sparse")
@@ -407,6 +432,7 @@ def test_the_entry_of_a_tensor_refuses_what_it_can_not_mean() -> None:
         {"layout": "columns"},
         {"values": "int4"},
         {"nonzero": 13},
+        {"shape": (0, 1 << 39), "nonzero": 0},
         {"nonzero": -1},
     ]:
         fields: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pins_ext.tasks import TaskError
+from pins_ext.tasks.labels import infer_labels
 from pins_ext.tasks.sources.files import read_rows, read_table
 
 Write = Callable[[str, str], Path]
@@ -128,6 +130,9 @@ def test_incomplete_rows_can_be_left_out(write: Write) -> None:
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', r"a\.jsonl:2: label must be .* got None"),
         ("a.jsonl", '{"text": 5, "label": 1}\n', r"a\.jsonl:1: text must be a text, got 5"),
         ("a.jsonl", '{"text": "a", "label": [1]}\n', r"a\.jsonl:1: label must be"),
+        ("a.jsonl", '{"text": "a \\ud800", "label": 1}\n', r"a\.jsonl:1: cannot be read: .*surrogates not allowed"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n' + "[" * 100_000, r"a\.jsonl:2: cannot be read: nested too deeply"),
+        ("a.json", "[" * 100_000, r"a\.json: cannot be read: nested too deeply"),
         ("a.jsonl", "[1]\n[2]\n", r"a\.jsonl:1: expected an object with the columns as keys"),
         ("a.json", '{\n"rows": []}', "expected a list of objects"),
         ("a.json", "[\n{,\n]", r"a\.json:2: not JSON"),
@@ -136,6 +141,21 @@ def test_incomplete_rows_can_be_left_out(write: Write) -> None:
 def test_faults(write: Write, name: str, content: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         read_rows(read_table(write(name, content)))
+
+
+def test_a_field_longer_than_the_csv_module_allows(write: Write) -> None:
+    before = csv.field_size_limit()
+    table = read_table(write("a.csv", "text,label\n" + "word " * 100_000 + ",1\n"))
+    assert len(read_rows(table).text[0]) >= 499_999
+    assert csv.field_size_limit() == before
+
+
+def test_a_number_beyond_all_floats_is_named_by_its_line(write: Write) -> None:
+    rows = read_rows(
+        read_table(write("a.jsonl", '{"text": "a", "label": 1.5}\n{"text": "b", "label": 1' + "0" * 400 + "}\n"))
+    )
+    with pytest.raises(TaskError, match=r"a\.jsonl:2: the label must be a finite number"):
+        infer_labels(rows, "number").encode(rows)
 
 
 def test_a_named_column_that_is_missing(write: Write) -> None:

@@ -19,6 +19,9 @@ from typing import Any, TextIO, cast
 from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.sources.rows import RawLabel, Rows
 
+_LONGEST_FIELD = 1 << 30
+"""Characters of a field in a .csv file."""
+
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -140,12 +143,16 @@ def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(file, strict=True)
+    # Of the module: 128 KiB unless told, and a document may be longer. It is cut to --max-length like any other.
+    before = csv.field_size_limit(_LONGEST_FIELD)
     try:
         for record in reader:
             if record:
                 yield reader.line_num, record
     except csv.Error as error:
         raise TaskError(f"{path}:{reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _delimited_table(
@@ -184,7 +191,7 @@ def _is_document(text: str) -> bool:
     first, _, rest = text.strip().partition("\n")
     try:
         value = json.loads(first)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return True
     return not rest.strip() and not (isinstance(value, dict) and "data" not in value)
 
@@ -193,18 +200,27 @@ def _json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
     rows = []
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
-            try:
-                rows.append((line, json.loads(content)))
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{path}:{line}: not JSON: {error.msg}") from error
+            rows.append((line, _json(content, path, line)))
     return rows
 
 
-def _json_document(path: Path, text: str) -> list[tuple[int, Any]]:
+def _json(text: str, path: Path, line: int | None = None) -> Any:
+    """One value; a message names its line, or that where a document is at fault."""
     try:
-        document = json.loads(text)
+        value = json.loads(text)
+        # A lone half of a character beyond 16 bits can be written in JSON, and is no text.
+        json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise TaskError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+        raise TaskError(f"{path}:{line or error.lineno}: not JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        place = f"{path}:{line}" if line else str(path)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise TaskError(f"{place}: cannot be read: {reason}") from error
+    return value
+
+
+def _json_document(path: Path, text: str) -> list[tuple[int, Any]]:
+    document = _json(text, path)
     rows = document.get("data") if isinstance(document, dict) else document
     if not isinstance(rows, list):
         raise TaskError(f'{path}: expected a list of objects, or an object with such a list under "data"')
