@@ -170,7 +170,7 @@ def pointer_table(pointers: Tensor | None, places: Tensor, *lists: list[Tensor])
         return pointers
     rows = [[x.data_ptr() for x in tensors] if tensors else [0] * shape[1] for tensors in lists]
     if places.device.type != "cuda":
-        return torch.tensor(rows, dtype=torch.int64).view(shape)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(shape)
     with _on(places.device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -178,7 +178,8 @@ def pointer_table(pointers: Tensor | None, places: Tensor, *lists: list[Tensor])
                 "that is no longer its own"
             )
         # The allocator of pinned memory waits for the copy before it hands the same memory out again; we need not.
-        return torch.tensor(rows, dtype=torch.int64, pin_memory=True).view(shape).to(places.device, non_blocking=True)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=True).view(shape)
+        return table.to(places.device, non_blocking=True)
 
 
 def is_coded(constants: Mapping[str, object]) -> bool:

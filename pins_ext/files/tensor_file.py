@@ -37,7 +37,10 @@ def write(
     metadata["sha256"] = _digest(metadata["data"], contents)
     metadata["header"] = _header_digest(metadata, contents)
     with file_aside(path) as aside:
-        save_file(contents, aside, metadata)
+        try:
+            save_file(contents, aside, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from error
 
 
 def read(path: str | Path, kind: str, origin: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Tensor]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,12 +63,11 @@ class Layout:
             ValueError: a shard that needs more than four dimensions or does not fit its full tensor.
         """
         device = tensors[0].device if tensors else torch.device("cpu")
-        places = []
-        for i, tensor in enumerate(tensors):
-            full, local, start = _collapse(tuple(tensor.shape), shards[i] if shards else None)
-            places.append([base, *full, *local, *start, columns_of(tensor.shape, shards[i] if shards else None)])
-            base += math.prod(full)
-        return _laid_out(torch.tensor(places, dtype=torch.int64, device="cpu").reshape(-1, 14), base, device)
+        rows = [_row(tuple(tensor.shape), shards[i] if shards else None) for i, tensor in enumerate(tensors)]
+        ends = list(accumulate((math.prod(row[1:5]) for row in rows), initial=base))
+        places = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 14)
+        places[:, 0] = torch.tensor(ends[:-1], dtype=torch.int64, device="cpu")
+        return _laid_out(places, ends[-1], device)
 
     def subset(self, indices: Sequence[int]) -> Layout:
         """The layout of some of the tensors, in this order, at their own global indices.
@@ -143,11 +144,10 @@ class Subsets:
 
 def _laid_out(places: Tensor, total: int, device: torch.device) -> Layout:
     """A layout whose table is on the host so far."""
-    chunks = []
-    for i, numel in enumerate(places[:, 5:9].prod(1).tolist()):
-        offsets = torch.arange(0, numel, CHUNK, device="cpu")
-        chunks.append(torch.stack([torch.full_like(offsets, i), offsets], dim=1))
-    work = torch.cat(chunks) if chunks else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+    chunks = (places[:, 5:9].prod(1) + (CHUNK - 1)) // CHUNK
+    tensors = torch.arange(len(places), device="cpu").repeat_interleave(chunks)
+    first = (chunks.cumsum(0) - chunks)[tensors]
+    work = torch.stack([tensors, (torch.arange(len(tensors), device="cpu") - first) * CHUNK], dim=1)
     return Layout(to_device(places, device), to_device(work, device), total, places)
 
 
@@ -171,6 +171,13 @@ def row_dims(full: Sequence[int]) -> int:
     while first > 1 and math.prod(full[first:]) < GROUP:
         first -= 1
     return first
+
+
+@lru_cache(maxsize=4096)
+def _row(local: tuple[int, ...], shard: Shard | None) -> tuple[int, ...]:
+    """A row of `Layout.places` without its base. Of thousands of tensors few shapes differ."""
+    full, part, start = _collapse(local, shard)
+    return 0, *full, *part, *start, columns_of(local, shard)
 
 
 def _collapse(local: tuple[int, ...], shard: Shard | None) -> tuple[tuple[int, ...], ...]:

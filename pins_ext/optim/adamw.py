@@ -56,9 +56,6 @@ class PinsAdamW(FusedOptimizer):
         moment_dtype: str = "float32",
         capturable: bool = False,
     ) -> None:
-        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
         if moment_dtype not in MOMENT_DTYPES:
             raise ValueError(f"moment_dtype must be one of {', '.join(MOMENT_DTYPES)}; got {moment_dtype!r}")
         self.moment_dtype, self.capturable = moment_dtype, capturable
@@ -66,6 +63,11 @@ class PinsAdamW(FusedOptimizer):
 
     def _refuse_unsupported(self, group: dict[str, Any]) -> None:
         super()._refuse_unsupported(group)
+        check_not_negative(group, "lr", "eps", "weight_decay")
+        if "betas" not in group:
+            raise ValueError("a parameter group has no betas: it is that of another optimizer")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
         if self.capturable:
             check_betas(group["betas"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -236,7 +236,7 @@ class FusedOptimizer(Optimizer):
         if clip not in ("previous", "tensor"):
             raise ValueError(f"clip must be 'previous' or 'tensor', got {clip!r}")
         if max_norm is not None:
-            check_not_negative(max_norm=max_norm)
+            check_not_negative({"max_norm": max_norm}, "max_norm")
         if self.release is not None:
             self.release.detach()
         self.release = GradientRelease(self, max_norm, clip)
@@ -273,7 +273,7 @@ class FusedOptimizer(Optimizer):
             ValueError: max_norm is negative or NaN.
             RuntimeError: a sparse gradient.
         """
-        check_not_negative(max_norm=max_norm)
+        check_not_negative({"max_norm": max_norm}, "max_norm")
         if self.release is not None:
             raise RuntimeError(
                 "released gradients are gone when their norm is known: clip by the step before, or by tensor, with "
@@ -513,7 +513,10 @@ def _new_moment(p: Tensor, dtype: torch.dtype) -> Tensor:
     return like(p, ops.new_state(local(p), dtype, shard_of("p", p)), coded=True)
 
 
-def check_not_negative(**values: Any) -> None:
-    for name, value in values.items():
-        if not float(value) >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+def check_not_negative(values: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError for what is missing among the values of a parameter group, or of a call, or is negative."""
+    for name in names:
+        if name not in values:
+            raise ValueError(f"a parameter group has no {name}: it is that of another optimizer")
+        if not float(values[name]) >= 0:
+            raise ValueError(f"{name} must not be negative, got {values[name]}")

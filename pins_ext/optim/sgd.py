@@ -42,12 +42,15 @@ class PinsSGD(FusedOptimizer):
         nesterov: bool = False,
         capturable: bool = False,
     ) -> None:
-        check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         self.capturable = capturable
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"nesterov": nesterov})
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        super()._refuse_unsupported(group)
+        check_not_negative(group, "lr", "momentum", "weight_decay")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()

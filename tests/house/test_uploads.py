@@ -38,7 +38,7 @@ def uploads(tree: ast.Module) -> Iterator[tuple[str, int]]:
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
             to_dtype = call.args and ast.unparse(call.args[0]).startswith(("torch.", "tl."))
-            places = any(keyword.arg == "device" for keyword in call.keywords)
+            places = any(k.arg == "device" and ast.unparse(k.value) != "'cpu'" for k in call.keywords)
             if (call.func.attr in MOVES and not to_dtype) or (call.func.attr in MAKES and places):
                 yield function.name, call.lineno
 
@@ -64,3 +64,16 @@ def test_an_upload_is_found() -> None:
         "def f(x, d):\n    a = torch.tensor([1]).to(d)\n    b = torch.tensor(1, device=d)\n    c = x.to(torch.int64)\n"
     )
     assert [line for _, line in uploads(ast.parse(source))] == [2, 3]
+
+
+def test_the_hosts_tensors_say_so() -> None:
+    """Whatever torch.set_default_device says: on a GPU they would be uploads that wait."""
+    made = {f"torch.{name}" for name in ("tensor", "zeros", "ones", "empty", "full", "arange")}
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in (p for room in (*STEP, "pins_ext/distributed") for p in sorted((ROOT / room).rglob("*.py")))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in made
+        if not any(keyword.arg == "device" for keyword in call.keywords)
+    ]
+    assert found == []

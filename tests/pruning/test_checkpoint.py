@@ -110,3 +110,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         pruner.save(path)
     assert path.read_bytes() == old
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    _, _, pruner = start()
+    with pytest.raises(OSError, match=r"could not write .*pruner"):
+        pruner.save(tmp_path / "missing" / "pruner.safetensors")

@@ -144,3 +144,27 @@ def test_groups_may_be_reordered_and_lose_a_parameter_between_steps(pruned: bool
         assert pruner is None or pruner.finalize()["zeros"] == 2458
         models.append(model)
     assert same(*models)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "group", "message"),
+    [
+        (PinsAdamW, {"betas": (1.5, 0.9)}, r"betas must be in \[0, 1\), got \(1\.5, 0\.9\)"),
+        (PinsAdamW, {"lr": -1.0}, r"lr must not be negative, got -1\.0"),
+        (PinsSGD, {"momentum": -0.5}, "momentum must not be negative"),
+        (PinsSGD, {"nesterov": True}, "Nesterov momentum requires a momentum"),
+    ],
+)
+def test_hyperparameters_of_a_group_are_checked(optimizer_class: Any, group: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimizer_class([{"params": [nn.Parameter(torch.zeros(2))]} | group])
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = PinsAdamW(model.parameters())
+    with pytest.raises(ValueError, match="a parameter group has no eps: it is that of another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()

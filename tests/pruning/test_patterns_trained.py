@@ -10,7 +10,8 @@ import torch
 from test_patterns import fit
 from torch import Tensor, nn
 
-from pins_ext import PruneConfig, Pruner, prune_once, reference
+from pins_ext import PruneConfig, Pruner, ops, prune_once, reference
+from pins_ext.optim import PinsAdamW
 from pins_ext.patterns import recognised
 from pins_ext.pruning.plan import ConflictWarning
 
@@ -29,6 +30,33 @@ def trained(model: nn.Module, config: PruneConfig, steps: int = 24, **options: A
 
 
 QUICK: dict[str, Any] = {"delta_t": 3, "warmup": 3, "cooldown": 6}
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "8x8", "2:4"])
+def test_second_moments_in_8_bits_under_a_pattern(pattern: str) -> None:
+    """The criterion fisher reads them beside weights that are not coded; blocks are the best by what they stand for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16))
+    optimizer = PinsAdamW(model.parameters(), lr=1e-3, moment_dtype="8bit")
+    config = PruneConfig(
+        sparsity=0.5, criterion="fisher", pattern=pattern, schedule="one-shot", delta_t=3, warmup=3, cooldown=1
+    )
+    pruner = Pruner(model, optimizer, config, 9)
+    weight, generator = model[0].weight, torch.Generator().manual_seed(0)
+    for _ in range(9):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    assert bool(weight.all())  # the one mask comes at the end
+    scores = weight.detach().square() * ops.decode(optimizer.state[weight]["exp_avg_sq"], weight.shape)
+    assert pruner.finalize()["zeros"] == 256
+    kept = weight != 0
+    assert fit(pattern).violations(kept) == 0
+    if pattern != "2:4":
+        rows, columns = map(int, pattern.split("x"))
+        sums = scores.view(16 // rows, rows, 32 // columns, columns).sum((1, 3))
+        blocks = kept.view(16 // rows, rows, 32 // columns, columns).any(3).any(1)
+        assert torch.equal(blocks, sums >= sums.flatten().sort(descending=True).values[blocks.sum() - 1])
 
 
 @pytest.mark.parametrize(
