@@ -96,9 +96,6 @@ struct PackStats {
   int64_t kept, flipped, nan;
 };
 
-// Places that `inside` may write to past those it has found.
-constexpr int64_t kPast = 16;
-
 // Weights of a chunk inside a bracket, one entry each; room for a whole chunk.
 struct Inside {
   uint32_t* keys;

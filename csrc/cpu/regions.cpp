@@ -48,8 +48,8 @@ void count_ties(const Work& work, const Scored& scored, const Chunk& chunk, cons
     }
     return;
   }
-  uint32_t keys[kChunk + kPast];
-  uint16_t places_in_chunk[kChunk + kPast];
+  uint32_t keys[kChunk];
+  uint16_t places_in_chunk[kChunk];
   int64_t below = 0;
   const Bracket one{key, key, 0};
   const int64_t count = kernels().inside[scored.kind](scored.at(work, chunk), one, keys, places_in_chunk, below);

@@ -98,8 +98,8 @@ void collect_(const Tensor& found, const Tensor& candidates, const Tensors& a, c
     for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
       // More than fit: the caller has to narrow the bracket, and the rest need not be read.
       if (total.load(std::memory_order_relaxed) > size) return;
-      uint32_t keys[kChunk + kPast];
-      uint16_t places_in_chunk[kChunk + kPast];
+      uint32_t keys[kChunk];
+      uint16_t places_in_chunk[kChunk];
       int64_t below = 0;
       const int64_t count = kernels().inside[scored.kind](scored.at(work, chunk), bounds, keys, places_in_chunk, below);
       if (count == 0) return;

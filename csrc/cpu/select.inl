@@ -42,22 +42,6 @@ void keys(const Scores& scores, uint32_t* target) {
   }
 }
 
-// Of 64 keys those whose bit is set, one behind the other; returns how many. Writes up to kPast places past them.
-inline int64_t gather_keys(const uint32_t* word_keys, uint64_t chosen, uint32_t* target) {
-  int64_t size = 0;
-#if defined(PINS_AVX512)
-  for (int i = 0; i < 4; ++i, chosen >>= 16) {
-    const __mmask16 mask = static_cast<__mmask16>(chosen);
-    // Compressed in a register: compressing into memory is microcode on some CPUs.
-    _mm512_storeu_si512(target + size, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(word_keys + 16 * i)));
-    size += __builtin_popcount(mask);
-  }
-#else
-  for (; chosen; chosen &= chosen - 1) target[size++] = word_keys[__builtin_ctzll(chosen)];
-#endif
-  return size;
-}
-
 // Keys inside the bracket wait here: counted in bursts, their cache misses overlap.
 constexpr int64_t kPending = 1024;
 
@@ -68,6 +52,20 @@ struct Pending {
   void flush(const Bracket& bracket, uint32_t* bins) {
     for (int64_t i = 0; i < size; ++i) ++bins[(keys[i] - bracket.lo) >> bracket.shift];
     size = 0;
+  }
+
+  // Of 64 keys those whose bit is set.
+  void append(const uint32_t* word_keys, uint64_t inside) {
+#if defined(PINS_AVX512)
+    for (int i = 0; i < 4; ++i, inside >>= 16) {
+      const __mmask16 mask = static_cast<__mmask16>(inside);
+      // Compressed in a register: compressing into memory is microcode on some CPUs.
+      _mm512_storeu_si512(keys + size, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(word_keys + 16 * i)));
+      size += __builtin_popcount(mask);
+    }
+#else
+    for (; inside; inside &= inside - 1) keys[size++] = word_keys[__builtin_ctzll(inside)];
+#endif
   }
 };
 
@@ -83,7 +81,7 @@ PINS_BLOCK void count_keys(const uint32_t* keys, int64_t n, const Bracket& brack
       tally.bins[0] += __builtin_popcountll(inside);
       continue;
     }
-    if (inside) pending.size += gather_keys(word_keys, inside, pending.keys + pending.size);
+    if (inside) pending.append(word_keys, inside);
     if (pending.size > kPending - 2 * kWord) pending.flush(bracket, tally.bins);
   }
 }
@@ -107,8 +105,7 @@ void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
   pending.flush(bracket, tally.bins);
 }
 
-// The keys inside the bracket and their places in the run, at most a chunk, and kPast more of either that mean nothing;
-// returns how many. Counts those below it.
+// The keys inside the bracket and their places in the run, at most a chunk; returns how many. Counts those below it.
 template <Score score>
 int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uint16_t* places, int64_t& below_it) {
   static_assert(kChunk <= 1 << 16, "a place in a chunk has 16 bits");
@@ -122,13 +119,11 @@ int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uin
       const uint32_t* word_keys = block.values + start;
       const uint64_t valid = low_bits(n - start);
       const uint64_t low = below(word_keys, bracket.lo) & valid;
-      uint64_t found = up_to(word_keys, bracket.hi) & ~low & valid;
       below_it += __builtin_popcountll(low);
-      if (!found) continue;
-      int64_t next = size;
-      size += gather_keys(word_keys, found, keys + size);
-      for (; found; found &= found - 1) {
-        places[next++] = static_cast<uint16_t>(at + start + __builtin_ctzll(found));
+      for (uint64_t found = up_to(word_keys, bracket.hi) & ~low & valid; found; found &= found - 1) {
+        const int i = __builtin_ctzll(found);
+        keys[size] = word_keys[i];
+        places[size++] = static_cast<uint16_t>(at + start + i);
       }
     }
   }

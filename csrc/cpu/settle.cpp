@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <mutex>
 #include <numeric>
 #include <vector>
@@ -23,13 +24,6 @@ constexpr int kCoarseBits = 11;
 struct Listed {
   std::vector<uint32_t> keys;
   std::vector<uint16_t> places;
-};
-
-struct Weight {
-  uint32_t key;
-  int64_t index;
-
-  bool operator<(const Weight& other) const { return key < other.key || (key == other.key && index < other.index); }
 };
 
 // What one pass over the scores finds of a bracket.
@@ -62,15 +56,26 @@ class Around {
     return -1;
   }
 
-  std::vector<Weight> weights_of(int64_t bin) const {
-    std::vector<Weight> found;
+  // Keys of the weights in a coarse bin.
+  std::vector<uint32_t> keys_of(int64_t bin) const {
+    std::vector<uint32_t> found;
     found.reserve(bins_[bin]);
+    for (const Listed& listed : listed_) {
+      std::copy_if(listed.keys.begin(), listed.keys.end(), std::back_inserter(found),
+                   [&](uint32_t key) { return (key - lo_) >> shift_ == bin; });
+    }
+    return found;
+  }
+
+  // Global indices of the weights with a key.
+  std::vector<int64_t> indices_of(uint32_t key) const {
+    std::vector<int64_t> found;
     for (int64_t i = 0; i < work_.size; ++i) {
       const Chunk& chunk = work_.chunks[i];
       const Listed& listed = listed_[i];
       for (size_t k = 0; k < listed.keys.size(); ++k) {
-        if ((listed.keys[k] - lo_) >> shift_ != bin) continue;
-        found.push_back({listed.keys[k], global_index(work_.places[chunk.tensor], chunk.offset + listed.places[k])});
+        if (listed.keys[k] != key) continue;
+        found.push_back(global_index(work_.places[chunk.tensor], chunk.offset + listed.places[k]));
       }
     }
     return found;
@@ -79,8 +84,8 @@ class Around {
  private:
   // Of these chunks; returns how many weights are below the bracket.
   int64_t read(const Scored& scored, const Bracket& bracket, int64_t begin, int64_t end, std::vector<int64_t>& bins) {
-    uint32_t keys[kChunk + kPast];
-    uint16_t places[kChunk + kPast];
+    uint32_t keys[kChunk];
+    uint16_t places[kChunk];
     int64_t below = 0;
     for (int64_t i = begin; i < end; ++i) {
       const Scores scores = scored.at(work_, work_.chunks[i]);
@@ -159,12 +164,17 @@ std::tuple<Tensor, Tensor> settle_around(const Tensors& a, const Tensors& b, con
   rank -= around.below();
   const int64_t bin = around.bin_of(rank);
   if (bin < 0) return leave_above();
-  std::vector<Weight> weights = around.weights_of(bin);
-  const auto at = weights.begin() + rank;
-  std::nth_element(weights.begin(), at, weights.end());
-  const bool tied = std::any_of(weights.begin(), at, [&](const Weight& weight) { return weight.key == at->key; });
-  index = tied ? at->index : 0;
-  return leave(at->key, at->key, 0, true);
+  std::vector<uint32_t> keys = around.keys_of(bin);
+  std::nth_element(keys.begin(), keys.begin() + rank, keys.end());
+  const uint32_t key = keys[rank];
+  // Among those of its key.
+  rank = std::count(keys.begin(), keys.begin() + rank, key);
+  if (rank > 0) {
+    std::vector<int64_t> indices = around.indices_of(key);
+    std::nth_element(indices.begin(), indices.begin() + rank, indices.end());
+    index = indices[rank];
+  }
+  return leave(key, key, 0, true);
 }
 
 }  // namespace
