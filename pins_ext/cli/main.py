@@ -49,7 +49,7 @@ start here:
   pins-ext train --task glue/rte --model bert-base-uncased --sparsity 0.8 --output-dir runs/rte
   pins-ext COMMAND --help                 its flags, with examples
 
-exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted, 143 told to end
+exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted, 143 terminated
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 from pins_ext.pruning.config import PruneConfig, RatioFunction
@@ -39,8 +40,10 @@ class Schedule:
             TypeError: total_steps is no integer.
             ValueError: warm-up and cool-down together are longer than training.
         """
-        if not isinstance(total_steps, int):
-            raise TypeError(f"total_steps must be an integer, got {total_steps!r}")
+        try:
+            total_steps = operator.index(total_steps)
+        except TypeError:
+            raise TypeError(f"total_steps must be an integer, got {total_steps!r}") from None
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * total_steps)
