@@ -14,7 +14,7 @@
 namespace pins_ext::cpu {
 namespace {
 
-// Weights that are written down at most, 6 bytes each.
+// Weights that are written down at most, 6 bytes each; pins_ext/ops/select.py LISTED.
 constexpr int64_t kMostInside = int64_t{1} << 22;
 
 // A histogram of what is written down that stays in the L1 cache.

@@ -20,8 +20,10 @@ SAMPLES = 16384
 """Keys drawn to bracket the threshold: some 3 % of the weights then fall inside. On the CPU more, see `samples_of`."""
 
 INSIDE = 2_500_000
-"""Weights that fall inside a sample's bracket at most, about, where the CPU selects in one pass: it writes them down, 6
-bytes each, and has room for 1.6 times as many."""
+"""Weights that fall inside a sample's bracket at most, about, where the CPU selects in one pass and lists them."""
+
+LISTED = 1 << 22
+"""Weights that it has room for, 6 bytes each; csrc/cpu/settle.cpp kMostInside says the same."""
 
 ONE_PASS = 400_000_000
 """Weights up to which the CPU does so; beyond, drawing enough keys for that would take longer than a second pass."""
@@ -46,7 +48,7 @@ def listed_bytes(total: int) -> int:
 
     Beyond ONE_PASS weights the list is that of one bin, which is long only where thousands of scores are equal.
     """
-    most = 8 * INSIDE // 5 if total <= ONE_PASS else CANDIDATES
+    most = LISTED if total <= ONE_PASS else CANDIDATES
     return 3 * 8 * samples_of(total, on_host=True) + 6 * min(total, most)
 
 

@@ -247,6 +247,7 @@ def test_settle_around_leaves_a_resolved_bracket() -> None:
 
 def test_settle_around_more_weights_than_are_written_down() -> None:
     """4 M at most; a selection then counts, and ends at the same threshold."""
+    assert SELECT.LISTED == 2**22
     a = [torch.arange(2**22 + 5, dtype=torch.float32)]
     layout, bracket = ops.Layout.of(a), torch.tensor([0, ref.MASK32, 20, 0, 0])
     tables, position = (layout.places, layout.chunks), torch.tensor(2**21)
