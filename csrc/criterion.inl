@@ -98,8 +98,8 @@ PINS_HD float score_of(float a, float b, float factor) {
 // Order-preserving key: fp32 order, -0 == +0, every NaN highest.
 PINS_HD uint32_t order_key(float score) {
   uint32_t bits = bits_of(score + 0.0f);
-  uint32_t key = bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0xffffffffu : key;
+  uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  return score != score ? 0xffffffffu : key;
 }
 
 // The score by which a weight of a group N:M competes. The N best are NaN, which no cutoff reaches; so that no other

@@ -33,12 +33,16 @@ PINS_HD float fused_multiply_add(float a, float b, float c) { return __builtin_f
 
 // torch.lerp: from the nearer end, so that both ends are exact.
 PINS_HD float lerp(float start, float end, float weight) {
-  float diff = end - start;
-  return weight < 0.5f ? fused_multiply_add(weight, diff, start) : fused_multiply_add(weight - 1.0f, diff, end);
+  const bool near_start = weight < 0.5f;
+  return fused_multiply_add(near_start ? weight : weight - 1.0f, end - start, near_start ? start : end);
 }
 
+// sqrt(v) / sqrt(1 - beta2^step).
+PINS_HD float unbiased(float root, const AdamWRow& row) { return root / row.bias_sqrt; }
+
 // Loshchilov & Hutter 2019 (decoupled weight decay), as torch.optim.AdamW computes it.
-PINS_HD float adamw(float p, float g, float& exp_avg, float& exp_avg_sq, const AdamWRow& row) {
+template <class Row>
+PINS_HD float adamw(float p, float g, float& exp_avg, float& exp_avg_sq, const Row& row) {
   p = p * row.decay;
   exp_avg = lerp(exp_avg, g, row.lerp_weight);
   exp_avg_sq = fused_multiply_add(row.one_minus_beta2 * g, g, exp_avg_sq * row.beta2);
@@ -47,7 +51,7 @@ PINS_HD float adamw(float p, float g, float& exp_avg, float& exp_avg_sq, const A
 #else
   float root = __builtin_sqrtf(exp_avg_sq);
 #endif
-  float denominator = (root / row.bias_sqrt) + row.eps;
+  float denominator = unbiased(root, row) + row.eps;
   return p + ((row.minus_step_size * exp_avg) / denominator);
 }
 

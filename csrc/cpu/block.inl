@@ -11,10 +11,6 @@ static_assert(kBlock % kWord == 0 && kChunk % kBlock == 0, "a block is whole wor
 // A call per block costs nothing; inlined, these loops would be compiled a hundred times.
 #define PINS_BLOCK __attribute__((noinline)) inline
 
-// Weights of a block that are fetched, and computed with, at a time; a word of a mask.
-constexpr int64_t kPart = 64;
-static_assert(kBlock % kPart == 0, "a block is whole parts");
-
 struct alignas(64) Buffer {
   float values[kBlock];
 };
@@ -248,56 +244,6 @@ struct Bfloat16s {
   void give_moment(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
 };
 
-// ---- reading ahead ----------------------------------------------------------------------------------------------
-
-// Operands fetched some way ahead of the weights in work, a few lines at a time. A CPU fetches streams ahead by itself,
-// but stops at every page of 4 KB, each time for as long as memory takes. Fetching 256 weights of six operands at once
-// took twice the time of no fetching at all: more lines than can be on their way.
-class Ahead {
- public:
-  template <class... Spans>
-  explicit Ahead(const Spans&... spans) {
-    (add(spans), ...);
-  }
-
-  // For the part that begins at this weight.
-  inline __attribute__((always_inline)) void fetch(int64_t at) const {
-    for (int i = 0; i < size_; ++i) {
-      const uintptr_t line = first_[i] + static_cast<uintptr_t>(at + kDistance) * (wide_[i] ? 4 : 2);
-      __builtin_prefetch(reinterpret_cast<const void*>(line));
-      __builtin_prefetch(reinterpret_cast<const void*>(line + 64));
-      if (!wide_[i]) continue;
-      __builtin_prefetch(reinterpret_cast<const void*>(line + 128));
-      __builtin_prefetch(reinterpret_cast<const void*>(line + 192));
-    }
-  }
-
- private:
-  // No operand, or 8-bit storage: nothing is fetched.
-  void add(const Span& span) {
-    if (!span.data || span.columns) return;
-    first_[size_] = reinterpret_cast<uintptr_t>(span.data);
-    wide_[size_++] = span.dtype == Dtype::float32;
-  }
-
-  // Measured: 256 and 512 alike, 1024 slower, where all operands of so many weights fill the L1 cache.
-  static constexpr int64_t kDistance = 512;
-  uintptr_t first_[8];
-  bool wide_[8];
-  int size_ = 0;
-};
-
-// f(first weight of the part, how many) for every part of a block, fetched ahead.
-template <class F>
-inline __attribute__((always_inline)) void for_each_part(const Ahead& ahead, int64_t at, int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kPart <= n; i += kPart) {
-    ahead.fetch(at + i);
-    f(i, kPart);
-  }
-  if (i < n) f(i, n - i);
-}
-
 // ---- masks and comparisons --------------------------------------------------------------------------------------
 
 inline int64_t words_of(int64_t n) { return (n + kWord - 1) / kWord; }
@@ -339,6 +285,18 @@ inline uint64_t below(const uint32_t* keys, uint32_t threshold) {
 // Bit i of the result: keys[i] <= threshold.
 inline uint64_t up_to(const uint32_t* keys, uint32_t threshold) {
   return threshold == 0xffffffffu ? ~uint64_t{0} : below(keys, threshold + 1);
+}
+
+// Where the bytes of a mask are that begin with this bit: in place, or in `buffer` where they begin inside a byte. Of n
+// weights whole words of 32 can be read.
+inline const uint8_t* bits_from(const uint8_t* mask, int64_t first, int64_t n, Bits& buffer) {
+  if (first % 8 == 0) return mask + first / 8;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(buffer.values);
+  __builtin_memset(bytes, 0, kBlock / 8);
+  for (int64_t i = 0; i < n; ++i) {
+    bytes[i / 8] |= static_cast<uint8_t>((mask[(first + i) / 8] >> (first + i) % 8 & 1) << i % 8);
+  }
+  return bytes;
 }
 
 // Mask bits from one on to one all-ones or all-zeros word per weight; whole words are read.

@@ -116,7 +116,7 @@ class BoundaryPass {
 template <size_t count>
 void run(const UpdateCall& call, const BoundaryCall& boundary, void (*const (&table)[count])(const Update&)) {
   const int criterion = check_update(call, kCpu);
-  check_momentum(call);
+  check_hyper(call);
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   check_boundary(call, boundary, kCpu);

@@ -28,8 +28,8 @@ struct Averages {
 
 // What scores below `lowest` is pruned; the window's mean, which is the score, stays out of memory.
 template <class Optimizer, int criterion, class Weights, class Moments, class States>
-void boundary_part(const Step<Weights, Moments, States>& block, const Averages<States>& averages, int64_t begin,
-                   int64_t n, const typename Optimizer::Row& given, float clip, uint32_t lowest, const Fold& fold) {
+void boundary_step(const Step<Weights, Moments, States>& block, const Averages<States>& averages, int64_t n,
+                   const typename Optimizer::Row& given, float clip, uint32_t lowest, const Fold& fold) {
   // Copies, which no store can change.
   const typename Optimizer::Row row = given;
   const float beta1 = fold.beta1, one_minus_beta1 = fold.one_minus_beta1;
@@ -40,7 +40,7 @@ void boundary_part(const Step<Weights, Moments, States>& block, const Averages<S
   uint32_t *before = averages.before, *after = averages.after;
   // Each weight has its own place in every operand.
 #pragma GCC ivdep
-  for (int64_t i = begin; i < begin + n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const uint32_t random = step.random[i], moment_random = step.moment_random[i], random_fold = fold_random[i];
     const float p = step.p.get(i), g = step.g.get(i) * clip;
     float m = step.first.get(i), v = step.second.get(i);
@@ -73,20 +73,19 @@ inline void choose_by_keys(const Update& args, uint32_t* keys, int64_t at, int64
 // The masks of a block, by the averages as they are before the window's end.
 PINS_BLOCK void choose_block(const Update& args, int64_t at, int64_t n) {
   const Scores scores{args.run, args.boundary->fold.exp_avg_ipt, args.boundary->fold.exp_avg_unc};
-  const Ahead ahead(scores.a, scores.b);
   Bits keys;
   if (scores.b.data) {
-    keys_block<Score::product>(scores, ahead, at, n, keys.values);
+    keys_block<Score::product>(scores, at, n, keys.values);
   } else {
-    keys_block<Score::identity>(scores, ahead, at, n, keys.values);
+    keys_block<Score::identity>(scores, at, n, keys.values);
   }
   choose_by_keys(args, keys.values, at, n);
 }
 
 // A block of such a step, but for moments that its masks zero.
 template <class Optimizer, int criterion, class Weights, class Moments, class States>
-void boundary_block(const Update& args, const Step<Weights, Moments, States>& step, const Ahead& ahead, int64_t at,
-                    int64_t n, const typename Optimizer::Row& row, Pending& pending) {
+void boundary_block(const Update& args, const Step<Weights, Moments, States>& step, int64_t at, int64_t n,
+                    const typename Optimizer::Row& row, Pending& pending) {
   const Fold& fold = args.boundary->fold;
   Buffer mean_buffer, unc_buffer;
   Bits random, before, after;
@@ -94,10 +93,7 @@ void boundary_block(const Update& args, const Step<Weights, Moments, States>& st
   const Averages<States> averages{States::take(fold.exp_avg_ipt, at, n, mean_buffer),
                                   States::take(fold.exp_avg_unc, at, n, unc_buffer), random.values, before.values,
                                   after.values};
-  for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
-    boundary_part<Optimizer, criterion>(step, averages, i, part, row, args.gradient.clip, args.boundary->around->lo,
-                                        fold);
-  });
+  boundary_step<Optimizer, criterion>(step, averages, n, row, args.gradient.clip, args.boundary->around->lo, fold);
   choose_by_keys(args, before.values, at, n);
   if (!fold.tally) return;
   pad_keys(n, after.values);

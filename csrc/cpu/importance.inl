@@ -1,11 +1,11 @@
 // accumulate_ and fold_: the window mean of the instant score, and its running averages.
 
 template <Criterion criterion, class Weights, class States>
-void accumulate_part(States ipt, Weights p, Weights g, const uint32_t* random, int64_t begin, int64_t n, float clip,
-                     float lr, float accepted) {
+void accumulate_block(States ipt, Weights p, Weights g, const uint32_t* random, int64_t n, float clip, float lr,
+                      float accepted) {
   // Each weight has its own place in every operand.
 #pragma GCC ivdep
-  for (int64_t i = begin; i < begin + n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const float score = instant_score<criterion>(p.get(i), p.get(i), g.get(i) * clip, lr);
     ipt.set(i, next_ipt<criterion>(ipt.get(i), score, accepted), random[i]);
   }
@@ -16,16 +16,13 @@ void accumulate_run(const Accumulate& args) {
   Buffer ipt_buffer, p_buffer, g_buffer;
   Bits random;
   const Gradient& gradient = args.gradient;
-  const Ahead ahead(args.ipt, args.params, args.grads);
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
     if (args.ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
     const States ipt = States::take(args.ipt, at, n, ipt_buffer);
     const Weights g = Weights::take_gradient(args.grads, at, n, gradient.scale, g_buffer);
     const Weights p = criterion == Criterion::precomputed ? g : Weights::take(args.params, at, n, p_buffer);
-    for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
-      accumulate_part<criterion>(ipt, p, g, random.values, i, part, gradient.clip, args.lr, args.accepted);
-    });
+    accumulate_block<criterion>(ipt, p, g, random.values, n, gradient.clip, args.lr, args.accepted);
     ipt.give(args.ipt, at, n, random.values, 0);
   }
 }
@@ -49,14 +46,14 @@ struct FoldBlock {
 };
 
 template <bool has_unc, class States, class Window>
-void fold_part(const FoldBlock<States, Window>& given, int64_t begin, int64_t n, const Fold& args) {
+void fold_averages(const FoldBlock<States, Window>& given, int64_t n, const Fold& args) {
   // Copies, which no store can change.
   const FoldBlock<States, Window> block = given;
   const float beta1 = args.beta1, one_minus_beta1 = args.one_minus_beta1;
   const float beta2 = args.beta2, one_minus_beta2 = args.one_minus_beta2;
   // Each weight has its own place in every operand.
 #pragma GCC ivdep
-  for (int64_t i = begin; i < begin + n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const uint32_t random = block.random[i];
     const float ipt = block.ipt.get(i);
     const float mean = smooth_ipt(block.exp_avg_ipt.get(i), ipt, beta1, one_minus_beta1);
@@ -90,45 +87,42 @@ PINS_BLOCK float* load_ipt(const Fold& args, int64_t at, int64_t n, Buffer& ipt_
 
 // The averages of a block take in the window's score and are stored; those that are stored are counted.
 template <class States, class Window>
-PINS_BLOCK void fold_states(const Fold& args, const Ahead& ahead, int64_t at, int64_t n, Window ipt, Pending& pending) {
+PINS_BLOCK void fold_states(const Fold& args, int64_t at, int64_t n, Window ipt, Pending& pending) {
   Buffer mean_buffer, unc_buffer;
   Bits random, keys;
   if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
   const FoldBlock<States, Window> block{States::take(args.exp_avg_ipt, at, n, mean_buffer),
                                         States::take(args.exp_avg_unc, at, n, unc_buffer), ipt, random.values,
                                         keys.values};
-  for_each_part(ahead, at, n, [&](int64_t i, int64_t part) {
-    args.exp_avg_unc.data ? fold_part<true>(block, i, part, args) : fold_part<false>(block, i, part, args);
-  });
+  args.exp_avg_unc.data ? fold_averages<true>(block, n, args) : fold_averages<false>(block, n, args);
   block.exp_avg_ipt.give(args.exp_avg_ipt, at, n, random.values, 0);
   block.exp_avg_unc.give(args.exp_avg_unc, at, n, random.values, 16);
   if (!args.tally) return;
   if (args.exp_avg_ipt.columns) {
     // The scores that 8-bit storage holds.
     const Scores scores{args.run, args.exp_avg_ipt, args.exp_avg_unc};
-    args.exp_avg_unc.data ? keys_block<Score::product>(scores, Ahead(), at, n, keys.values)
-                          : keys_block<Score::identity>(scores, Ahead(), at, n, keys.values);
+    args.exp_avg_unc.data ? keys_block<Score::product>(scores, at, n, keys.values)
+                          : keys_block<Score::identity>(scores, at, n, keys.values);
   }
   pad_keys(n, keys.values);
   count_keys(keys.values, n, args.bracket, *args.tally, pending);
 }
 
 template <class Window>
-void fold_block(const Fold& args, const Ahead& ahead, int64_t at, int64_t n, Window ipt, Pending& pending) {
-  args.exp_avg_ipt.dtype == Dtype::bfloat16 ? fold_states<Bfloat16s>(args, ahead, at, n, ipt, pending)
-                                            : fold_states<Float32s>(args, ahead, at, n, ipt, pending);
+void fold_block(const Fold& args, int64_t at, int64_t n, Window ipt, Pending& pending) {
+  args.exp_avg_ipt.dtype == Dtype::bfloat16 ? fold_states<Bfloat16s>(args, at, n, ipt, pending)
+                                            : fold_states<Float32s>(args, at, n, ipt, pending);
 }
 
 void fold(const Fold& args) {
   Buffer ipt_buffer;
-  const Ahead ahead(args.exp_avg_ipt, args.exp_avg_unc, args.ipt);
   Pending pending;
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
     if (args.ipt.data && args.ipt.dtype == Dtype::bfloat16) {
-      fold_block(args, ahead, at, n, Bfloat16s::take(args.ipt, at, n, ipt_buffer), pending);
+      fold_block(args, at, n, Bfloat16s::take(args.ipt, at, n, ipt_buffer), pending);
     } else {
-      fold_block(args, ahead, at, n, Float32s{load_ipt(args, at, n, ipt_buffer)}, pending);
+      fold_block(args, at, n, Float32s{load_ipt(args, at, n, ipt_buffer)}, pending);
     }
   }
   if (args.tally) pending.flush(args.bracket, args.tally->bins);

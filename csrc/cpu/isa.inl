@@ -8,6 +8,7 @@
 #include "select.inl"
 #include "importance.inl"
 #include "eligible.inl"
+#include "quotient.inl"
 #include "step.inl"
 #include "boundary.inl"
 #include "update.inl"

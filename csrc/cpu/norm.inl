@@ -1,8 +1,8 @@
 // sum_of_squares of one chunk.
 
 template <class Values>
-void add_squares(double* __restrict lanes, Values values, int64_t begin, int64_t n) {
-  for (int64_t i = begin; i < begin + n; ++i) lanes[i] += square_of(values.get(i));
+void add_squares(double* __restrict lanes, Values values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) lanes[i] += square_of(values.get(i));
 }
 
 template <class Values>
@@ -10,12 +10,10 @@ double sum_of_squares_run(const Span& span, int64_t count) {
   static_assert(kNormLanes % kBlock == 0, "a block has one lane a weight");
   alignas(64) double lanes[kNormLanes] = {};
   Buffer buffer;
-  const Ahead ahead(span);
   for (int64_t at = 0; at < count; at += kBlock) {
     const int64_t n = count - at < kBlock ? count - at : kBlock;
     const Values values = Values::take(span, at, n, buffer);
-    for_each_part(ahead, at, n,
-                  [&](int64_t i, int64_t part) { add_squares(lanes + at % kNormLanes, values, i, part); });
+    add_squares(lanes + at % kNormLanes, values, n);
   }
   for (int width = kNormLanes; width > 1; width /= 2) add_halves(lanes, width, 0, 1);
   return lanes[0];

@@ -7,9 +7,7 @@ void keys_part(A a, B b, float factor, int64_t n, uint32_t* __restrict keys) {
 
 // Keys of a block. Scores of one operand read it twice.
 template <Score score>
-PINS_BLOCK void keys_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
-  // Two operands: a block's lines can all be on their way.
-  for (int64_t i = kPart; i <= n; i += kPart) ahead.fetch(at + i - kPart);
+PINS_BLOCK void keys_block(const Scores& scores, int64_t at, int64_t n, uint32_t* keys) {
   const float factor = scores.factor;
   const Span& a = scores.a;
   const Span& b = scores.b.data ? scores.b : a;
@@ -27,18 +25,17 @@ inline void pad_keys(int64_t n, uint32_t* keys) {
 }
 
 template <Score score>
-void load_keys(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, uint32_t* keys) {
-  keys_block<score>(scores, ahead, at, n, keys);
+void load_keys(const Scores& scores, int64_t at, int64_t n, uint32_t* keys) {
+  keys_block<score>(scores, at, n, keys);
   pad_keys(n, keys);
 }
 
 // The keys of a whole run.
 template <Score score>
 void keys(const Scores& scores, uint32_t* target) {
-  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    keys_block<score>(scores, ahead, at, n, target + at);
+    keys_block<score>(scores, at, n, target + at);
   }
 }
 
@@ -87,20 +84,18 @@ PINS_BLOCK void count_keys(const uint32_t* keys, int64_t n, const Bracket& brack
 }
 
 template <Score score>
-void count_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket, Tally& tally,
-                 Pending& pending) {
+void count_block(const Scores& scores, int64_t at, int64_t n, const Bracket& bracket, Tally& tally, Pending& pending) {
   Bits block;
-  load_keys<score>(scores, ahead, at, n, block.values);
+  load_keys<score>(scores, at, n, block.values);
   count_keys(block.values, n, bracket, tally, pending);
 }
 
 template <Score score>
 void count(const Scores& scores, const Bracket& bracket, Tally& tally) {
-  const Ahead ahead(scores.a, scores.b);
   Pending pending;
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    count_block<score>(scores, ahead, at, n, bracket, tally, pending);
+    count_block<score>(scores, at, n, bracket, tally, pending);
   }
   pending.flush(bracket, tally.bins);
 }
@@ -111,10 +106,9 @@ int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uin
   static_assert(kChunk <= 1 << 16, "a place in a chunk has 16 bits");
   Bits block;
   int64_t size = 0;
-  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, ahead, at, n, block.values);
+    load_keys<score>(scores, at, n, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
       const uint64_t valid = low_bits(n - start);
@@ -134,10 +128,9 @@ int64_t inside(const Scores& scores, const Bracket& bracket, uint32_t* keys, uin
 template <Score score>
 void pack(const Scores& scores, const Pack& args, PackStats& stats) {
   Bits block;
-  const Ahead ahead(scores.a, scores.b);
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    load_keys<score>(scores, ahead, at, n, block.values);
+    load_keys<score>(scores, at, n, block.values);
     for (int64_t start = 0; start < n; start += kWord) {
       const uint32_t* word_keys = block.values + start;
       const uint64_t valid = low_bits(n - start);
@@ -179,21 +172,20 @@ PINS_BLOCK void pack_around_keys(const uint32_t* keys, int64_t at, int64_t n, co
 }
 
 template <Score score>
-void pack_around_block(const Scores& scores, const Ahead& ahead, int64_t at, int64_t n, const Bracket& bracket,
-                       uint8_t* mask, PackStats& stats, Inside& found, int64_t& size) {
+void pack_around_block(const Scores& scores, int64_t at, int64_t n, const Bracket& bracket, uint8_t* mask,
+                       PackStats& stats, Inside& found, int64_t& size) {
   Bits block;
-  load_keys<score>(scores, ahead, at, n, block.values);
+  load_keys<score>(scores, at, n, block.values);
   pack_around_keys(block.values, at, n, bracket, mask, stats, found, size);
 }
 
 // Returns how many are found.
 template <Score score>
 int64_t pack_around(const Scores& scores, const Bracket& bracket, uint8_t* mask, PackStats& stats, Inside& found) {
-  const Ahead ahead(scores.a, scores.b);
   int64_t size = 0;
   for (int64_t at = 0, n; at < scores.run.count; at += n) {
     n = block_size(scores.run, at);
-    pack_around_block<score>(scores, ahead, at, n, bracket, mask, stats, found, size);
+    pack_around_block<score>(scores, at, n, bracket, mask, stats, found, size);
   }
   return size;
 }

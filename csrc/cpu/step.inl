@@ -1,15 +1,28 @@
 // One step of the optimizer, weight by weight: what every update and every boundary computes.
 
+struct QuickAdamWRow : AdamWRow {
+  Divisor bias;
+  explicit QuickAdamWRow(const AdamWRow& row) : AdamWRow(row), bias(row.bias_sqrt) {}
+};
+
+// A root is zero, between 2^-75 and 2^64, infinite or NaN.
+PINS_HD float unbiased(float root, const QuickAdamWRow& row) {
+  return root < __builtin_inff() ? quotient(root, row.bias) : root;
+}
+
 struct AdamW {
   using Row = AdamWRow;
+  using QuickRow = QuickAdamWRow;
+  template <class AnyRow>
   static inline __attribute__((always_inline)) float step(float p, float g, float& first, float& second,
-                                                          const Row& row) {
+                                                          const AnyRow& row) {
     return adamw(p, g, first, second, row);
   }
 };
 
 struct Sgd {
   using Row = SgdRow;
+  using QuickRow = SgdRow;
   static inline __attribute__((always_inline)) float step(float p, float g, float& first, float&, const Row& row) {
     return sgd(p, g, first, row);
   }
@@ -22,18 +35,27 @@ struct Step {
   Moments first, second;
   States ipt;
   const uint32_t *random, *moment_random;
+  const uint8_t* keep;  // bit = keep
 };
 
-// p = optimizer(p, g, moments), before masking, and the window's mean with its score.
-template <class Optimizer, int criterion, class Weights, class Moments, class States>
-void step_part(const Step<Weights, Moments, States>& given, int64_t begin, int64_t n,
-               const typename Optimizer::Row& given_row, float clip, float accepted) {
-  // Copies, which no store can change.
-  const Step<Weights, Moments, States> block = given;
-  const typename Optimizer::Row row = given_row;
+// Whether weights are masked where they are computed. Without registers of bits a pass of its own takes no longer, and
+// a step without masks less.
+#if defined(PINS_AVX512)
+constexpr bool kMasksInLoop = true;
+#else
+constexpr bool kMasksInLoop = false;
+#endif
+
+// p = optimizer(p, g, moments), and the window's mean with the score of that, of at most 32 weights.
+template <class Optimizer, int criterion, class Weights, class Moments, class States, class Row>
+inline __attribute__((always_inline)) void step_word(const Step<Weights, Moments, States>& block, int64_t begin,
+                                                     int64_t n, const Row& row, float clip, float accepted) {
+  uint32_t keep;
+  __builtin_memcpy(&keep, block.keep + begin / 8, 4);
   // Each weight has its own place in every operand.
 #pragma GCC ivdep
-  for (int64_t i = begin; i < begin + n; ++i) {
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = begin + j;
     const uint32_t random = block.random[i], moment_random = block.moment_random[i];
     const float g = block.g.get(i) * clip;
     float m = block.first.get(i), v = block.second.get(i);
@@ -45,8 +67,20 @@ void step_part(const Step<Weights, Moments, States>& given, int64_t begin, int64
     }
     block.first.set(i, m, moment_random);
     block.second.set(i, v, moment_random >> 16);
-    block.p.set(i, stepped, random >> 16);
+    const bool pruned = kMasksInLoop && !(keep & (uint32_t{1} << j));
+    block.p.set(i, pruned ? 0.0f : stepped, random >> 16);
   }
+}
+
+template <class Optimizer, int criterion, class Weights, class Moments, class States, class Row>
+void step_block(const Step<Weights, Moments, States>& given, int64_t n, const Row& given_row, float clip,
+                float accepted) {
+  // Copies, which no store can change.
+  const Step<Weights, Moments, States> block = given;
+  const Row row = given_row;
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) step_word<Optimizer, criterion>(block, i, 32, row, clip, accepted);
+  if (i < n) step_word<Optimizer, criterion>(block, i, n - i, row, clip, accepted);
 }
 
 // Bits of their own: the low half rounds the first moment, the high half the second.

@@ -9,7 +9,7 @@ namespace {
 template <size_t count>
 void masked_update(const UpdateCall& call, void (*const (&table)[count])(const Update&)) {
   const int criterion = check_update(call, kCpu);
-  check_momentum(call);
+  check_hyper(call);
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   if (is_set(call.found_inf)) return;

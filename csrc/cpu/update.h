@@ -63,13 +63,19 @@ UpdateKernel update_kernel(const UpdateCall& call, int criterion, void (*const (
   return table[call.ipt.empty() ? kNoCriterion : criterion];
 }
 
-// Of a call whose metadata are checked: only SGD can be without moments.
-inline void check_momentum(const UpdateCall& call) {
-  constexpr int kMomentum = 2;  // optimizer.inl SgdRow
-  const float* rows = static_cast<const float*>(call.hyper.const_data_ptr());
-  for (size_t i = 0; !call.moments[0].given() && i < call.params.size(); ++i) {
-    PINS_CHECK(rows[8 * i + kMomentum] == 0.0f, "momentum_buffer is empty, but ", item("hyper", i), " has momentum ",
-               rows[8 * i + kMomentum]);
+// Of a call whose metadata are checked: only SGD can be without moments, and AdamW divides by what it is made for.
+inline void check_hyper(const UpdateCall& call) {
+  constexpr int kMomentum = 2, kBiasSqrt = 6;  // optimizer.inl SgdRow, AdamWRow
+  const bool is_adamw = call.moments.size() == 2;
+  const float* row = static_cast<const float*>(call.hyper.const_data_ptr());
+  for (size_t i = 0; i < call.params.size(); ++i, row += 8) {
+    if (is_adamw) {
+      PINS_CHECK(row[kBiasSqrt] >= 0x1p-50f && row[kBiasSqrt] <= 1.0f, item("hyper", i), " has ", row[kBiasSqrt],
+                 " for sqrt(1 - beta2^t), which is above 0 and at most 1");
+    } else if (!call.moments[0].given()) {
+      PINS_CHECK(row[kMomentum] == 0.0f, "momentum_buffer is empty, but ", item("hyper", i), " has momentum ",
+                 row[kMomentum]);
+    }
   }
 }
 

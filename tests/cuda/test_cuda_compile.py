@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 
 MOMENTS = {"AdamWStep": 2, "SgdStep": 1}
 # Fused multiply-adds that the optimizer asks for, per weight: none may come from the compiler.
-FUSED = {"AdamWStep": 3, "SgdStep": 4}
+FUSED = {"AdamWStep": 2, "SgdStep": 4}
 # 65536 registers for 7 blocks of 128 threads where everything is float32, for 6 where the weights are, for 5 or, with
 # small moments too, 4 otherwise; the mask alone fills the multiprocessor with 2048 threads.
 REGISTERS = {

@@ -90,6 +90,12 @@ REFUSED: dict[str, tuple[str, int | str, Any, str]] = {
     "clip": ("accumulate_", "clip", torch.ones(1, dtype=torch.float64), "clip must be float32, got float64"),
     "rng": ("accumulate_", 7, torch.ones(2), "rng must be int64, got float32"),
     "hyper": ("masked_adamw_", 9, torch.ones(3, 7), r"hyper must have shape \(3, 8\), got \(3, 7\)"),
+    "bias": (
+        "masked_adamw_",
+        9,
+        torch.tensor([[1.0] * 8, [1.0] * 8, [1.0] * 6 + [0.0, 1.0]]),
+        r"hyper\[2\] has 0 for sqrt\(1 - beta2\^t\), which is above 0 and at most 1",
+    ),
     "momentum without buffer": ("masked_sgd_", 1, [], r"momentum_buffer is empty, but hyper\[0\] has momentum 1"),
     "counts": ("count_", 0, torch.zeros(7, dtype=torch.int64), r"counts must have shape \(65537,\), got \(7,\)"),
     "bracket": ("count_", 6, torch.tensor([0, 2**32 - 1, 15, 0, 0]), "does not fit 65536 bins"),

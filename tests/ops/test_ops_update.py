@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from cases import FLOATS, LISTS, STATES, assert_all_same, clones, index_of, masks_of, rng_of, tensors
@@ -205,6 +206,25 @@ def test_a_step_is_float32_rounded_once(optimizer: AdamW | SGD, values: str) -> 
         assert_all_same(params, stored("params", stepped, dtype, layout, rng))
         for kind, moment, expected in zip(("first", "second"), moments, new_moments, strict=False):
             assert_all_same(moment, stored(kind, expected, moment_dtype, layout, rng))
+
+
+def test_every_second_moment_is_divided_to_the_last_bit() -> None:
+    """Bit patterns of all magnitudes, and biases at both ends of a binade, against NumPy's root and division."""
+    patterns = torch.randint(0, 2**31, (20000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    ends = torch.tensor([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000], dtype=torch.int32)
+    v = torch.cat((patterns, ends)).view(torch.float32)
+    roots = [math.sqrt(1 - b**t) for b in (0.0, 0.9, 0.999, 0.9999999) for t in (1, 2, 7, 100, 12345)]
+    roots += [2.0**-50, *(end - k * 2.0**-24 for end in (1.0, 0.75) for k in range(5)), 0.5 + 2.0**-24]
+    biases = torch.tensor(roots, dtype=torch.float64).float()
+    params, grads = ([torch.zeros_like(v) for _ in biases] for _ in range(2))
+    moments, layout = [[-torch.ones_like(v) for _ in biases], [v.clone() for _ in biases]], ops.Layout.of(params)
+    hyper = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, -1.0, bias, 0.0] for bias in biases.tolist()])
+    pins.masked_adamw_(
+        params, *moments, [], [], grads, [], layout.places, layout.chunks, hyper, torch.zeros(1), rng_of(0), "pins"
+    )
+    with np.errstate(all="ignore"):
+        expected = [torch.from_numpy(np.float32(1) / (np.sqrt(v.numpy()) / bias)) for bias in biases.numpy()]
+    assert_all_same(params, expected)
 
 
 @pytest.mark.parametrize("criterion", ops.CRITERIA)
