@@ -74,7 +74,7 @@ def cases(problem: Problem, delta_t: int, eager: bool = False) -> list[Case]:
     """
     weight, state = problem.sizes
     model = Model(problem)
-    counted = 7 * weight + 2 * state + 0.125 + _boundary_bytes(problem, state, delta_t) / delta_t
+    counted = 7 * weight + 2 * state + 0.125 + _boundary_bytes(state, delta_t) / delta_t
     own = _ours(problem, model, name_of(delta_t), counted, delta_t)
     return [own, *_eager_cases(problem, model, delta_t)] if eager else [own, _floor(problem, model, delta_t)]
 
@@ -87,7 +87,7 @@ def lean_cases(problem: Problem, delta_t: int) -> list[Case]:
     weight, state = problem.sizes
     model = Model(problem)
     update, half = 7 * weight + 0.125, torch.bfloat16.itemsize
-    halved = update + 2 * half + _boundary_bytes(problem, half, delta_t) / delta_t
+    halved = update + 2 * half + _boundary_bytes(half, delta_t) / delta_t
     moments = update + (3 * weight + 8 * state + 0.25) / delta_t
     fisher = update + (4 * weight + 0.25) / delta_t
     return [
@@ -151,15 +151,13 @@ def _floor(problem: Problem, model: Model, delta_t: int, against: str | None = N
     )
 
 
-def _boundary_bytes(problem: Problem, state: int, delta_t: int) -> float:
+def _boundary_bytes(state: int, delta_t: int) -> float:
     """What a window's boundary moves beside its steps' update and ipt, with `state` bytes of each statistic.
 
-    On the CPU fold, one read to select, pack. On a GPU the last step's pass reads and writes both averages and leaves
-    ipt, and the next one's reads them. A window of one step reads and writes them in its own pass, and has no ipt.
+    The last step's pass reads and writes both averages and leaves ipt, and the next one's reads them. A window of one
+    step reads and writes them in its own pass, and has no ipt.
     """
-    if delta_t == 1:
-        return 2 * state + 0.25
-    return (9 if problem.device.type == "cpu" else 5) * state + 0.25
+    return (2 if delta_t == 1 else 5) * state + 0.25
 
 
 def _settle(model: Model, delta_t: int, exp_avg_ipt: Iterable[Tensor], exp_avg_unc: Iterable[Tensor]) -> None:
@@ -177,7 +175,7 @@ def clipped_cases(problem: Problem, delta_t: int) -> list[Case]:
     weight, state = problem.sizes
     model = Model(problem)
     update = 8 * weight + 0.125
-    pins = update + 2 * state + _boundary_bytes(problem, state, delta_t) / delta_t
+    pins = update + 2 * state + _boundary_bytes(state, delta_t) / delta_t
     fisher = update + (4 * weight + 0.25) / delta_t
     return [
         _ours(problem, model, clipped_name_of(delta_t, "pins"), pins, delta_t, clips=True),

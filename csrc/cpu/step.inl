@@ -38,6 +38,20 @@ struct Step {
   const uint8_t* keep;  // bit = keep
 };
 
+// The averages that a pass over a boundary chooses masks by, or takes the window into.
+template <class States>
+struct Averages {
+  States exp_avg_ipt, exp_avg_unc;
+  const uint32_t* random;
+  uint32_t *before, *after;  // order keys of the scores that choose, and of the new ones
+};
+
+struct StepScalars {
+  float clip, accepted;
+  uint32_t lowest;  // what scores below it is pruned, where masks are chosen
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+};
+
 // Whether weights are masked where they are computed. Without registers of bits a pass of its own takes no longer, and
 // a step without masks less.
 #if defined(PINS_AVX512)
@@ -46,10 +60,14 @@ constexpr bool kMasksInLoop = true;
 constexpr bool kMasksInLoop = false;
 #endif
 
-// p = optimizer(p, g, moments), and the window's mean with the score of that, of at most 32 weights.
-template <class Optimizer, int criterion, class Weights, class Moments, class States, class Row>
-inline __attribute__((always_inline)) void step_word(const Step<Weights, Moments, States>& block, int64_t begin,
-                                                     int64_t n, const Row& row, float clip, float accepted) {
+// Of at most 32 weights, more where masks are chosen: p = keep ? optimizer(p, g, moments) : 0, and the window's mean
+// with the score of what is stepped. `chooses`: by the averages as they are; `folds`: the mean stays out of memory, the
+// averages take it in.
+template <class Optimizer, int criterion, bool chooses, bool folds, class Weights, class Moments, class States,
+          class Row>
+inline __attribute__((always_inline)) void step_word(const Step<Weights, Moments, States>& block,
+                                                     const Averages<States>& averages, int64_t begin, int64_t n,
+                                                     const Row& row, const StepScalars& scalars) {
   uint32_t keep;
   __builtin_memcpy(&keep, block.keep + begin / 8, 4);
   // Each weight has its own place in every operand.
@@ -57,30 +75,60 @@ inline __attribute__((always_inline)) void step_word(const Step<Weights, Moments
   for (int64_t j = 0; j < n; ++j) {
     const int64_t i = begin + j;
     const uint32_t random = block.random[i], moment_random = block.moment_random[i];
-    const float g = block.g.get(i) * clip;
+    const float g = block.g.get(i) * scalars.clip;
     float m = block.first.get(i), v = block.second.get(i);
     const float stepped = Optimizer::step(block.p.get(i), g, m, v, row);
+    block.first.set(i, m, moment_random);
+    block.second.set(i, v, moment_random >> 16);
+    bool pruned = false;
+    if constexpr (kMasksInLoop && !chooses) pruned = !(keep & (uint32_t{1} << j));
+    float old_mean = 0.0f, old_uncertain = 0.0f;
+    if constexpr (chooses || folds) {
+      old_mean = averages.exp_avg_ipt.get(i);
+      old_uncertain = averages.exp_avg_unc.get(i);
+    }
+    if constexpr (chooses) {
+      const uint32_t key = order_key(score_of<Score::product>(old_mean, old_uncertain, 1.0f));
+      averages.before[i] = key;
+      pruned = key < scalars.lowest;
+    }
     if constexpr (criterion != kNoCriterion) {
       constexpr Criterion kind = static_cast<Criterion>(criterion);
       const float score = instant_score<kind>(block.q.get(i), stepped, g, row.lr);
-      block.ipt.set(i, next_ipt<kind>(block.ipt.get(i), score, accepted), random);
+      // A pass that does both is a window of its own.
+      constexpr bool whole = chooses && folds;
+      const float ipt = whole ? score : next_ipt<kind>(block.ipt.get(i), score, scalars.accepted);
+      if constexpr (folds) {
+        const uint32_t fold_random = averages.random[i];
+        const float stored = States::stored(ipt, random);
+        const float mean = smooth_ipt(old_mean, stored, scalars.beta1, scalars.one_minus_beta1);
+        const float uncertain = smooth_unc(old_uncertain, stored, mean, scalars.beta2, scalars.one_minus_beta2);
+        averages.exp_avg_ipt.set(i, mean, fold_random);
+        averages.exp_avg_unc.set(i, uncertain, fold_random >> 16);
+        averages.after[i] = order_key(score_of<Score::product>(States::stored(mean, fold_random),
+                                                               States::stored(uncertain, fold_random >> 16), 1.0f));
+      } else {
+        block.ipt.set(i, ipt, random);
+      }
     }
-    block.first.set(i, m, moment_random);
-    block.second.set(i, v, moment_random >> 16);
-    const bool pruned = kMasksInLoop && !(keep & (uint32_t{1} << j));
     block.p.set(i, pruned ? 0.0f : stepped, random >> 16);
   }
 }
 
-template <class Optimizer, int criterion, class Weights, class Moments, class States, class Row>
-void step_block(const Step<Weights, Moments, States>& given, int64_t n, const Row& given_row, float clip,
-                float accepted) {
+template <class Optimizer, int criterion, bool chooses, bool folds, class Weights, class Moments, class States,
+          class Row>
+void step_block(const Step<Weights, Moments, States>& given, const Averages<States>& given_averages, int64_t n,
+                const Row& given_row, const StepScalars& given_scalars) {
   // Copies, which no store can change.
   const Step<Weights, Moments, States> block = given;
+  const Averages<States> averages = given_averages;
   const Row row = given_row;
+  const StepScalars scalars = given_scalars;
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) step_word<Optimizer, criterion>(block, i, 32, row, clip, accepted);
-  if (i < n) step_word<Optimizer, criterion>(block, i, n - i, row, clip, accepted);
+  for (; !chooses && i + 32 <= n; i += 32) {
+    step_word<Optimizer, criterion, chooses, folds>(block, averages, i, 32, row, scalars);
+  }
+  if (i < n) step_word<Optimizer, criterion, chooses, folds>(block, averages, i, n - i, row, scalars);
 }
 
 // Bits of their own: the low half rounds the first moment, the high half the second.

@@ -31,13 +31,15 @@ void update_run(const Update& args) {
   Bits random, moment_random, bits, all;
   Pending pending;
   const bool in_loop = goes_in_loop<criterion>(args);
+  const bool chosen = in_loop && args.boundary->around;
   const bool chooses = args.boundary && args.boundary->around && !in_loop;
   const bool folds = args.boundary && args.boundary->folds && !in_loop;
   // The mean of a window of one step stays out of memory.
-  const Span ipt_span = in_loop || (folds && begins<criterion>(args)) ? Span{} : args.ipt;
+  const bool ends = args.boundary && args.boundary->folds;
+  const Span ipt_span = ends && begins<criterion>(args) ? Span{} : args.ipt;
   if (folds) __builtin_memset(ipt_buffer.values, 0, sizeof(ipt_buffer));
   // A shadow takes what is stepped before that is masked.
-  const bool masks = kMasksInLoop && args.mask && !in_loop && !args.shadow.data;
+  const bool masks = kMasksInLoop && args.mask && !chosen && !args.shadow.data;
   __builtin_memset(all.values, 0xff, kBlock / 8);
   for (int64_t at = 0, n; at < args.run.count; at += n) {
     n = block_size(args.run, at);
@@ -65,7 +67,7 @@ void update_run(const Update& args) {
         boundary_block<Optimizer, criterion>(args, step, at, n, row, pending);
       }
     } else {
-      step_block<Optimizer, criterion>(step, n, row, gradient.clip, args.accepted);
+      step_block<Optimizer, criterion, false, false>(step, {}, n, row, {gradient.clip, args.accepted});
       if constexpr (States::kConverts) {
         if (folds) {
           round_state(args.ipt, n, step.ipt.data, random.values, 0);
@@ -76,7 +78,7 @@ void update_run(const Update& args) {
       }
     }
     store_shadow(args.shadow, at, n, p, random.values);
-    mask_step(args, step, at, n, in_loop || masks);
+    mask_step(args, step, at, n, chosen || masks);
     p.give(args.params, at, n, random.values, 16);
     step.first.give_moment(args.first, at, n, moment_random.values, 0);
     step.second.give_moment(args.second, at, n, moment_random.values, 16);

@@ -33,11 +33,8 @@ class FusedSlot(Slot):
         """See Slot."""
         super().bind(importance, masks)
         self._places = {id(self.parameters[i]): i for i in self.indices}
-        # Of longer windows, too, on a GPU, where their pass moves 16 bytes a weight and window less than separate ones.
-        # On the CPU it took as long.
-        short = importance.config.delta_t == 1 or not masks.selection.packs
         plain = importance.folds_in_pass and importance.dtype not in ops.CODED
-        self._one_pass = short and plain and masks.selection.one_cutoff
+        self._one_pass = plain and masks.selection.one_cutoff
 
     def attach(self, slots: Slots) -> None:
         """See Slot."""
