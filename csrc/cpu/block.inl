@@ -287,10 +287,10 @@ inline uint64_t up_to(const uint32_t* keys, uint32_t threshold) {
   return threshold == 0xffffffffu ? ~uint64_t{0} : below(keys, threshold + 1);
 }
 
-// Where the bytes of a mask are that begin with this bit: in place, or in `buffer` where they begin inside a byte. Of n
-// weights whole words of 32 can be read.
+// Where the bits of n weights are from this one on, in whole words of 32: in place, where words begin with it, or in
+// `buffer`: other words could reach past the mask's end.
 inline const uint8_t* bits_from(const uint8_t* mask, int64_t first, int64_t n, Bits& buffer) {
-  if (first % 8 == 0) return mask + first / 8;
+  if (first % 32 == 0) return mask + first / 8;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(buffer.values);
   __builtin_memset(bytes, 0, kBlock / 8);
   for (int64_t i = 0; i < n; ++i) {
