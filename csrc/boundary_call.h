@@ -94,9 +94,9 @@ inline void check_boundary(const UpdateCall& call, const BoundaryCall& boundary,
 
 // The operators; `run` is what a device makes of the call.
 template <void (*run)(const UpdateCall&, const BoundaryCall&)>
-void boundary_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                     const Tensors& shadow, const Tensors& masks, const Tensors& exp_avg_ipt,
-                     const Tensors& exp_avg_unc, const Tensors& grads, const Tensor& places, const Tensor& chunks,
+void boundary_adamw_(const Written& params, const Written& exp_avg, const Written& exp_avg_sq, const Written& ipt,
+                     const Written& shadow, const Written& masks, const Written& exp_avg_ipt,
+                     const Written& exp_avg_unc, const Tensors& grads, const Tensor& places, const Tensor& chunks,
                      const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
                      bool clear_state, const OptionalTensor& clip, const OptionalTensor& around,
                      const OptionalTensor& stats, const OptionalTensor& threshold, const OptionalTensor& fold_rng,
@@ -110,8 +110,8 @@ void boundary_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensor
 }
 
 template <void (*run)(const UpdateCall&, const BoundaryCall&)>
-void boundary_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
-                   const Tensors& masks, const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& grads,
+void boundary_sgd_(const Written& params, const Written& momentum_buffer, const Written& ipt, const Written& shadow,
+                   const Written& masks, const Written& exp_avg_ipt, const Written& exp_avg_unc, const Tensors& grads,
                    const Tensor& places, const Tensor& chunks, const Tensor& hyper, const Tensor& accepted,
                    const Tensor& rng, const std::string& criterion, bool clear_state, const OptionalTensor& clip,
                    const OptionalTensor& around, const OptionalTensor& stats, const OptionalTensor& threshold,

@@ -5,12 +5,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 
 #include "checks.h"
 
 namespace pins_ext {
+
+constexpr int64_t kStep = 64;  // tensors
 
 Handles::Handles(StableListHandle list) : Handles() {
   size_t size = 0;
@@ -23,6 +26,16 @@ Handles::Handles(StableListHandle list) : Handles() {
   }
 }
 
+// A handle points to an at::Tensor, which holds nothing but the address of what describes the tensor. Here that is a
+// hint alone: should it be something else one day, nothing comes early.
+void Handles::fetch(int64_t begin, int64_t end) const {
+  for (int64_t i = begin; i < end; ++i) {
+    const char* description = nullptr;
+    std::memcpy(&description, handles_[i], sizeof(description));
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(description + 64 * line);
+  }
+}
+
 Handles::~Handles() {
   if (handles_.empty()) return;
   if (!Py_IsInitialized()) {  // no lock is left to take
@@ -30,7 +43,11 @@ Handles::~Handles() {
     return;
   }
   const PyGILState_STATE state = PyGILState_Ensure();
-  for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  for (int64_t begin = 0, end; begin < size(); begin = end) {
+    end = std::min(begin + kStep, size());
+    fetch(begin, end);
+    for (int64_t i = begin; i < end; ++i) aoti_torch_delete_tensor_object(handles_[i]);
+  }
   PyGILState_Release(state);
 }
 
@@ -93,38 +110,38 @@ void forget_list(const Tensor& kept) { KeptLists::all().forget(kept.const_data_p
 
 }  // namespace
 
-Tensors::Tensors(StableListHandle list) : handles_(std::make_shared<const Handles>(list)) {
+Tensors::Tensors(StableListHandle list, Use use) : handles_(std::make_shared<const Handles>(list)) {
   const auto kept = KeptLists::all().behind(*handles_);
   if (kept) handles_ = kept;
   tensors_.resize(handles_->size());
+  // Descriptions lie all over memory, which takes longer to come than an answer: in steps that the L1 cache holds, one
+  // question to each tensor at a time. While one waits the CPU goes on with the next.
+  const auto ask_in_steps = [&](int64_t begin, int64_t end) {
+    for (int64_t last; begin < end; begin = last) {
+      last = std::min(begin + kStep, end);
+      handles_->fetch(begin, last);
+      int64_t bytes = 0;
+      for (int64_t i = begin; i < last; ++i) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size((*handles_)[i], &bytes));
+      }
+      ask(begin, last);
+      for (int64_t i = begin; i < last; ++i) tensors_[i].ask_for_memory(use);
+    }
+  };
   if (kept) {
-    ask_kept();
+    torch::stable::parallel_for(0, handles_->size(), 4 * kStep, ask_in_steps);
   } else {
-    ask(0, handles_->size());
+    ask_in_steps(0, handles_->size());
   }
+  if (use == Use::read) return;
+  // Lazy copies are refused on several threads, and made here.
+  for (const ListedTensor& tensor : tensors_) tensor.data_ptr();
 }
 
 void Tensors::ask(int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     tensors_[i] = ListedTensor((*handles_)[i], i > begin ? &tensors_[i - 1] : nullptr);
   }
-}
-
-// What describes tensors lies all over memory, which takes longer to come than the questions. In steps that the L1
-// cache holds, all threads ask for little of each tensor first: such questions go on while earlier ones are answered.
-void Tensors::ask_kept() {
-  constexpr int64_t kStep = 64, kThread = 4 * kStep;
-  const Handles& handles = *handles_;
-  torch::stable::parallel_for(0, handles.size(), kThread, [&](int64_t begin, int64_t end) {
-    for (int64_t last; begin < end; begin = last) {
-      last = std::min(begin + kStep, end);
-      int64_t answer = 0;
-      for (int64_t i = begin; i < last; ++i) TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handles[i], &answer));
-      for (int64_t i = begin; i < last; ++i) TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handles[i], &answer));
-      ask(begin, last);
-      for (int64_t i = begin; i < last; ++i) tensors_[i].const_data_ptr();
-    }
-  });
 }
 
 }  // namespace pins_ext

@@ -17,6 +17,9 @@
 
 namespace pins_ext {
 
+// Whether an operator writes a list: a lazy copy that is read stays one.
+enum class Use { read, write };
+
 // One tensor of a list. What every operator asks is asked once, the rest when it is wanted.
 class ListedTensor {
  public:
@@ -53,6 +56,11 @@ class ListedTensor {
     if (data_) return data_;
     if (!read_) TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &read_));
     return read_;
+  }
+
+  // Now, so that it is known later; without an answer it is asked again then.
+  void ask_for_memory(Use use) const {
+    use == Use::write ? torch_get_mutable_data_ptr(handle_, &data_) : torch_get_const_data_ptr(handle_, &read_);
   }
 
   int64_t dim() const {
@@ -105,6 +113,8 @@ class Handles {
 
   int64_t size() const { return static_cast<int64_t>(handles_.size()); }
   AtenTensorHandle operator[](int64_t i) const { return handles_[i]; }
+  // Has what describes some of them come from memory.
+  void fetch(int64_t begin, int64_t end) const;
 
  private:
   std::vector<AtenTensorHandle> handles_;
@@ -114,7 +124,7 @@ class Handles {
 class Tensors {
  public:
   Tensors() = default;
-  explicit Tensors(StableListHandle list);
+  explicit Tensors(StableListHandle list, Use use = Use::read);
   Tensors(const Tensors&) = delete;
   Tensors& operator=(const Tensors&) = delete;
   Tensors(Tensors&&) = default;
@@ -130,10 +140,14 @@ class Tensors {
 
  private:
   void ask(int64_t begin, int64_t end);
-  void ask_kept();
 
   std::shared_ptr<const Handles> handles_;
   std::vector<ListedTensor> tensors_;
+};
+
+// A list that an operator writes, of memory that is its own.
+struct Written : Tensors {
+  explicit Written(StableListHandle list) : Tensors(list, Use::write) {}
 };
 
 }  // namespace pins_ext
@@ -141,15 +155,20 @@ class Tensors {
 // How TORCH_BOX makes the argument of an operator.
 namespace torch::stable::detail {
 
-template <>
-struct ToImpl<pins_ext::Tensors> {
-  static pins_ext::Tensors call(StableIValue value, uint64_t /*version*/, bool /*is_internal*/) {
+template <class T>
+struct ListImpl {
+  static T call(StableIValue value, uint64_t /*version*/, bool /*is_internal*/) {
     struct List {
       StableListHandle handle;
       ~List() { torch_delete_list(handle); }
     } const list{to<StableListHandle>(value)};
-    return pins_ext::Tensors(list.handle);
+    return T(list.handle);
   }
 };
+
+template <>
+struct ToImpl<pins_ext::Tensors> : ListImpl<pins_ext::Tensors> {};
+template <>
+struct ToImpl<pins_ext::Written> : ListImpl<pins_ext::Written> {};
 
 }  // namespace torch::stable::detail

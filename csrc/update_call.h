@@ -77,8 +77,8 @@ inline int check_update(const UpdateCall& call, const Device& device) {
 
 // The operators; `run` is what a device makes of the call.
 template <void (*run)(const UpdateCall&)>
-void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensors& ipt,
-                   const Tensors& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
+void masked_adamw_(const Written& params, const Written& exp_avg, const Written& exp_avg_sq, const Written& ipt,
+                   const Written& shadow, const Tensors& grads, const Tensors& masks, const Tensor& places,
                    const Tensor& chunks, const Tensor& hyper, const Tensor& accepted, const Tensor& rng,
                    const std::string& criterion, bool clear_state, const OptionalTensor& grad_scale,
                    const OptionalTensor& clip, const OptionalTensor& found_inf, const OptionalTensor& pointers) {
@@ -88,7 +88,7 @@ void masked_adamw_(const Tensors& params, const Tensors& exp_avg, const Tensors&
 }
 
 template <void (*run)(const UpdateCall&)>
-void masked_sgd_(const Tensors& params, const Tensors& momentum_buffer, const Tensors& ipt, const Tensors& shadow,
+void masked_sgd_(const Written& params, const Written& momentum_buffer, const Written& ipt, const Written& shadow,
                  const Tensors& grads, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const Tensor& hyper, const Tensor& accepted, const Tensor& rng, const std::string& criterion,
                  bool clear_state, const OptionalTensor& grad_scale, const OptionalTensor& clip,

@@ -17,10 +17,10 @@ class BoundaryPass {
   BoundaryPass(const UpdateCall& call, const BoundaryCall& boundary, const Work& work, UpdateKernel update)
       : call_(call),
         work_(work),
-        updates_(call, work, Use::write),
-        masks_(call.masks, Use::write),
-        mean_(work, boundary.exp_avg_ipt, boundary.folds() ? Use::write : Use::read),
-        unc_(work, boundary.exp_avg_unc, boundary.folds() ? Use::write : Use::read),
+        updates_(call, work),
+        masks_(call.masks),
+        mean_(work, boundary.exp_avg_ipt),
+        unc_(work, boundary.exp_avg_unc),
         update_(update),
         chooses_(boundary.chooses()),
         folds_(boundary.folds()) {

@@ -28,7 +28,7 @@ void check_groups(const Tensor& groups, const Work& work) {
   }
 }
 
-void eligible_(const Tensors& scores, const Tensor& nans, const Tensors& a, const Tensors& b, const Tensor& places,
+void eligible_(const Written& scores, const Tensor& nans, const Tensors& a, const Tensors& b, const Tensor& places,
                const Tensor& chunks, const std::string& score, const Tensor& groups, const OptionalTensor& factors,
                const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
@@ -44,7 +44,7 @@ void eligible_(const Tensors& scores, const Tensor& nans, const Tensors& a, cons
   int64_t* counts = static_cast<int64_t*>(nans.data_ptr());
   std::fill(counts, counts + work.tensors(), 0);
   const Group* rows = static_cast<const Group*>(groups.const_data_ptr());
-  const Operand target(work, scores, Use::write);
+  const Operand target(work, scores);
   const auto eligible = kernels().eligible[scored.kind];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const auto [keep, of, stride] = rows[chunk.tensor];

@@ -7,7 +7,7 @@
 namespace pins_ext::cpu {
 namespace {
 
-void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads, const Tensor& places,
+void accumulate_(const Written& ipt, const Tensors& params, const Tensors& grads, const Tensor& places,
                  const Tensor& chunks, const Tensor& lr, const Tensor& accepted, const Tensor& rng,
                  const std::string& criterion, const OptionalTensor& grad_scale, const OptionalTensor& clip,
                  const OptionalTensor& found_inf, const OptionalTensor& /*pointers*/) {
@@ -21,8 +21,8 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
                criterion, "'");
   }
   check_same_dtype("grads", grads, "params", params);
-  for (auto [name, list] : {std::pair{"ipt", &ipt}, {"params", &params}, {"grads", &grads}}) {
-    check_numel(name, *list, work.numel);
+  for (const List& list : {List{"ipt", ipt}, {"params", params}, {"grads", grads}}) {
+    check_numel(list.name, list.tensors, work.numel);
   }
   check_shape("lr", lr, {static_cast<int64_t>(n)}, ScalarType::Float, kCpu);
   check_scalar("accepted", accepted, ScalarType::Float, kCpu);
@@ -41,7 +41,7 @@ void accumulate_(const Tensors& ipt, const Tensors& params, const Tensors& grads
   inputs.check_outputs({{"ipt", ipt}});
   if (is_set(found_inf)) return;
 
-  const Operand ipt_at(work, ipt, Use::write), params_at(work, params, Use::read), grads_at(work, grads, Use::read);
+  const Operand ipt_at(work, ipt), params_at(work, params), grads_at(work, grads);
   const float* lrs = static_cast<const float*>(lr.const_data_ptr());
   const float count = value_of(accepted);
   const Gradient gradient = gradient_of(grad_scale, clip);
@@ -88,7 +88,7 @@ Work check_fold(const FoldCall& call, const Tensor* factors) {
 // `fill` adds the operands of the window's score to a chunk's.
 template <class Fill>
 void fold(const FoldCall& call, const Work& work, const Fill& fill) {
-  const Operand mean_at(work, call.exp_avg_ipt, Use::write), unc_at(work, call.exp_avg_unc, Use::write);
+  const Operand mean_at(work, call.exp_avg_ipt), unc_at(work, call.exp_avg_unc);
   const bool moves = value_of(call.accepted) != 0.0f;
   const auto run_of = [&](const Chunk& chunk) { return mean_at.coded() ? work.whole_groups(chunk) : work.run(chunk); };
   const auto args_of = [&](const Run& run, const Chunk& chunk) {
@@ -124,7 +124,7 @@ void fold(const FoldCall& call, const Work& work, const Fill& fill) {
   });
 }
 
-void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& ipt, const Tensor& places,
+void fold_(const Written& exp_avg_ipt, const Written& exp_avg_unc, const Tensors& ipt, const Tensor& places,
            const Tensor& chunks, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
            const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
   const FoldCall call{exp_avg_ipt, exp_avg_unc, places, chunks, accepted, rng, beta1, beta2, bracket, counts};
@@ -132,11 +132,11 @@ void fold_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors
   check_list("ipt", ipt, work.tensors(), kCpu, kStateDtypes);
   check_same_dtype("ipt", ipt, "exp_avg_ipt", exp_avg_ipt);
   check_numel("ipt", ipt, work.numel);
-  const Operand ipt_at(work, ipt, Use::read);
+  const Operand ipt_at(work, ipt);
   fold(call, work, [&](Fold& args, const Chunk& chunk) { args.ipt = ipt_at.at(chunk); });
 }
 
-void fold_moments_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const Tensors& params,
+void fold_moments_(const Written& exp_avg_ipt, const Written& exp_avg_unc, const Tensors& params,
                    const Tensors& exp_avg, const Tensors& exp_avg_sq, const Tensor& places, const Tensor& chunks,
                    const Tensor& factors, const Tensor& accepted, const Tensor& rng, double beta1, double beta2,
                    const OptionalTensor& bracket, const OptionalTensor& counts, const OptionalTensor& /*pointers*/) {
@@ -150,8 +150,7 @@ void fold_moments_(const Tensors& exp_avg_ipt, const Tensors& exp_avg_unc, const
   }
   check_moments(exp_avg, exp_avg_sq);
   check_shape("factors", factors, {static_cast<int64_t>(work.tensors()), 3}, ScalarType::Float, kCpu);
-  const Operand params_at(work, params, Use::read), mean_at(work, exp_avg, Use::read),
-      square_at(work, exp_avg_sq, Use::read);
+  const Operand params_at(work, params), mean_at(work, exp_avg), square_at(work, exp_avg_sq);
   const float* rows = static_cast<const float*>(factors.const_data_ptr());
   fold(call, work, [&](Fold& args, const Chunk& chunk) {
     args.params = params_at.at(chunk);

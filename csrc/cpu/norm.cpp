@@ -14,7 +14,7 @@ Tensor sum_of_squares(const Tensors& tensors, const Tensor& places, const Tensor
   check_list("tensors", tensors, work.tensors(), kCpu, kParamDtypes);
   check_numel("tensors", tensors, work.numel);
   Tensor result = torch::stable::new_empty(places, {1}, ScalarType::Double);
-  const Operand tensors_at(work, tensors, Use::read);
+  const Operand tensors_at(work, tensors);
   std::vector<double> sums(work.size);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t i) {
     sums[i] = kernels().sum_of_squares(tensors_at.at(chunk), work.run(chunk).count);

@@ -38,7 +38,7 @@ inline Scored check_scores(const Work& work, const Tensors& a, const Tensors& b,
   }
   check_numel("a", a, work.numel);
   check_numel("b", b, work.numel);
-  return {kind, Operand(work, a, Use::read), Operand(work, b, Use::read),
+  return {kind, Operand(work, a), Operand(work, b),
           fisher ? static_cast<const float*>(factors->const_data_ptr()) : nullptr};
 }
 

@@ -167,7 +167,7 @@ Scored check_packing(const Work& work, const Tensors& masks, const Tensor& stats
   return scored;
 }
 
-void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
+void pack_(const Written& masks, const Tensor& stats, const Tensors& a, const Tensors& b, const Tensor& places,
            const Tensor& chunks, const std::string& score, const Tensor& threshold, const OptionalTensor& factors,
            const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
@@ -184,7 +184,7 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
   }
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * n, 0);
-  const Masks masks_at(masks, Use::write);
+  const Masks masks_at(masks);
   const auto pack = kernels().pack[scored.kind];
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const int64_t* row = thresholds + (rows == 1 ? 0 : 2 * chunk.tensor);
@@ -200,7 +200,7 @@ void pack_(const Tensors& masks, const Tensor& stats, const Tensors& a, const Te
 
 // Masks from a bracket: what lies below is pruned, what lies above is kept, and of the weights inside, in the order of
 // (key, index), the bracket's rank says how many are pruned. threshold is then that of `settle`.
-void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& threshold, const Tensors& a,
+void pack_around_(const Written& masks, const Tensor& stats, const Tensor& threshold, const Tensors& a,
                   const Tensors& b, const Tensor& places, const Tensor& chunks, const std::string& score,
                   const Tensor& bracket, const OptionalTensor& factors) {
   const Work work = check_work(places, chunks);
@@ -213,7 +213,7 @@ void pack_around_(const Tensors& masks, const Tensor& stats, const Tensor& thres
   Inputs{{"threshold", &threshold}}.check_outputs({{"masks", masks}});
   int64_t* totals = static_cast<int64_t*>(stats.data_ptr());
   std::fill(totals, totals + 3 * work.tensors(), 0);
-  const Masks masks_at(masks, Use::write);
+  const Masks masks_at(masks);
   const auto pack_around = kernels().pack_around[scored.kind];
   Candidates candidates;
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {

@@ -8,7 +8,7 @@
 namespace pins_ext::cpu {
 namespace {
 
-void stream_(const Tensors& written, const Tensors& read) {
+void stream_(const Written& written, const Tensors& read) {
   PINS_CHECK(written.size() + read.size() <= Streams::kMost, "written and read may have ", Streams::kMost,
              " tensors in all, got ", written.size() + read.size());
   Streams streams{};
@@ -19,8 +19,7 @@ void stream_(const Tensors& written, const Tensors& read) {
       check_tensor([&] { return item(list.name, i); }, tensor, kCpu, kParamDtypes);
       if (streams.size == 0) numel = tensor.numel();
       PINS_CHECK(tensor.numel() == numel, item(list.name, i), " must have ", numel, " elements, got ", tensor.numel());
-      const Use use = &list.tensors == &written ? Use::write : Use::read;
-      streams.data[streams.size] = static_cast<char*>(address_of(tensor, use));
+      streams.data[streams.size] = address_of<char>(tensor);
       streams.itemsize[streams.size++] = static_cast<int64_t>(tensor.element_size());
     }
   }

@@ -13,7 +13,7 @@ void masked_update(const UpdateCall& call, void (*const (&table)[count])(const U
   const Work work = check_work(call.places, call.chunks);
   check_numel("params", call.params, work.numel);
   if (is_set(call.found_inf)) return;
-  const Updates updates(call, work, Use::read);
+  const Updates updates(call, work);
   const UpdateKernel kernel = update_kernel(call, criterion, table);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     const Run run = updates.coded() ? work.whole_groups(chunk) : work.run(chunk);
@@ -25,7 +25,7 @@ void masked_adamw(const UpdateCall& call) { masked_update(call, kernels().masked
 
 void masked_sgd(const UpdateCall& call) { masked_update(call, kernels().masked_sgd); }
 
-void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
+void apply_mask_(const Written& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& /*pointers*/) {
   const Work work = check_work(places, chunks);
   check_list("params", params, work.tensors(), kCpu, kParamDtypes);
@@ -33,8 +33,8 @@ void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& plac
   check_list("masks", masks, work.tensors(), kCpu, {ScalarType::Byte});
   check_masks(masks, work.numel);
   Inputs{{"places", &places}, {"chunks", &chunks}}.check_outputs({{"params", params}});
-  const Operand params_at(work, params, Use::write);
-  const Masks masks_at(masks, Use::read);
+  const Operand params_at(work, params);
+  const Masks masks_at(masks);
   for_each_chunk(work, [&](const Chunk& chunk, int64_t) {
     kernels().apply_mask({params_at.at(chunk), work.run(chunk).count, masks_at.at(chunk)});
   });

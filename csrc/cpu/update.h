@@ -11,14 +11,14 @@ inline const Tensors kNoTensors;
 // The arguments of a checked call, one run of weights at a time.
 class Updates {
  public:
-  Updates(const UpdateCall& call, const Work& work, Use of_masks)
-      : params_(work, call.params, Use::write),
-        grads_(work, call.grads, Use::read),
-        first_(work, call.moments[0].tensors, Use::write),
-        second_(work, call.moments.size() > 1 ? call.moments[1].tensors : kNoTensors, Use::write),
-        ipt_(work, call.ipt, Use::write),
-        shadow_(work, call.shadow, Use::write),
-        masks_(call.masks, of_masks),
+  Updates(const UpdateCall& call, const Work& work)
+      : params_(work, call.params),
+        grads_(work, call.grads),
+        first_(work, call.moments[0].tensors),
+        second_(work, call.moments.size() > 1 ? call.moments[1].tensors : kNoTensors),
+        ipt_(work, call.ipt),
+        shadow_(work, call.shadow),
+        masks_(call.masks),
         hyper_(static_cast<const float*>(call.hyper.const_data_ptr())),
         gradient_(gradient_of(call.grad_scale, call.clip)),
         accepted_(value_of(call.accepted)),

@@ -78,17 +78,16 @@ inline Work check_work(const Tensor& places, const Tensor& chunks) {
   return work;
 }
 
-// Whether an operator writes an operand: a lazy copy that is read stays one.
-enum class Use { read, write };
-
-inline void* address_of(const ListedTensor& tensor, Use use) {
-  return use == Use::write ? tensor.data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+// Kernels tell by their operands which of them they write; operators, by asking for those as Written.
+template <class T>
+T* address_of(const ListedTensor& tensor) {
+  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
 // One operand of the list: addresses by tensor. An empty list gives empty spans.
 class Operand {
  public:
-  Operand(const Work& work, const Tensors& tensors, Use use) : places_(work.places) {
+  Operand(const Work& work, const Tensors& tensors) : places_(work.places) {
     if (tensors.empty()) return;
     ScalarType dtype = tensors[0].scalar_type();
     dtype_ = dtype == ScalarType::BFloat16 ? Dtype::bfloat16
@@ -98,7 +97,7 @@ class Operand {
                                            : Dtype::float32;
     data_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      data_.push_back(static_cast<char*>(address_of(tensors[i], use)));
+      data_.push_back(address_of<char>(tensors[i]));
       if (coded()) check_rows(tensors[i], i);
     }
   }
@@ -133,9 +132,9 @@ class Operand {
 // Packed masks by chunk; chunks are whole bytes. An empty list gives null.
 class Masks {
  public:
-  Masks(const Tensors& tensors, Use use) {
+  explicit Masks(const Tensors& tensors) {
     data_.reserve(tensors.size());
-    for (const ListedTensor& tensor : tensors) data_.push_back(static_cast<uint8_t*>(address_of(tensor, use)));
+    for (const ListedTensor& tensor : tensors) data_.push_back(address_of<uint8_t>(tensor));
   }
 
   uint8_t* at(const Chunk& chunk) const { return data_.empty() ? nullptr : data_[chunk.tensor] + chunk.offset / 8; }

@@ -112,7 +112,7 @@ void masked_update(const UpdateCall& call) {
   update<Step>(arguments, Storage(call, call.ipt), blocks, device.stream());
 }
 
-void apply_mask_(const Tensors& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
+void apply_mask_(const Written& params, const Tensors& masks, const Tensor& places, const Tensor& chunks,
                  const OptionalTensor& pointers) {
   const CurrentDevice device(places);
   const int64_t n = check_tables(places, chunks, places.device());

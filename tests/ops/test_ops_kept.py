@@ -100,6 +100,15 @@ def test_a_lazy_copy_in_a_kept_list_is_made_before_it_is_written() -> None:
     assert all(x.all() for x in originals)
 
 
+def test_views_of_one_lazy_copy_in_a_kept_list_share_what_is_made() -> None:
+    original = torch.ones(4000, 3)
+    copy = torch._lazy_clone(original)
+    mask, stands = masking(*copy)
+    mask([stands])
+    assert not copy.any()
+    assert original.all()
+
+
 def test_only_what_was_returned_stands_for_a_list() -> None:
     mask, stands = masking(torch.ones(5))
     for other in (stands.clone(), torch.zeros(1, dtype=torch.int64)):
