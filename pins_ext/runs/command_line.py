@@ -12,7 +12,7 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.runs import adapters, options, trainer_flags
 from pins_ext.runs.adapters import LoraOptions
 from pins_ext.runs.errors import UsageError
-from pins_ext.runs.request import NEWEST, RegularizerOptions, Request, RunOptions
+from pins_ext.runs.request import NEWEST, OWN_OPTIMIZERS, RegularizerOptions, Request, RunOptions
 from pins_ext.tasks.arguments import TaskArguments, TaskError
 from pins_ext.tasks.load import EMBEDDED, task_name
 from pins_ext.tasks.recipes import RECIPES, recipe_for
@@ -109,7 +109,7 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     control, typed_tokens = controls.parse_known_args(options.normalised(argv))
     options.refuse_foreign(made, typed_tokens)
     files = vars(control).get("config", [])
-    tokens = [token for file in files for token in options.file_tokens(Path(file), made.without)] + typed_tokens
+    tokens = [token for file in files for token in _tokens_of(file, made)] + typed_tokens
     ours, others = made.parse_known_args(tokens)
     given = vars(ours)
     # What can be said before transformers is loaded, which takes seconds, is said.
@@ -161,6 +161,16 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     return request
 
 
+def _tokens_of(file: str, made: options.Parser) -> list[str]:
+    """What a file of flags says, as it would be typed; what can be said against it names the file."""
+    tokens = options.file_tokens(Path(file), made.without)
+    try:
+        trainer_flags.check(made.parse_known_args(tokens)[1], made)
+    except UsageError as error:
+        raise UsageError(f"--config {file}: {error}") from error
+    return tokens
+
+
 def _check_start(request: Request) -> None:
     """Refuse what can't go with a sparse start, or with released gradients, as far as flags tell.
 
@@ -196,10 +206,11 @@ def _optimizer(given: Mapping[str, Any], typed: Mapping[str, Any]) -> str | None
     """The optimizer that was asked for: by --optimizer, or by its name at the Trainer, --optim.
 
     Raises:
-        UsageError: by both, and they differ.
+        UsageError: by both, and they differ; or there is none of that name.
     """
     ours = given.get("optimizer")
     if "optim" not in typed:
+        trainer_flags.check_optimizer(ours, OWN_OPTIMIZERS)
         return ours
     theirs = str(getattr(typed["optim"], "value", typed["optim"]))
     theirs = "adamw" if theirs in _ADAMW else theirs

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def parse(tokens: list[str], made: options.Parser) -> dict[str, Any]:
     if unknown:
         raise options.unknown(unknown[0], [*_flags_of(made), *_flags_of(trainer)])
     return vars(known)
+
+
+def check_optimizer(name: str | None, own: Collection[str]) -> None:
+    """Raise UsageError for an optimizer that is neither among our own nor one of the Trainer's."""
+    from transformers.training_args import OptimizerNames
+
+    names = [*own, *(each.value for each in OptimizerNames)]
+    if name is not None and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UsageError(f"argument --optimizer: there is no {name!r}; {meant}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -100,11 +100,17 @@ def test_flags_come_from_files_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("- a", "must map flags"), ("a: [", "is not YAML"), ("nonsense: 1", "unknown flag --nonsense")],
+    [
+        ("- a", "must map flags"),
+        ("a: [", "is not YAML"),
+        ("nonsense: 1", "unknown flag --nonsense"),
+        ("sparsity: 80", r"argument --sparsity: .* did you mean 0\.8\?"),
+        ("learning_rate: fast", "argument --learning-rate: invalid float value: 'fast'"),
+    ],
 )
 def test_a_bad_file_of_flags_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "a.yaml").write_text(content)
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError, match=rf"--config \S*a\.yaml:? .*{reason}"):
         parsed("--config", str(tmp_path / "a.yaml"))
     with pytest.raises(UsageError, match="No such file"):
         parsed("--config", str(tmp_path / "absent.yaml"))
@@ -223,3 +229,10 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "did you mean train?" in capsys.readouterr().err
     assert main(["wash"]) == 2
     assert "unknown command 'wash'; there are train, plan, prune, ablate" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_is_nowhere_is_refused_with_what_there_is() -> None:
+    with pytest.raises(UsageError, match=r"--optimizer: there is no 'adam'; did you mean adamw\?"):
+        parsed("--train-file", "x.csv", "--optimizer", "adam")
+    with pytest.raises(UsageError, match="there is no 'zzz'; there are adamw, adamax, adamw_torch, .*sgd"):
+        parsed("--train-file", "x.csv", "--optimizer", "zzz")
