@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         help="copies of the model that the ranks hold together: 1 is FSDP, as many as ranks DDP, between them HSDP [1]",
     )
     group.add_argument(
-        "--frozen-base", action="store_true", help="the model does not learn, adapters on it do; their memory is extra"
+        "--frozen-base", action="store_true", help="the model does not learn, adapters do; --lora counts those, too"
     )
     asked = vars(parser.parse_known_args(argv)[0])
     if "help" in asked or "help_all" in asked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class Memory:
         selection: counts, candidates and work lists, and what patterns ask for, while a mask is chosen; with one
             threshold over several ranks where most is asked for, see `distributed.select.most_bytes`, and with several
             thresholds see `selection.search_bytes`.
+        adapters: their weights, gradients and moments.
         host: what is in host memory instead, where state_device="cpu"; not part of `total`.
     """
 
@@ -85,6 +86,7 @@ class Memory:
     masks: int
     teacher: int
     selection: int
+    adapters: int = 0
     host: int = 0
 
     @property
@@ -103,6 +105,7 @@ def memory(
     teacher: str = "none",
     release: bool = False,
     frozen_base: bool = False,
+    adapters: Iterable[Shape] = (),
     ranks: int = 1,
     replicas: int = 1,
     fits: Mapping[str, Fit | None] | None = None,
@@ -119,6 +122,7 @@ def memory(
         release: gradients are freed inside backward, see FusedOptimizer.release_gradients.
         frozen_base: no parameter of this model learns, and the pruned ones' gradients are freed inside backward, see
             Pruner; adapters come on top.
+        adapters: shapes of the float32 tensors that learn in its place.
         ranks: processes, each with a GPU of its own.
         replicas: how many whole copies of the model the ranks hold together. 1 shards every tensor by rows over all
             ranks (FSDP2), `ranks` gives each rank a copy (DDP), anything between is HSDP.
@@ -180,6 +184,7 @@ def memory(
         masks=sum(ops.mask_bytes(n) for n in sizes),
         teacher=0 if teacher == "none" else weights + buffers + (average if teacher == "ema" else 0),
         selection=selection,
+        adapters=sum(2 * _FLOAT32 * math.prod(shape) + state_of(shape, _FLOAT32) for shape in adapters),
         host=host,
     )
 

@@ -99,15 +99,7 @@ def adapted(model: Any, options: LoraOptions, pruning: PruneConfig, task: Task) 
         import peft
     except ImportError as error:
         raise UsageError("--lora needs peft: pip install peft") from error
-    from pins_ext.pruning.parameters import prunable_parameters
-
-    targets = list(options.lora_targets) or _linear(model, prunable_parameters(model, pruning))
-    if not targets:
-        raise UsageError("--lora: what is pruned has no linear layer: name the layers with --lora-targets")
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise UsageError(f"--lora-targets: no layer's name ends in {target}; names look like {names[-1]}")
+    targets = _targets(model, options, pruning)
     rank = options.lora
     assert rank is not None
     config = peft.LoraConfig(
@@ -123,6 +115,48 @@ def adapted(model: Any, options: LoraOptions, pruning: PruneConfig, task: Task) 
         under: Any = peft.get_peft_model(model, config)
     learning, weights = (sum(p.numel() for p in under.parameters() if p.requires_grad or every) for every in (0, 1))
     return under, f"LoRA of rank {rank}: {learning:,} of {weights:,} weights learn, heads included; the base is frozen"
+
+
+def adapter_shapes(model: Any, options: LoraOptions, pruning: PruneConfig) -> list[tuple[int, int]]:
+    """Shapes of the tensors that peft would add, two for each linear layer; none without --lora.
+
+    Args:
+        model: may be on the meta device.
+        options: rank and layers.
+        pruning: what is pruned of it: the layers that get an adapter by default.
+
+    Raises:
+        UsageError: no layer is meant, or one without a matrix.
+    """
+    if options.lora is None:
+        return []
+    targets = tuple(f".{target}" for target in _targets(model, options, pruning))
+    shapes = []
+    for name, layer in model.named_modules():
+        if f".{name}".endswith(targets):
+            weight = getattr(layer, "weight", None)
+            if weight is None or weight.dim() != 2:
+                raise UsageError(f"--lora-targets: {name}, a {type(layer).__name__}, is no linear layer")
+            shapes += [(options.lora, side) for side in weight.shape]
+    return shapes
+
+
+def _targets(model: Any, options: LoraOptions, pruning: PruneConfig) -> list[str]:
+    """Ends of the names of the layers that get an adapter.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from pins_ext.pruning.parameters import prunable_parameters
+
+    targets = list(options.lora_targets) or _linear(model, prunable_parameters(model, pruning))
+    if not targets:
+        raise UsageError("--lora: what is pruned has no linear layer: name the layers with --lora-targets")
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UsageError(f"--lora-targets: no layer's name ends in {target}; names look like {names[-1]}")
+    return targets
 
 
 def _linear(model: Any, names: Collection[str]) -> list[str]:

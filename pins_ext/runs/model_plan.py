@@ -20,6 +20,7 @@ from pins_ext.pruning.parameters import prunable_parameters
 from pins_ext.pruning.patterns import fitted
 from pins_ext.pruning.plan import pattern_sizes
 from pins_ext.pruning.scopes import Scopes
+from pins_ext.runs.adapters import adapter_shapes
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request
 
@@ -35,6 +36,7 @@ _KINDS = {
     "masks": "a bit per pruned weight",
     "teacher": "self-regularization",
     "selection": "counts, candidates, work lists",
+    "adapters": "weights, gradients and moments of what learns",
 }
 
 
@@ -65,6 +67,7 @@ def model_plan(request: Request, pruning: PruneConfig, ranks: int, replicas: int
             "teacher": _teacher(request),
             "release": request.run.release_gradients,
             "frozen_base": frozen_base,
+            "adapters": adapter_shapes(model, request.adapters, pruning),
         }
         alone = fixed["release"] or frozen_base or moves_states(pruning)
 

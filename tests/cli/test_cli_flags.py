@@ -234,5 +234,5 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_optimizer_that_is_nowhere_is_refused_with_what_there_is() -> None:
     with pytest.raises(UsageError, match=r"--optimizer: there is no 'adam'; did you mean adamw\?"):
         parsed("--train-file", "x.csv", "--optimizer", "adam")
-    with pytest.raises(UsageError, match="there is no 'zzz'; there are adamw, adamax, adamw_torch, .*sgd"):
+    with pytest.raises(UsageError, match=r"there is no 'zzz'; there are adamw, adamax, adamw_torch, .*sgd"):
         parsed("--train-file", "x.csv", "--optimizer", "zzz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ import pytest
 import torch
 from classifier import assert_same, flags, weights
 from small_models import decoder_folder
+from transformers import AutoModel
 
+from pins_ext import PruneConfig
 from pins_ext.cli.main import main
 from pins_ext.integrations.callback import PinsCallback
+from pins_ext.integrations.meta import meta_model
+from pins_ext.optim import PinsAdamW
+from pins_ext.pruning.memory import memory
+from pins_ext.pruning.parameters import prunable_parameters
+from pins_ext.runs.adapters import LoraOptions, adapter_shapes
 from pins_ext.runs.errors import StoppedError
 from pins_ext.runs.record import read_record
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 LORA = ("--lora", "2", "--criterion", "platon")
@@ -158,9 +166,34 @@ def test_plan_knows_adapters(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     pages = []
     for own in (["--lora", "2"], ["--frozen-base"]):
         assert main(["plan", "--model", f"{tiny}/model", "--criterion", "platon", *own]) == 0
-        pages.append(capsys.readouterr().out)
-    assert pages[0] == pages[1]
-    assert "moments" not in pages[0].split("fits")[0]
+        pages.append(capsys.readouterr().out.splitlines())
+    more = [line for line in pages[0] if line not in pages[1]]
+    assert [line.split()[0] for line in more if "fits" not in line] == ["adapters", "together"]
+    assert not any(line.strip().startswith("moments") for line in pages[0])
+
+
+@pytest.mark.parametrize("targets", [(), ("dense", "query"), ("embeddings.word_embeddings",)])
+def test_plan_counts_the_adapters_that_peft_makes(tiny: Path, targets: tuple[str, ...]) -> None:
+    options, pruning = LoraOptions(lora=3, lora_targets=targets), PruneConfig(0.75)
+    planned = adapter_shapes(meta_model(f"{tiny}/model"), options, pruning)
+    model = AutoModel.from_pretrained(tiny / "model", local_files_only=True)
+    targets = targets or tuple(name.removesuffix(".weight") for name in prunable_parameters(model, pruning))
+    under = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=list(targets)))
+    learning = [p for p in under.parameters() if p.requires_grad]
+    assert sum(map(math.prod, planned)) == sum(p.numel() for p in learning)
+    optimizer = PinsAdamW(learning)
+    for p in learning:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    counted = memory(model, (), PruneConfig(), frozen_base=True, adapters=planned).adapters
+    assert counted == moments + sum(p.nbytes + p.grad.nbytes for p in learning)
+
+
+def test_plan_refuses_an_adapter_of_what_is_no_matrix(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", f"{tiny}/model", "--criterion", "platon", "--lora", "2", "--lora-targets", "LayerNorm"]
+    assert main(["plan", *asked]) == 2
+    assert "embeddings.LayerNorm, a LayerNorm, is no linear layer" in capsys.readouterr().err
 
 
 def test_patterns_are_of_the_model_s_own_names(tiny: Path, tmp_path: Path) -> None:
