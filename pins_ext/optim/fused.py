@@ -186,10 +186,15 @@ class FusedOptimizer(Optimizer):
             listener.end_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's, but moments keep the dtype of this optimizer: torch's would cast them to the weights'."""
+        """As torch.optim's, but moments keep the dtype of this optimizer: torch's would cast them to the weights'.
+
+        Raises:
+            ValueError: as torch.optim's, or a moment has another shape than its parameter; nothing is loaded then.
+        """
         given: list[dict[str, Any]] = []
         # Behind every hook that may change what is loaded.
-        handle = self.register_load_state_dict_pre_hook(partial(take_loaded, given))
+        names = {name for group in self.param_groups for name in self._moments(group)}
+        handle = self.register_load_state_dict_pre_hook(partial(take_loaded, given, names))
         try:
             super().load_state_dict(state_dict)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,26 @@ from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, is_dtensor, like, local, shard_of
 
 
-def take_loaded(given: list[dict[str, Any]], optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-    """Keep what is loaded; refuse, before anything changes, 8-bit moments that are not the parameter's."""
+def take_loaded(
+    given: list[dict[str, Any]], names: Collection[str], optimizer: Optimizer, loaded: dict[str, Any]
+) -> None:
+    """Keep what is loaded; refuse, before anything changes, moments of these names that are not the parameter's."""
     given.append(loaded)
     saved = [i for group in loaded["param_groups"] for i in group["params"]]
     own = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in zip(saved, own, strict=False):  # torch's own check of their number follows
         for name, value in loaded["state"].get(i, {}).items():
-            if isinstance(value, Tensor) and value.dtype in ops.CODED and not ops.is_coded(value, p.shape):
+            if not isinstance(value, Tensor) or ops.is_coded(value, p.shape):
+                continue
+            if value.dtype in ops.CODED:
                 raise ValueError(
                     f"state[{i}][{name!r}] is {tuple(value.shape)} in 8 bits, and {ops.coded_shape(p.shape)} for a "
                     f"parameter of shape {tuple(p.shape)}: another parameter's, or an earlier version's"
+                )
+            if name in names and value.shape != p.shape:
+                raise ValueError(
+                    f"state[{i}][{name!r}] has shape {tuple(value.shape)}, and the parameter {tuple(p.shape)}: it is "
+                    "another parameter's; are the parameters in the order in which they were saved?"
                 )
 
 

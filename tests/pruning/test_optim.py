@@ -58,6 +58,24 @@ def test_alone_a_fused_optimizer_is_torchs() -> None:
         assert same(one, other)
 
 
+@pytest.mark.parametrize("shape", [(7, 16), (5,), ()])
+def test_a_moment_of_another_shape_is_refused_before_anything_is_loaded(shape: tuple[int, ...]) -> None:
+    """Also one of as many weights, which a kernel could not tell."""
+    for fused_class, _, options in FUSED_AND_HOOKED:
+        model = Network(16)
+        optimizer = fused_class(model.parameters(), **{"lr": 1e-2} | options)
+        train(model, optimizer, 3)
+        before, saved = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+        moments = [name for name in saved["state"].get(0, {}) if name != "step"]
+        for name in moments:
+            assert saved["state"][0][name].shape == (16, 7)
+            changed = {**saved["state"][0], name: torch.ones(shape)}
+            with pytest.raises(ValueError, match=rf"state\[0\]\['{name}'\] has shape .*parameter \(16, 7\)"):
+                optimizer.load_state_dict({**saved, "state": {**saved["state"], 0: changed}})
+            there, here = before["state"][0], optimizer.state_dict()["state"][0]
+            assert all(torch.equal(there[key], here[key]) for key in there)
+
+
 def test_checkpoints_of_fused_and_torch_optimizers_are_interchangeable() -> None:
     for fused_class, torch_class, options in FUSED_AND_HOOKED:
         options = {"lr": 1e-2} | options
