@@ -20,6 +20,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "name": gpu.name if gpu else cpu_model(),
         "device": device.type,
         "cpu": cpu_model(),
+        "cpu_family": cpu_family(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.ops.pins_ext.cpu_capability(),
@@ -34,9 +35,19 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def cpu_model() -> str:
     """As the processor calls itself."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def cpu_family() -> str | None:
+    """Family and model, by number: what tells generations apart where a virtual machine has no better name."""
+    family, model = _cpu_info("cpu family"), _cpu_info("model")
+    return f"{family}, model {model}" if family and model else None
+
+
+def _cpu_info(key: str) -> str | None:
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    found = re.search(rf"^{key}\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else None
 
 
 def file_stem(name: str) -> str:

@@ -140,6 +140,24 @@ STABLE_TORCH_LIBRARY(pins_ext, m) {
   m.def("cpu_capability() -> str");
 }
 
+namespace {
+
+// Whether two lists hold the very same objects, in order. Python's own loops count references: each object is touched.
+PyObject* same_items(PyObject*, PyObject* lists) {
+  PyObject *a = nullptr, *b = nullptr;
+  if (!PyArg_ParseTuple(lists, "OO:same_items", &a, &b)) return nullptr;
+  if (!PyList_Check(a) || !PyList_Check(b)) {
+    PyErr_SetString(PyExc_TypeError, "same_items() takes two lists");
+    return nullptr;
+  }
+  const Py_ssize_t size = PyList_Size(a);
+  bool same = PyList_Size(b) == size;
+  for (Py_ssize_t i = 0; same && i < size; ++i) same = PyList_GetItem(a, i) == PyList_GetItem(b, i);
+  return PyBool_FromLong(same);
+}
+
+}  // namespace
+
 // `import pins_ext._C` loads the library; the operators register themselves.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   // Asked for an instruction set that is not there: say so now, not at the first operator.
@@ -149,6 +167,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
     PyErr_SetString(PyExc_ImportError, error.what());
     return nullptr;
   }
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyMethodDef functions[] = {{"same_items", same_items, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pins_ext._C import same_items
 
 MANY = 256
 """Tensors of a list that `KeptLists` keeps, at least."""
@@ -158,7 +159,7 @@ class _KeptList:
         self._crossing: list[Tensor] | None = None
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        return same_items(tensors if isinstance(tensors, list) else list(tensors), self._tensors)
 
     def crossing(self) -> list[Tensor]:
         if self._crossing is None:

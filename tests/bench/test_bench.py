@@ -337,7 +337,9 @@ def test_wrong_usage_is_explained(arguments: list[str], says: str, capsys: pytes
 
 def test_machine_names_are_models() -> None:
     assert machine.file_stem("Intel(R) Xeon(R) CPU @ 2.20GHz") == "intel-xeon-cpu-2-20ghz"
-    assert machine.describe(CPU)["name"]
+    about = machine.describe(CPU)
+    assert about["name"]
+    assert (about["cpu_family"] is None) == ("cpu family" not in Path("/proc/cpuinfo").read_text())
 
 
 def test_random_masks_are_packed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from operator_refusals import REFUSED, refused
 from torch import Tensor
 
 from pins_ext import ops
+from pins_ext._C import same_items
 
 pins = torch.ops.pins_ext
 
@@ -159,13 +161,30 @@ def test_a_list_is_kept_when_it_comes_again() -> None:
     one, other = lists.of("use", first, second)
     assert stands(one)
     assert stands(other)
-    assert lists.of("use", list(first), second) == (one, other)
+    assert lists.of("use", tuple(first), second) == (one, other)
     assert lists.of("another", first) == (first,)
     changed = [*first[:-1], torch.ones(2)]
     assert lists.of("use", changed, second) == (changed, other)
     assert lists.of("use", first[1:], second) == (first[1:], other)
     assert lists.of("use", [], second) == ([], other)
     assert lists.of("use", first, second) == (first, other)
+
+
+def test_lists_are_compared_by_what_they_hold_and_not_by_values() -> None:
+    equal, other = torch.ones(()), torch.ones(())
+    assert same_items([], [])
+    assert same_items([equal, other], [equal, other])
+    assert not same_items([equal, other], [other, equal])
+    assert not same_items([equal], [equal, other])
+    references = sys.getrefcount(equal)
+    for _ in range(3):
+        same_items([equal], [equal])
+    assert sys.getrefcount(equal) == references
+    for wrong in ((equal,), None):
+        with pytest.raises(TypeError, match="takes two lists"):
+            same_items([equal], wrong)
+    with pytest.raises(TypeError):
+        same_items([equal])
 
 
 @pytest.mark.parametrize(
