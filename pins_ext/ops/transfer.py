@@ -120,6 +120,8 @@ class KeptLists:
     all arithmetic, so a list that comes a second time with the very same tensors is kept on the operators' side. They
     still ask each tensor for its memory, dtype and size in every call, and check them as those of any list. Kept
     tensors live until another list comes for their use, or as long as this object. A copy of it begins without lists.
+    Nothing is kept where modules swap their parameters (torch.__future__.set_swap_module_params_on_conversion): torch
+    refuses to swap a tensor that something else holds.
     """
 
     def __init__(self) -> None:
@@ -139,6 +141,9 @@ class KeptLists:
             For each list what `keep_list` made of it, or the list.
         """
         if torch.compiler.is_compiling():
+            return lists
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._lists.clear()
             return lists
         return tuple(self._of((use, place), tensors) for place, tensors in enumerate(lists))
 

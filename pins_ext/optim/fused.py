@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pins_ext import ops
 from pins_ext.distributed.shards import check_codes, like, local, local_gradient, locals_of, shard_of
-from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.listener import Batch, PruningArguments, StepListener
 from pins_ext.optim.moments import converted_moment, exported_states, loaded_moments, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
@@ -38,7 +38,6 @@ COPY_WARNING = (
     "copy.deepcopy((model, optimizer, pruner)), or attach a new one"
 )
 
-_Batch = tuple[list[Tensor], list[dict[str, Any]]]
 _ROUNDING = 2  # stream of random bits, beside those of pins_ext.pruning.importance
 
 
@@ -175,8 +174,8 @@ class FusedOptimizer(Optimizer):
             listener.begin_step()
             pruned, plain = self._batches(listener)
             self._refuse_late([*pruned, *plain])
-            for parameters, owners in pruned:
-                self._run(parameters, owners, listener.arguments(parameters))
+            for batch in pruned:
+                self._run(batch, listener.arguments(batch))
             listener.end_pass()
         else:
             _, plain = self._batches(None)
@@ -295,8 +294,8 @@ class FusedOptimizer(Optimizer):
             names = self._moments(group)
             self._begun([p for p in group["params"] if (names or self.rounds([p])) and p.grad is not None], names)
 
-    def _batches(self, listener: StepListener | None) -> tuple[list[_Batch], list[_Batch]]:
-        """Parameters with a gradient and their groups, those that one kernel call can take together: pruned, plain.
+    def _batches(self, listener: StepListener | None) -> tuple[list[Batch], list[Batch]]:
+        """Parameters with a gradient, those that one kernel call can take together: pruned, plain.
 
         Groups are looked at anew in every step: a parameter may be moved or taken out.
         """
@@ -316,11 +315,11 @@ class FusedOptimizer(Optimizer):
                 places.append(place or 0)
                 parameters.append(p)
                 owners.append(group)
-        found: tuple[list[_Batch], list[_Batch]] = ([], [])
-        for (plain, *_), (places, parameters, owners) in batches.items():
+        found: tuple[list[Batch], list[Batch]] = ([], [])
+        for kind, (places, parameters, owners) in batches.items():
             # Pruned parameters in the order of the whole list, whatever that of the groups.
             order = sorted(range(len(places)), key=places.__getitem__)
-            found[plain].append(([parameters[i] for i in order], [owners[i] for i in order]))
+            found[kind[0]].append(Batch(kind, [parameters[i] for i in order], [owners[i] for i in order]))
         return found
 
     def _refuse(self, part: Tensor, grad: Tensor) -> None:
@@ -336,21 +335,22 @@ class FusedOptimizer(Optimizer):
                 "build its embedding with sparse=False, or give it an optimizer of its own"
             )
 
-    def _refuse_late(self, batches: list[_Batch]) -> None:
+    def _refuse_late(self, batches: list[Batch]) -> None:
         """What batches behind the first would refuse, before that has stepped: a step is taken whole or not at all."""
-        for parameters, _ in batches[1:]:
-            for p in parameters:
+        for batch in batches[1:]:
+            for p in batch.parameters:
                 assert p.grad is not None
                 self._refuse(local(p), p.grad)
 
-    def _step_plain(self, batches: list[_Batch]) -> None:
+    def _step_plain(self, batches: list[Batch]) -> None:
         live = {}
-        for parameters, owners in batches:
+        for batch in batches:
+            parameters = batch.parameters
             key = tuple(id(p) for p in parameters)
             arguments = live[key] = self._plain[key] if key in self._plain else self._without_pruning(parameters)
             if self.rounds(parameters):
                 arguments = dataclasses.replace(arguments, rng=self._rng(parameters))
-            self._run(parameters, owners, arguments)
+            self._run(batch, arguments)
         # A graph, or the capture to come, reads all that was asked for.
         self._plain = self._plain | live if self.capturable else live
 
@@ -367,21 +367,15 @@ class FusedOptimizer(Optimizer):
         step = max(map(int, steps))
         return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING), device="cpu"), parameters[0].device)
 
-    def _run(
-        self,
-        parameters: list[Tensor],
-        owners: list[dict[str, Any]],
-        pruning: PruningArguments,
-        released: Scaling | None = None,
-    ) -> None:
-        """Check tensors, count the step, run the kernel; the owners agree on their moments.
+    def _run(self, batch: Batch, pruning: PruningArguments, released: Scaling | None = None) -> None:
+        """Check tensors, count the step, run the kernel.
 
         Args:
-            parameters: to step.
-            owners: the group of each.
+            batch: to step; the groups agree on their moments.
             pruning: what the pass takes along.
             released: the scaling of a released gradient; one that is not finite ends the run, and counts as a step.
         """
+        kind, parameters, owners = batch
         device = parameters[0].device
         parts, grads = locals_of(parameters), []
         for p, part in zip(parameters, parts, strict=True):
@@ -401,13 +395,13 @@ class FusedOptimizer(Optimizer):
         ends = pruning.boundary
         averages = () if ends is None else (ends.exp_avg_ipt, ends.exp_avg_unc)
         lists = (parts, *operands, pruning.ipt, pruning.shadow, grads, pruning.masks, *averages)
-        # By the first parameter: batches of one step differ in it, and one that changes replaces its own table; and by
-        # what is wanted: masks come and go. A compiled step has no addresses to look at.
-        use = (id(parameters[0]), *map(bool, lists))
+        # By the kind: a batch that changes replaces its own table; and by what is wanted: masks come and go. A compiled
+        # step has no addresses to look at.
+        use = (kind, *map(bool, lists))
         compiling = torch.compiler.is_compiling()
         pointers = None if compiling else self._pointers.of(use, pruning.layout.places, *lists)
         hyper = self._hyper(parameters, owners)
-        kept, *kept_operands = self._kept.of(id(parameters[0]), parts, *operands)
+        kept, *kept_operands = self._kept.of(kind, parts, *operands)
         _run_operator(self._name, kept, kept_operands, grads, hyper, pruning, scaling, pointers)
         # Custom operators don't: a backward through weights saved before this step must fail, as with any optimizer.
         torch.autograd.graph.increment_version(parameters)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pins_ext import ops
+
+
+class Batch(NamedTuple):
+    """Parameters that one kernel call takes together.
+
+    Attributes:
+        kind: what they have in common and no other batch of a step has.
+        parameters: in order.
+        owners: the parameter group of each.
+    """
+
+    kind: Hashable
+    parameters: list[Tensor]
+    owners: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ class StepListener(Protocol):
     def place_of(self, parameter: Tensor) -> int | None:
         """The parameter's place in the list of all pruned ones; None where this optimizer's step is not to prune it."""
 
-    def arguments(self, parameters: Sequence[Tensor]) -> PruningArguments:
+    def arguments(self, batch: Batch) -> PruningArguments:
         """What the pass over these pruned parameters takes along."""
 
     def end_pass(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor
-from pins_ext.optim.listener import PruningArguments, StepListener
+from pins_ext.optim.listener import Batch, PruningArguments, StepListener
 from pins_ext.optim.step import NonFiniteError, Scaling
 
 Clip = Literal["previous", "tensor"]
@@ -32,13 +32,7 @@ class Stepper(Protocol):
 
     def _rng(self, parameters: list[Tensor]) -> Tensor: ...
 
-    def _run(
-        self,
-        parameters: list[Tensor],
-        owners: list[dict[str, Any]],
-        pruning: PruningArguments,
-        released: Scaling | None = None,
-    ) -> None: ...
+    def _run(self, batch: Batch, pruning: PruningArguments, released: Scaling | None = None) -> None: ...
 
 
 class GradientRelease:
@@ -92,8 +86,9 @@ class GradientRelease:
         self._came.add(id(p))
         listener = optimizer.listener
         pruned = listener is not None and listener.place_of(p) is not None
-        pruning = listener.arguments([p]) if pruned and listener is not None else self._no_pruning(p)
-        optimizer._run([p], [self._groups[id(p)]], pruning, self._scaling(p))
+        batch = Batch(id(p), [p], [self._groups[id(p)]])
+        pruning = listener.arguments(batch) if pruned and listener is not None else self._no_pruning(p)
+        optimizer._run(batch, pruning, self._scaling(p))
         p.grad = None
 
     def _begin(self, p: Tensor) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.optim.fused import FusedOptimizer
-from pins_ext.optim.listener import BoundaryArguments, PruningArguments
+from pins_ext.optim.listener import Batch, BoundaryArguments, PruningArguments
 from pins_ext.optim.step import Scaling
 from pins_ext.pruning.attachment import Slot, Slots, Step
 from pins_ext.pruning.importance import Importance
@@ -119,9 +118,9 @@ class FusedSlot(Slot):
         """See StepListener."""
         return self._places.get(id(parameter))
 
-    def arguments(self, parameters: Sequence[Tensor]) -> PruningArguments:
+    def arguments(self, batch: Batch) -> PruningArguments:
         """See StepListener."""
-        indices = [self._places[id(p)] for p in parameters]
+        indices = [self._places[id(p)] for p in batch.parameters]
         self._passed.update(indices)
         self._scored |= self._scores_in_pass  # a released gradient is not there yet when the step begins
         importance = self.importance
@@ -130,9 +129,9 @@ class FusedSlot(Slot):
         if not together:
             self.masks.settle(importance)
         self._boundary = _boundary_of(self.step, importance, self.masks, scored, self._kept) if together else None
-        accepted, rng = importance.pass_scalars(self.part, self.step.t, self.optimizer.rounds(parameters))
+        accepted, rng = importance.pass_scalars(self.part, self.step.t, self.optimizer.rounds(batch.parameters))
         lists = (self._bits_in_pass, importance.ipt if scored else None, importance.shadow)
-        masks, ipt, shadow = self._kept.of(indices[0], *([x[i] for i in indices] if x else [] for x in lists))
+        masks, ipt, shadow = self._kept.of(batch.kind, *([x[i] for i in indices] if x else [] for x in lists))
         return PruningArguments(
             layout=self._subsets.of(indices),
             masks=masks,

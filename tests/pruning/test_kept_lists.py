@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from drawn_training import STEPS, Training, same, train
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pins_ext.optim import PinsAdamW
 
 pytestmark = pytest.mark.filterwarnings("ignore::pins_ext.pruning.plan.ConflictWarning")
 
@@ -95,3 +99,50 @@ def test_copies_keep_lists_of_their_own(all_kept: pytest.MonkeyPatch) -> None:
     one = train(Training(delta_t=2), range(8))
     other = copy.deepcopy(one)
     same(train(one, range(8, 14)), train(other, range(8, 14)))
+
+
+def test_tensors_of_other_steps_are_given_up(all_kept: pytest.MonkeyPatch) -> None:
+    """Also where a step begins with another parameter, as when a model is unfrozen layer by layer."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(6)]
+    optimizer = PinsAdamW(weights)
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.step()
+
+    for p in reversed(weights):
+        p.grad = torch.ones(3)
+        steps()
+    first = weakref.ref(weights[0])
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    weights.clear()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    del p
+    steps()
+    gc.collect()
+    assert first() is None
+
+
+def test_nothing_is_kept_of_modules_that_swap_their_parameters(all_kept: pytest.MonkeyPatch) -> None:
+    net = torch.nn.Linear(3, 3)
+    optimizer = PinsAdamW(net.parameters())
+    before = torch.__future__.get_swap_module_params_on_conversion()
+
+    def steps() -> None:
+        for _ in range(3):
+            net(torch.ones(3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        steps()
+        saved = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+        net.load_state_dict(saved)  # refused where anything else holds a parameter
+        steps()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert all(p.any() for p in net.parameters())
