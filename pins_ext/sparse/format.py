@@ -118,8 +118,13 @@ def _tensors_of(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, 
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} of the model is no tensor but {type(tensor).__name__}: it can't be saved")
-        if name.startswith("pins_fill."):
-            raise ValueError(f"{name}: names that begin with pins_fill. belong to the format; rename it")
+        if name.startswith("pins_fill.") or name == "__metadata__":
+            raise ValueError(f"{name}: such names belong to the format; rename it")
+        if name.rpartition(".")[2] == "_extra_state":
+            raise ValueError(
+                f"{name} is what a module's get_extra_state() returns, which this format doesn't hold: "
+                f"register it as a buffer, or save it beside the model"
+            )
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             what = f"quantized ({tensor.dtype})" if tensor.is_quantized else str(tensor.layout)
             raise ValueError(
@@ -158,7 +163,7 @@ class _Source:
         tensor = self._tensor.detach()
         if self._dtype is not None and torch.finfo(self._dtype).max < torch.finfo(tensor.dtype).max:
             refuse_overflow(self._name, tensor, self._dtype)
-        return tensor.to(device="cpu", dtype=self._dtype or tensor.dtype).contiguous()
+        return tensor.to(device="cpu", dtype=self._dtype or tensor.dtype).contiguous().resolve_neg()
 
 
 def _write_shards(
@@ -297,6 +302,12 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint, untie: bool) -> None:
         raise SparseFormatError(
             f"{checkpoint.folder} doesn't fit {type(model).__name__}: {wrong[0]!r} is {shapes[wrong[0]]}, "
             f"the model has {tuple(expected[wrong[0]].shape)}"
+        )
+    nowhere = sorted(name for name, tensor in expected.items() if tensor.is_meta)
+    if nowhere:
+        raise SparseFormatError(
+            f"{nowhere[0]!r} of the model is on the meta device, where there is nothing to load into "
+            f"({len(nowhere)} tensors): call model.to_empty(device=\"cpu\") before"
         )
     del expected
     names_of: dict[str, list[str]] = {name: [name] for name in index.entries}

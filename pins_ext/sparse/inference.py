@@ -199,8 +199,12 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return f"its weight is {weight.layout}"
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}"
+    if not weight.numel():
+        return "it has no weights"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
     parent = model.get_submodule(name.rpartition(".")[0])
     home = type(parent).__module__
     if home.startswith("torch.nn.") and home != "torch.nn.modules.container":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, GPT2Config, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PLACES = 64
@@ -53,3 +53,9 @@ def decoder_folder(folder: Path) -> Path:
     characters().save_pretrained(folder)
     decoder_config().save_pretrained(folder)
     return folder
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=72, num_labels=3)).eval()

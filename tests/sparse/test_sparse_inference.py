@@ -220,20 +220,25 @@ def test_layers_that_others_read_stay_dense() -> None:
             self.own = nn.Sequential(nn.Linear(32, 32))
             self.encoder = nn.TransformerEncoderLayer(32, 2, batch_first=True)
             self.hooked = nn.Linear(32, 32)
+            self.patched = nn.Linear(32, 32)
+            self.unused = nn.Linear(32, 0)
             self.half_full = nn.Linear(32, 32)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.half_full(self.hooked(self.encoder(self.own(x))))
+            return self.half_full(self.patched(self.hooked(self.encoder(self.own(x)))))
 
     model = pruned(Two())
     model.half_full.weight.data.fill_(1)
     model.hooked.register_forward_hook(lambda *_: None)
+    model.patched.forward = lambda x: 2 * nn.Linear.forward(model.patched, x)
     fast = sparse(model)
     assert sparse_layers(fast) == ["own.0"]
     assert set(fast.pins_calibration.dense.values()) == {
         "TransformerEncoderLayer reads its weight directly",
         "it is a NonDynamicallyQuantizableLinear, which may compute something else",
         "it has hooks",
+        "its forward was replaced",
+        "it has no weights",
         "less than 70% zeros",
     }
     x = torch.randn(2, 5, 32)
