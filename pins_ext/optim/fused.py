@@ -360,12 +360,16 @@ class FusedOptimizer(Optimizer):
         return PruningArguments.none(ops.Layout.of([local(p) for p in parameters], shards))
 
     def _rng(self, parameters: list[Tensor]) -> Tensor:
-        """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; new ones in every step."""
-        steps = [self.state[p].get("step", 0) for p in parameters]
-        if self.capturable:
-            return ops.rounding_keys(0, scalars_on(steps, parameters[0].device).max().long(), _ROUNDING)
+        """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; other ones in every step."""
+        # Skipped steps are left out, as in a state_dict: a run that is loaded goes on with the same keys.
+        states, device = [self.state[p] for p in parameters], parameters[0].device
+        steps = [state.get("step", 0) for state in states]
+        skipped = [state.get("skipped", 0) for state in states]
+        if any(isinstance(count, Tensor) for count in [*steps, *skipped]):
+            taken = scalars_on(steps, device) - scalars_on(skipped, device)
+            return ops.rounding_keys(0, taken.max().long(), _ROUNDING)
         step = max(map(int, steps))
-        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING), device="cpu"), parameters[0].device)
+        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING), device="cpu"), device)
 
     def _run(self, batch: Batch, pruning: PruningArguments, released: Scaling | None = None) -> None:
         """Check tensors, count the step, run the kernel.

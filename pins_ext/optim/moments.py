@@ -21,7 +21,12 @@ def take_loaded(
     saved = [i for group in loaded["param_groups"] for i in group["params"]]
     own = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in zip(saved, own, strict=False):  # torch's own check of their number follows
-        for name, value in loaded["state"].get(i, {}).items():
+        state = loaded["state"].get(i, {})
+        missing = sorted(name for name in names if not isinstance(state.get(name), Tensor))
+        if missing and len(missing) < len(names):
+            found = min({*names} - {*missing})
+            raise ValueError(f"state[{i}] has no {missing[0]!r}, which goes with {found!r}: the state is not complete")
+        for name, value in state.items():
             if not isinstance(value, Tensor) or ops.is_coded(value, p.shape):
                 continue
             if value.dtype in ops.CODED:
@@ -50,14 +55,14 @@ def converted_moment(moment: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype in ops.CODED:
         check_codes("moment_dtype='8bit'", f"a parameter of shape {tuple(p.shape)}", p)
     if moment.dtype == dtype:
-        return moment.to(p.device)
+        return moment.to(p.device).contiguous()
     # A whole moment of a sharded parameter stays whole, as torch.optim's does.
     shard = shard_of("p", p) if is_dtensor(moment) else None
     part = local(moment)
     if part.dtype in ops.CODED:
         part = ops.decode(part, local(p).shape if is_dtensor(moment) else p.shape)
     coded = dtype in ops.CODED
-    part = ops.encode(part, dtype, shard).to(p.device) if coded else part.to(p.device, dtype)
+    part = ops.encode(part, dtype, shard).to(p.device) if coded else part.to(p.device, dtype).contiguous()
     return like(p, part, coded) if is_dtensor(moment) else part
 
 

@@ -297,12 +297,15 @@ class Pruner:
             self.slots.finish()
         before = sum(self.masks.pruned())
         if not self.masks.frozen:
-            last_counts = bool(self.importance.known) and self.importance.is_folded(self.step)
-            if not self.importance.known:
-                if not self.importance.seen:
-                    raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
+            known = bool(self.importance.known)
+            if not known and not self.importance.seen:
+                raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
+            last_counts = known and self.masks.chosen_at(self.schedule.final_ratio)
+            # A window that has just ended counts, as it would for the next step's mask.
+            ended = self.importance.constant_in_window and self.step % self.config.delta_t == 0
+            if not known or (ended and not last_counts):
                 self.importance.fold(self.step)
-            if not last_counts or not self.masks.chosen_at(self.schedule.final_ratio):
+            if not last_counts or not self.importance.is_folded(self.step):
                 self.masks.forget_choice()
                 self.masks.renew(self.importance, self.schedule.final_ratio, self.step)
             self.freeze()

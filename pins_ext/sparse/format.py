@@ -307,7 +307,7 @@ def _fill(model: nn.Module, checkpoint: SparseCheckpoint, untie: bool) -> None:
     if nowhere:
         raise SparseFormatError(
             f"{nowhere[0]!r} of the model is on the meta device, where there is nothing to load into "
-            f"({len(nowhere)} tensors): call model.to_empty(device=\"cpu\") before"
+            f'({len(nowhere)} tensors): call model.to_empty(device="cpu") before'
         )
     del expected
     names_of: dict[str, list[str]] = {name: [name] for name in index.entries}

@@ -194,8 +194,24 @@ def test_longer_windows_as_on_a_gpu_resume_and_finalize_to_the_same_bits(tmp_pat
             warnings.simplefilter("ignore")  # ended early
             run.pruner.finalize()
     assert again.weights() == whole.weights()
-    # Where a window ended before the final ratio, finalize counts it in.
-    assert (one.weights() == stopped.weights()) == (at not in (12, 16))
+    assert one.weights() == stopped.weights()
+
+
+@pytest.mark.parametrize("settings", [{}, {"delta_t": 4}, {"delta_t": 4, "beta2": 1.0, "optimizer": "sgd"}], ids=str)
+@pytest.mark.parametrize("at", [5, 8, 11, 16, 24])
+def test_training_that_ends_early_counts_the_window_that_has_just_ended(settings: dict[str, Any], at: int) -> None:
+    """As the next step's mask would have, whichever pass ended it; and no window that has not."""
+    one, other = train(Training(**settings), range(at)), Training(**settings)
+    with separately():
+        train(other, range(at))
+    before = [x.clone() for x in other.pruner.importance.exp_avg_ipt]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one.pruner.finalize()
+        other.pruner.finalize()
+    assert one.weights() == other.weights()
+    ended = at % other.config.delta_t == 0 and at < STEPS - other.config.cooldown
+    assert ended == any(not torch.equal(a, b) for a, b in zip(before, other.pruner.importance.exp_avg_ipt, strict=True))
 
 
 def test_a_state_from_a_separate_pass_goes_on_in_one() -> None:

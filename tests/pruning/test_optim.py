@@ -76,6 +76,34 @@ def test_a_moment_of_another_shape_is_refused_before_anything_is_loaded(shape: t
             assert all(torch.equal(there[key], here[key]) for key in there)
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_state_without_one_of_its_moments_is_refused(name: str) -> None:
+    model = Network(16)
+    optimizer = PinsAdamW(model.parameters())
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][2][name]
+    with pytest.raises(ValueError, match=rf"state\[2\] has no '{name}', which goes with 'exp_avg\w*'"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16", "8bit"])
+def test_moments_are_loaded_however_they_lie_in_memory(moment_dtype: str) -> None:
+    model, other = Network(16), Network(16)
+    optimizer, again = (PinsAdamW(m.parameters(), moment_dtype=moment_dtype) for m in (model, other))
+    train(model, optimizer, 3)
+    other.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for name, x in state.items():
+            if name != "step" and x.dim() > 1:
+                state[name] = x.mT.contiguous().mT
+    again.load_state_dict(saved)
+    train(model, optimizer, 5, skip=3)
+    train(other, again, 5, skip=3)
+    assert same(model, other)
+
+
 def test_checkpoints_of_fused_and_torch_optimizers_are_interchangeable() -> None:
     for fused_class, torch_class, options in FUSED_AND_HOOKED:
         options = {"lr": 1e-2} | options

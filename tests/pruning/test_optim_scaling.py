@@ -109,6 +109,20 @@ def test_torch_goes_on_from_a_state_with_skipped_steps(fused_class: Any, torch_c
     assert same(one, other)
 
 
+@pytest.mark.parametrize("moment_dtype", ["bfloat16", "8bit"])
+def test_what_is_rounded_after_a_skipped_step_is_so_after_loading_too(moment_dtype: str) -> None:
+    one, loaded = network(), network()
+    optimizer, again = (PinsAdamW(m.parameters(), lr=1e-2, moment_dtype=moment_dtype) for m in (one, loaded))
+    train_scaled(one, optimizer, 0, 6)
+    loaded.load_state_dict(one.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, own in ((one, optimizer), (loaded, again)):
+        train_scaled(model, own, 6, 8)
+    assert same(one, loaded)
+    moments = ([s["exp_avg"] for s in own.state.values()] for own in (optimizer, again))
+    assert all(map(torch.equal, *moments))
+
+
 class HostReads(TorchDispatchMode):
     """Counts how often a tensor's value is asked for: on a GPU each time is a synchronisation."""
 

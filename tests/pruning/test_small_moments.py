@@ -102,6 +102,7 @@ def test_a_state_of_torchs_is_converted() -> None:
             moment = ours.state[p]["exp_avg_sq"]
             moment = reference.decode(moment, p.shape) if name == "8bit" else moment.float()
             assert torch.equal(back.state[p]["exp_avg_sq"], moment)
+        step(model, back, 3, 4)
 
 
 def test_a_copy_keeps_its_moment_dtype() -> None:
