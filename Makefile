@@ -69,8 +69,8 @@ test-slow: install ## selection over 2.2 G weights, long kills and resumes, GPU 
 	$(BIN)/python -m pytest -q --ptx 80 --ptx-orders 2 -m "slow or not slow" tests
 	$(BIN)/python -m pytest -q --ptx 90 --ptx-orders 2 -m "slow or not slow" tests
 
-gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network): build, gpu tests, sanitizer, benchmarks
-	$(PYTHON) bench/gpu_check.py
+gpu-check: ## on a machine with a GPU (torch, triton, pytest, nvcc; no network): build, gpu tests, sanitizer, benchmarks; ONLY=bench
+	$(PYTHON) bench/gpu_check.py $(if $(ONLY),--only $(ONLY))
 
 bench: install ## the quick benchmark against PyTorch's own operators
 	$(BIN)/pins-ext bench --quick

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'zeros':>6}{'tokens':>8}{'cuBLAS us':>11}{'ours us':>9}{'ratio':>7}{'bytes':>7}{'GB/s':>7}")
     rows: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as end:
+        # Also what an interrupted run has found.
+        end.callback(save, options.json, {"machine": describe(device), "rows": rows, "peers": peers})
         for row in compared(shapes, device, run):
             rows.append(row)
             print(f"{row['sparsity']:>6.0%}{row['tokens']:>8}{row['cublas_us']:>11.1f}{row['ours_us']:>9.1f}"
@@ -75,10 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 ratio = cublas[row["tokens"]] / row["us"]
                 print(f"{row['name']:<14}{row['tokens']:>8}{row['us']:>12.1f}{ratio:>7.2f}", flush=True)
-    if options.json:
-        found = {"machine": describe(device), "rows": rows, "peers": peers}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def save(path: Path | None, found: dict[str, Any]) -> None:
+    """Write what was found, where that is asked for."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def compared(

@@ -37,13 +37,15 @@ def run(given: dict[str, Any]) -> int:
     _refuse_long(next(iter(models.values())), shapes)
     torch.set_num_threads(threads)
     cases = []
-    with torch.inference_mode():
-        for shape in shapes:
-            case = _case(models, shape, threads, given)
-            print(table(case), flush=True)
-            cases.append(case)
-    if "output" in given:
-        _write(Path(given["output"]), {"machine": describe(device), "threads": threads, "cases": cases})
+    try:
+        with torch.inference_mode():
+            for shape in shapes:
+                case = _case(models, shape, threads, given)
+                print(table(case), flush=True)
+                cases.append(case)
+    finally:  # also what an interrupted run has found
+        if cases and "output" in given:
+            _write(Path(given["output"]), {"machine": describe(device), "threads": threads, "cases": cases})
     return EXIT_OK
 
 

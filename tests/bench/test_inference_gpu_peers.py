@@ -257,8 +257,7 @@ def test_the_check_measures_the_kernel_first_and_names_what_it_lacks(
     stage = gpu_check.inference_stage(tmp_path)
     assert stage.command[2:6] == ["pins_ext", "bench-inference", "--device", "cuda"]
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda _: None)
-    with (tmp_path / "log").open("w") as log:
-        result, _ = gpu_check.run(gpu_check.inference_stage(tmp_path), 30, log)
+    result, _ = gpu_check.run(gpu_check.inference_stage(tmp_path), 30)
     assert result.outcome == "could not start"
     assert result.remark == "transformers is not installed: pip install transformers"
 
