@@ -85,37 +85,32 @@ class Result:
 
 def run(stage: Stage, seconds: float) -> tuple[Result, str]:
     """Runs a stage for `seconds`, interrupts it then, as Ctrl-C does; everything it started ends with it."""
-    begin = time.perf_counter()
-    try:
-        process = subprocess.Popen(
-            stage.command,
-            cwd=ROOT,
-            env={**os.environ, **stage.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Result(stage.name, "could not start", remark=str(error)), f"{error}\n"
-    late = False
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        late = True
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=GRACE_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+    begin, late = time.perf_counter(), False
+    environment = {**os.environ, **stage.environment}
+    # Not a pipe: what hangs in a driver, or has left the session, would hold it open.
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        try:
+            process = subprocess.Popen(
+                stage.command, cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            )
+        except OSError as error:
+            return Result(stage.name, "could not start", remark=str(error)), f"{error}\n"
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+            for number in (signal.SIGINT, signal.SIGKILL):
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(GRACE_SECONDS)
+        said.seek(0)
+        output = said.read()
     took = time.perf_counter() - begin
     outcome = outcome_of(stage, process.returncode, late)
     return Result(stage.name, outcome, took, remark_of(output), process.returncode), output
 
 
-def outcome_of(stage: Stage, status: int, late: bool) -> str:
+def outcome_of(stage: Stage, status: int | None, late: bool) -> str:
     """What an exit status means for this stage."""
     if late:
         return "timed out"
@@ -132,7 +127,8 @@ def remark_of(output: str) -> str:
 
 
 def machine_stage() -> Stage:
-    return Stage("machine", [sys.executable, "-c", ABOUT], 60, needed=True)
+    """What the machine is. The first import on a fresh one takes long."""
+    return Stage("machine", [sys.executable, "-c", ABOUT], 150, needed=True)
 
 
 def stages(capability: str, measured: Path) -> Iterator[Stage]:
@@ -213,7 +209,7 @@ class Check:
             files = Path(folder)
             text = self._run([machine_stage()], files)
             if self.results[0].outcome == "passed":
-                self.machine = json.loads(text.strip().splitlines()[-1])
+                self.machine = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
             left = stages(self.machine.get("capability", "9.0"), files)
             wanted = [s for s in left if s.needed or not self._only or any(word in s.name for word in self._only)]
             for beside, group in groupby(wanted, key=lambda stage: stage.beside):

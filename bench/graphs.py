@@ -21,7 +21,11 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     if device.type != "cuda":
         return call
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # torch leaves its own where a capture fails
+        raise
     return graph.replay

@@ -76,7 +76,9 @@ template <typename Value, int kTokens>
 void launch_linear(const Grouped& matrix, const Tokens& tokens, const float* bias, const CurrentDevice& device) {
   const auto kernel = grouped_linear_kernel<Value, kTokens>;
   const int bytes = static_cast<int>((matrix.columns_of_row + 1) * kTokens * sizeof(float));
-  PINS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  // Not these bytes: another thread may launch it with more.
+  const int most_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  PINS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
   int resident = 0;
   PINS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes));
   const int64_t most = std::max(resident, 1) * static_cast<int64_t>(attribute(cudaDevAttrMultiProcessorCount, device));

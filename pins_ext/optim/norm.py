@@ -18,6 +18,7 @@ class GradientNorm:
 
     def __init__(self) -> None:
         self._layouts: dict[tuple[int, ...], ops.Layout] = {}
+        self._captured: list[ops.Layout] = []  # which CUDA graphs read again
         self._pointers = ops.PointerTables()
         self._ranks: tuple[tuple[int, ...], Ranks] | None = None
 
@@ -51,6 +52,8 @@ class GradientNorm:
             pointers = self._pointers.of(kind, layout.places, grads)
             sums.append(torch.ops.pins_ext.sum_of_squares(grads, layout.places, layout.chunks, pointers=pointers))
         self._layouts = layouts
+        if any(ops.capturing(device) for device, _ in batches):
+            self._captured += layouts.values()
         if not sums:
             return ranks.sum(torch.zeros(1, dtype=torch.float64, device="cpu"))
         device = sums[-1].device

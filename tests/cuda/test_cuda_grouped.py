@@ -114,7 +114,7 @@ def test_every_position_of_a_weight(host: Path) -> None:
 def test_the_operators(values: torch.dtype, gpu: Gpu) -> None:
     shapes = gpu.choose([*SHAPES, (4096, 4096), (4096, 11008)], [(1, 1), (33, 257), (40, 1100)])
     for shape in shapes:
-        for sparsity in gpu.choose(SPARSITIES, [0.0, 0.8]):
+        for sparsity in gpu.choose(SPARSITIES if shape[0] < 4096 else (0.8,), [0.0, 0.8]):
             weight = pruned(*shape, sparsity).to(values)
             packed = ops.GroupedWeight(*(t.to(gpu.device) for t in ops.grouped_pack(weight)))
             with gpu.kernels():

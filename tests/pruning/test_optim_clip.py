@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -156,3 +158,23 @@ def test_a_refused_step_has_moved_nothing_and_keeps_its_clip(pruned: bool) -> No
     for o in optimizers:
         o.step()
     assert same(*models)
+
+
+def test_what_a_cuda_graph_reads_is_kept_when_other_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (nn.Parameter(torch.ones(n)) for n in (3, 5))
+    optimizer = PinsAdamW([one, other])
+
+    def layout(p: nn.Parameter, captured: bool) -> weakref.ref[object]:
+        optimizer.zero_grad()
+        p.grad = torch.ones_like(p)
+        with monkeypatch.context() as patched:
+            patched.setattr("pins_ext.ops.capturing", lambda _: captured)
+            optimizer.clip_grad_norm_(1.0)
+        (found,) = optimizer._norm._layouts.values()
+        return weakref.ref(found)
+
+    eager, captured = layout(one, False), layout(other, True)
+    layout(one, False)
+    gc.collect()
+    assert eager() is None
+    assert captured() is not None
