@@ -66,3 +66,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"pins_ext.{_HOME[name]}"), name)
     raise AttributeError(f"module 'pins_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Also what is not imported yet."""
+    return __all__

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--{ignored[0].replace('_', '-')} is for sparse layers: leave it out with --dense")
     if given.get("max_new_tokens", 1) < 1:
         raise UsageError("--max-new-tokens must be at least 1")
-    if not 0 <= given.get("min_sparsity", 0.7) <= 1:
+    if "min_sparsity" in given and not 0 <= given["min_sparsity"] <= 1:
         raise UsageError(f"--min-sparsity must be between 0 and 1, got {given['min_sparsity']}")
 
     from pins_ext.cli.export import load_or_refuse
@@ -80,7 +80,7 @@ def _parser() -> Parser:
         metavar="N",
         help="generation: how much to add, as far as the model's positions go (default: 40)",
     )
-    parser.add_argument("--min-sparsity", type=float, metavar="S", help="layers with fewer zeros stay dense (.7)")
+    parser.add_argument("--min-sparsity", type=float, metavar="S", help="layers with fewer zeros are not tried (.3)")
     parser.add_argument(
         "--values",
         choices=("float32", "bfloat16", "int8"),
@@ -127,10 +127,10 @@ def _sparsify(model: Any, given: dict[str, Any]) -> None:
 
     say = None if "json" in given else print
     try:
-        sparsify_for_inference(model, given.get("min_sparsity", 0.7), values=given.get("values"), say=say)
+        sparsify_for_inference(model, given.get("min_sparsity"), values=given.get("values"), say=say)
     except NothingSparseError as error:
         if say is not None:
-            say(f"computed densely: {str(error).replace('min_sparsity', '--min-sparsity')}")
+            say(f"computed densely: {error}")
 
 
 def _line(answer: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ TRAINING_ONLY = (
 )  # fmt: skip
 """Options that mean nothing to one-shot pruning."""
 
-_ZERO_AT_ZERO = ", ".join(c.name for c in CRITERIA.values() if c.zero_at_zero)
+_ZERO_AT_ZERO = ", ".join(c.name for c in CRITERIA.values() if c.zero_at_zero and not c.reads_inputs)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,19 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
     return field(default=default, metadata=metadata)
 
 
+def _documented(config: type[Any]) -> type[Any]:
+    """The class with an Args section made of the help of its fields."""
+    if config.__doc__:  # none under -OO
+        lines = [f"        {f.name}: {f.metadata['help']}.{_default(f)}\n" for f in dataclasses.fields(config)]
+        config.__doc__ = config.__doc__.replace("    Raises:", f"    Args:\n{''.join(lines)}\n    Raises:", 1)
+    return config
+
+
+def _default(option: dataclasses.Field[Any]) -> str:
+    return "" if option.default in (None, dataclasses.MISSING) else f" Default: {option.default!r}."
+
+
+@_documented
 @dataclass(frozen=True)
 class PruneConfig:
     """How a model is pruned during fine-tuning. The metadata of each field is its command-line help.
@@ -153,7 +166,7 @@ class PruneConfig:
             raise ValueError(f"importance_every must be 1 for criterion={self.criterion!r}, which takes none in a step")
         if self.state_dtype == "8bit" and self.rule.signed and (self.smoothed or self.rule.instant):
             raise ValueError(
-                f"state_dtype must be float32 or bfloat16 for criterion={_name(self.criterion)!r}, whose "
+                f"state_dtype must be float32 or bfloat16 for criterion={self.to_dict()['criterion']!r}, whose "
                 "scores may be below zero: 8bit stores none"
             )
         if self.rule.reads_moments and self.smoothed and self.beta2 == 0:
@@ -166,7 +179,7 @@ class PruneConfig:
             self._check(fits, name, "a number of steps (an integer) or a share of training in [0, 1)")
         if not isinstance(self.scope, Mapping):
             known = self.scope in ("global", "layer", "row")
-            self._check(known, "scope", "global, layer, or groups of name patterns (row in one shot)")
+            self._check(known, "scope", "auto, global, layer, or groups of name patterns (row in one shot)")
         else:
             self._check(len(self.scope) > 0, "scope", "at least one group")
             self._patterns("scope", tuple(self.scope))

@@ -30,14 +30,7 @@ def zeros(parameters: Sequence[Tensor], ranks: Ranks) -> list[int]:
 
 
 def stats(parameters: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
-    """Statistics of the pruned tensors and of their last selection; a few synchronisations.
-
-    Returns:
-        sparsity (share of the weights that the last mask prunes, 0 before the first); zeros (share that is zero now:
-        between two masks weights may grow back); threshold (a score) or None, see Masks.threshold; churn (share of
-        mask bits the last selection flipped); nan (scores that are NaN: kept); frozen; per_layer (name to share of
-        zeros).
-    """
+    """Statistics of the pruned tensors and of their last selection, see Pruner.stats; a few synchronisations."""
     found = zeros(list(parameters.values()), masks.ranks)
     n = sum(p.numel() for p in parameters.values())
     _, flipped, nan = masks.counts()
@@ -54,12 +47,7 @@ def stats(parameters: Mapping[str, Tensor], masks: Masks) -> dict[str, Any]:
 
 @torch.no_grad()
 def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slots: Sequence[Slot]) -> dict[str, Any]:
-    """Check that model, optimizers and masks agree; see Pruner.verify.
-
-    Returns:
-        weights, zeros, kept (mask bits), sparsity, masked (whether pruned weights are to be zero now), patterns (how
-        many tensors have each, of those whose masks are to have it now).
-    """
+    """Check that model, optimizers and masks agree, see Pruner.verify."""
     problems, ranks = [], masks.ranks
     found = dict(named_parameters(model))
     for name, p in parameters.items():

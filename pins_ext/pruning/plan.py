@@ -166,6 +166,11 @@ def conflicts(
     ramp = range(schedule.initial_warmup + 1, schedule.final_start)
     if not any(schedule.mask_due(t) for t in ramp) and not callable(schedule.kind):
         found.append("no mask falls between warm-up and cool-down: the model jumps to its final sparsity")
+    if schedule.final_start >= schedule.total and schedule.kind in ("cubic", "linear", "cosine", "one-shot"):
+        found.append(
+            f"a cool-down of {schedule.final_cooldown} steps has none at the final sparsity, to which finalize alone "
+            "then prunes: it takes at least 2"
+        )
     if config.needs_shadow:
         found.append(f"{config.criterion} under strict masks keeps one more state, so that pruned weights can return")
     if config.rule.reads_moments and config.mask_optimizer_state:

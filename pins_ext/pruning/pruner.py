@@ -52,7 +52,8 @@ class Pruner:
 
     Attributes:
         step: optimizer steps seen so far.
-        names: pruned parameters in order of their global index.
+        names: pruned parameters in order of their global index, as in `named_parameters`, but without what wrappers
+            put before and between: torch.compile, DistributedDataParallel, peft's base_model.model and base_layer.
         n_weights: how many weights they hold.
         schedule: remaining ratio and mask steps.
         score_gradients: asked before every step for the gradients that score the weights, by parameter name, in place
@@ -75,6 +76,9 @@ class Pruner:
         total_steps: int,
         frozen_base: bool = False,
     ) -> None:
+        if not isinstance(config, PruneConfig):
+            kind = type(config).__name__
+            raise TypeError(f"config must be a PruneConfig, got {kind}: Pruner(model, optimizer, config, total_steps)")
         config.check_training()
         config = base_config(config) if frozen_base else config
         self.model, self.config, self.frozen_base = model, config, frozen_base
@@ -332,7 +336,7 @@ class Pruner:
         """Boolean mask of one parameter (True = keep), of its shape, a DTensor where the parameter is one; a copy.
 
         Args:
-            name: of the parameter, as in `named_parameters`.
+            name: of the parameter, one of `names`.
 
         Raises:
             ValueError: the parameter is not pruned.
@@ -355,7 +359,11 @@ class Pruner:
 
         Returns:
             step; target_sparsity (what the schedule asks for at this step); ms (host time spent in pruning since the
-            last call, the fused update apart); and what `inspection.stats` returns.
+            last call, in all steps together, the fused update apart); sparsity (share of the weights that the last mask
+            prunes, 0 before the first); zeros (share that is zero now: between two masks weights may grow back);
+            threshold (the score below which weights are pruned) or None; churn (share of mask bits the last selection
+            flipped); nan (how many scores are NaN: kept); frozen (whether masks have ended); per_layer (name to share
+            of zeros).
         """
         ms, self.slots.seconds = 1e3 * self.slots.seconds, 0.0
         target = 1 - self.schedule.remaining_ratio(self.step)
@@ -379,8 +387,10 @@ class Pruner:
         """Check that the model, its optimizer and the masks agree. Every rank must ask.
 
         Returns:
-            final_sparsity (what the schedule ends at; of a mask that was frozen, what it prunes), and what
-            `inspection.verify` returns.
+            final_sparsity (what the schedule ends at; of a mask that was frozen, what it prunes); weights, zeros and
+            kept (numbers of the prunable weights, of those that are zero now, and of mask bits that keep); sparsity
+            (share that is zero now); masked (whether pruned weights are to be zero now); patterns (how many tensors
+            have each, of those whose masks are to have it now).
 
         Raises:
             RuntimeError: they don't; every problem found is listed.

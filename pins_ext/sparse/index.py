@@ -82,15 +82,15 @@ class Index:
                 raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MB")
             body = json.loads(file.read_bytes())
             stored = body.pop("sha256")
-            known = body["format"] == FORMAT and body["version"] == VERSION and type(body["version"]) is int
+            kind, version = body.get("format"), body.get("version")
+            known = kind == FORMAT and version == VERSION and type(version) is int
         except FileNotFoundError:
             raise SparseFormatError(f"{folder} is no sparse checkpoint: it has no {FILE}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SparseFormatError(f"{file} can't be read: {error}") from error
         if not known:
             raise SparseFormatError(
-                f"{file} has format {body['format']!r} version {body['version']!r}; "
-                f"this software reads {FORMAT} version {VERSION}"
+                f"{file} has format {kind!r} version {version!r}; this software reads {FORMAT} version {VERSION}"
             )
         if stored != digest_of(body):
             raise SparseFormatError(f"{file} is damaged: it does not match its own hash")

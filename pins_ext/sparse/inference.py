@@ -21,6 +21,10 @@ TOKENS = {"cpu": (1, 128), "cuda": (1,)}
 """What is measured by default. On a GPU the packed weights are for decoding, a token at a time."""
 
 
+MEASURED_FROM, FASTER_FROM = 0.3, 0.7
+"""Shares of zeros from which on a layer is measured, and from which on one that is not is taken to be faster."""
+
+
 class NothingSparseError(ValueError):
     """A model without a single layer that has enough zeros."""
 
@@ -30,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def sparsify_for_inference(
     model: nn.Module,
-    min_sparsity: float = 0.7,
+    min_sparsity: float | None = None,
     *,
     values: str | None = None,
     tokens: Sequence[int] | None = None,
@@ -47,7 +51,8 @@ def sparsify_for_inference(
 
     Args:
         model: a pruned model, all of it on the CPU or on one GPU; it is set to evaluation mode.
-        min_sparsity: share of zeros from which on a layer is considered.
+        min_sparsity: share of zeros from which on a layer is considered; None for MEASURED_FROM, or FASTER_FROM where
+            nothing is measured.
         values: how the weights are kept: "float32", "bfloat16" or "int8" (which rounds weights and activations: look at
             the accuracy); None for the exact one, bfloat16 where the weights are, otherwise float32. On a GPU
             "float32", "bfloat16" or "float16"; None keeps the weights' own dtype.
@@ -66,6 +71,8 @@ def sparsify_for_inference(
         NothingSparseError: no layer has enough zeros.
         SaveError: `save_to` can't be written; where its folder is missing, before anything else is done.
     """
+    if min_sparsity is None:
+        min_sparsity = MEASURED_FROM if calibrate else FASTER_FROM
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be between 0 and 1, got {min_sparsity}")
     device = _device(model)
@@ -80,7 +87,7 @@ def sparsify_for_inference(
         raise SaveError(f"could not save {save_to}: there is no folder {Path(save_to).parent}")
     places, dense = candidates(model, min_sparsity)
     if not places:
-        raise NothingSparseError(_nothing(min_sparsity, dense))
+        raise NothingSparseError(_nothing(model, min_sparsity, dense))
     if values == "int8":
         _refuse_not_finite(model, places)
     elif values is not None:
@@ -107,14 +114,16 @@ def sparsify_for_inference(
     return model
 
 
-def _nothing(min_sparsity: float, dense: Mapping[str, str]) -> str:
+def _nothing(model: nn.Module, min_sparsity: float, dense: Mapping[str, str]) -> str:
+    if already := sum(isinstance(module, SparseLinear) for module in model.modules()):
+        return f"{already} layers of the model are sparse already, and no other has {min_sparsity:.0%} zeros or more"
     few = f"less than {min_sparsity:.0%} zeros"
     others = [f"{name or 'the model'}: {reason}" for name, reason in dense.items() if reason != few]
     more = f" ({len(others) - 3} more)" if len(others) > 3 else ""
     why = f"; left as they are: {'; '.join(others[:3])}{more}" if others else ""
     return (
-        f"no linear layer has {min_sparsity:.0%} zeros or more, so nothing would become faster: "
-        f"prune the model further, or lower min_sparsity{why}"
+        f"no linear layer has {min_sparsity:.0%} zeros or more, so none was tried: prune the model further, or lower "
+        f"min_sparsity{why}"
     )
 
 

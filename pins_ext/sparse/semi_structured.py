@@ -134,7 +134,7 @@ def _device(model: nn.Module) -> torch.device:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(
             f"torch has 2:4 kernels for CUDA alone, and this model is on {found}: move it with "
-            'model.to("cuda", torch.bfloat16), or use sparsify_for_inference, which gains on the CPU from 70 % zeros on'
+            'model.to("cuda", torch.bfloat16), or use sparsify_for_inference, which measures what zeros gain on the CPU'
         )
     device = devices.pop()
     capability = torch.cuda.get_device_capability(device)

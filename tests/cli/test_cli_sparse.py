@@ -223,7 +223,7 @@ def test_a_model_that_is_not_pruned_runs_densely_and_says_so(
     BertForSequenceClassification(config()).save_pretrained(tmp_path / "dense")
     word_pieces().save_pretrained(tmp_path / "dense")
     assert main(["run", str(tmp_path / "dense"), "--text", "a"]) == 0
-    assert "computed densely: no linear layer has 70% zeros" in capsys.readouterr().out
+    assert "computed densely: no linear layer has 30% zeros" in capsys.readouterr().out
     assert main(["export", str(tmp_path / "dense")]) == 0
     assert "note: no tensor has enough zeros" in capsys.readouterr().out
 

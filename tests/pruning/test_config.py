@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import Network
 from torch import Tensor
 
-from pins_ext import PruneConfig
+import pins_ext
+from pins_ext import PruneConfig, Pruner
 
 
 def product(p: Tensor, g: Tensor, lr: float, factor: float = 1.0, power: Any = None) -> Tensor:
@@ -96,7 +100,7 @@ def test_numpys_own_scalar_types_are_taken() -> None:
         ("delta_t", 2.0, "an integer"),
         ("warmup", "1", "a number of steps"),
         ("cooldown", math.inf, "a number of steps"),
-        ("scope", 5, "global, layer, or groups"),
+        ("scope", 5, "auto, global, layer, or groups"),
         ("scope", {"a": (3,)}, "name patterns"),
         ("scope", {3: "a"}, "name patterns"),
         ("min_density", "x", "a number"),
@@ -109,3 +113,40 @@ def test_numpys_own_scalar_types_are_taken() -> None:
 def test_a_value_of_the_wrong_kind_is_refused_at_once(field: str, value: Any, accepts: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}.* must be {accepts}"):
         PruneConfig(**{field: value})
+
+
+def test_help_of_the_class_explains_every_field() -> None:
+    text = " ".join((PruneConfig.__doc__ or "").split())
+    for option in dataclasses.fields(PruneConfig):
+        assert f" {option.name}: {option.metadata['help']}." in text
+    assert "a new mask is chosen at its end. Default: 10. schedule:" in text
+
+
+def test_a_signed_criterion_is_named_when_8_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32 or bfloat16 for criterion='movement', whose scores"):
+        PruneConfig(criterion="movement", state_dtype="8bit")
+    with pytest.raises(ValueError, match="for criterion='<product>', whose scores"):
+        PruneConfig(criterion=product, state_dtype="8bit")
+
+
+@pytest.mark.parametrize("cooldown", [0, 1, 2])
+@pytest.mark.parametrize("schedule", ["cubic", "one-shot", "constant"])
+def test_a_cooldown_without_a_step_at_the_final_sparsity_is_warned_of(cooldown: int, schedule: str) -> None:
+    model = Network(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Pruner(model, optimizer, PruneConfig(schedule=schedule, warmup=2, cooldown=cooldown, delta_t=2), 20)
+    told = any(f"a cool-down of {cooldown} steps has none at the final" in str(warning.message) for warning in caught)
+    assert told == (cooldown < 2 and schedule != "constant")
+
+
+def test_arguments_in_another_order_are_named() -> None:
+    model = Network(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"config must be a PruneConfig, got SGD: Pruner\(model, optimizer, config"):
+        Pruner(model, PruneConfig(), optimizer, total_steps=9)  # type: ignore[arg-type]
+
+
+def test_the_package_lists_what_it_imports_late() -> None:
+    assert {"Pruner", "PruneConfig", "optim", "save_sparse"} <= set(dir(pins_ext))

@@ -359,6 +359,18 @@ def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert "pins_calibration" not in model.__dict__
 
 
+def test_what_is_tried_follows_whether_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    for layer, sparsity in zip(model, (0.25, 0.5, 0.75), strict=True):
+        layer.weight.data = pruned(nn.Linear(64, 64), sparsity).weight.data
+    monkeypatch.setattr("pins_ext.sparse.inference.measure", lambda *_: ((2.0, 2.0), (1.0, 1.0)))
+    measured, unmeasured = (sparsify_for_inference(copy.deepcopy(model), calibrate=c, say=None) for c in (True, False))
+    assert (sparse_layers(measured), sparse_layers(unmeasured)) == (["1", "2"], ["2"])
+    assert measured.pins_calibration.dense == {"0": "less than 30% zeros"}
+    with pytest.raises(ValueError, match=r"1 layers of the model are sparse already, and no other has 70% zeros"):
+        sparsify_for_inference(unmeasured, calibrate=False, say=None)
+
+
 def test_bad_requests_say_what_to_do() -> None:
     for tokens in ((1.5,), 4, (True,), (1, "a")):
         with pytest.raises(ValueError, match=r"tokens must be positive numbers of tokens, such as \(1, 128\); got"):
