@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from pins_ext.tasks.arguments import TaskArguments
 from pins_ext.tasks.load import refuse_out_of_reach
 
 _ABOUT = """Prunes a model in one shot: a few batches of the data score its weights, one exact selection sets the lowest
-to zero, and an ordinary checkpoint is written. Nothing is trained; Pruner.from_sparse goes on from there.
+to zero, and an ordinary checkpoint is written. Nothing is trained; Pruner.from_sparse goes on from there. The model is
+evaluated on held-out data before and after.
 
 examples:
   pins-ext prune gpt2 --data mine.txt --criterion wanda --sparsity 0.5
@@ -24,11 +26,8 @@ examples:
   pins-ext prune runs/mine-dense --data mine.csv --criterion fisher --scope layer --output-dir small
 """
 
-_NOT_OF_DATA = (
-    "validation_file", "test_file", "max_eval_samples", "n_best_size", "max_answer_length", "null_score_threshold",
-    "num_beams", "max_new_tokens",
-)  # fmt: skip
-"""Arguments of tasks that concern evaluations alone."""
+EVALUATED = 256
+"""Examples to evaluate on, where --max-eval-samples names no other number."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("batches", "batch_size"):
         if given.get(name, 1) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {given[name]}")
+    if not 0 <= given.get("learning_rate", 0.0) < math.inf:
+        raise UsageError(f"--learning-rate must not be negative, got {given['learning_rate']}")
     target = Path(given.get("output_dir", f"{Path(source).name}.pruned"))
     if target.resolve() == Path(source).resolve():
         raise UsageError(f"{target} is the model itself: choose another --output-dir")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{target} exists: choose another --output-dir, or replace it with --overwrite")
     try:
         config = _of(PruneConfig, given)
-        data = _of(TaskArguments, given)
+        data = _of(TaskArguments, {"max_eval_samples": EVALUATED} | given)
         if data.task is None and data.train_file is None:
             raise UsageError("calibration data is needed: --data FILE, or a task with --task")
         refuse_out_of_reach(data)
@@ -60,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         batch_size=given.get("batch_size", 8),
         seed=given.get("seed", 0),
         learning_rate=given.get("learning_rate", 0.0),
+        validates="no_evaluation" not in given,
     )
     asked = RunOptions(model=source, dtype=given.get("dtype", "float32"))
     prune_checkpoint(asked, data, config, calibration, target, console())
@@ -93,6 +95,9 @@ def _parser() -> Parser:
     batches.add_argument(
         "--learning-rate", type=float, metavar="X", help="of the step that pins looks ahead to; at 0 it is platon (0)"
     )
-    parser.add_fields("data", TaskArguments, skip=_NOT_OF_DATA)
+    parser.add_argument(
+        "--no-evaluation", action="store_true", help="don't evaluate the model before and after on held-out examples"
+    )
+    parser.add_fields("data", TaskArguments, skip=("test_file",))
     parser.add_fields("pruning", PruneConfig, skip=("seed", *TRAINING_ONLY), parse=PRUNING_PARSERS)
     return parser

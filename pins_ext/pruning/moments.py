@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,10 +39,33 @@ def reader(
     parameters: Sequence[Tensor],
     owned: Sequence[tuple[Optimizer, Sequence[int]]],
 ) -> Callable[[], Moments]:
-    """What reads the moments of the pruned tensors; owned: each optimizer and the places of its tensors."""
+    """What reads the moments of the pruned tensors.
+
+    Args:
+        config: with the criterion.
+        names: of the pruned tensors.
+        parameters: the pruned tensors.
+        owned: each optimizer and the places of its tensors.
+
+    Raises:
+        ValueError: an optimizer that keeps no moments at all, such as SGD: every score would be 0.
+    """
+    if config.rule.reads_moments:
+        for optimizer, indices in owned:
+            _refuse_stateless(config.rule.name, optimizer, {id(parameters[i]): names[i] for i in indices})
     owners = {i: optimizer for optimizer, indices in owned for i in indices}
     in_order = [owners[i] for i in range(len(names))]
     return partial(read_moments, config.rule.name, names, parameters, in_order, ops.Uploads())
+
+
+def _refuse_stateless(criterion: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    # Before a first step there is no state to look at.
+    without = (p for group in optimizer.param_groups if "betas" not in group for p in group["params"])
+    if name := next((names[id(p)] for p in without if id(p) in names), None):
+        raise ValueError(
+            f"criterion={criterion!r} reads AdamW's moments, and {type(optimizer).__name__}, which steps {name}, has "
+            "none: use PinsAdamW or torch.optim.AdamW, or another criterion"
+        )
 
 
 def read_moments(

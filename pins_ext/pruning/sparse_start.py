@@ -117,8 +117,8 @@ def check_marks(config: PruneConfig) -> None:
     """
     if config.patterned:
         raise ValueError(
-            "pattern: weights that stay pruned need not fit it; prune into one with a plain Pruner, or keep one that is "
-            "there with Pruner.from_sparse and without total_steps"
+            "pattern: weights that stay pruned need not fit it; prune into one with a plain Pruner, or keep one "
+            "that is there: Pruner.from_sparse without total_steps"
         )
     if config.beta1 == 0:
         raise ValueError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pins_ext.runs.folder import as_typed
 from pins_ext.runs.html import percent
 from pins_ext.runs.prepare import as_usage_errors, from_pretrained, load_model, quiet
 from pins_ext.runs.request import RunOptions
+from pins_ext.runs.validation import validated
 from pins_ext.tasks import Task, load_task
 from pins_ext.tasks.arguments import TaskArguments
 
@@ -44,12 +46,14 @@ class Calibration:
         batch_size: examples in each.
         seed: of what is drawn.
         learning_rate: see prune_once.
+        validates: whether the model is evaluated on held-out examples before and after.
     """
 
     batches: int
     batch_size: int
     seed: int
     learning_rate: float
+    validates: bool = True
 
 
 def prune_checkpoint(
@@ -90,7 +94,10 @@ def prune_checkpoint(
         model.cuda()
     loader = _batches(task, model, calibration)
     batches = min(len(loader), calibration.batches)
+    # A head made at random is as good before as after.
+    validate = partial(validated, task, model, calibration.batch_size) if calibration.validates and not new else None
     with as_usage_errors(), _shown(console, batches) as progress:
+        before = validate(progress) if validate else {}
         found = once.prune_once(
             model,
             islice(loader, batches),
@@ -98,13 +105,15 @@ def prune_checkpoint(
             learning_rate=calibration.learning_rate,
             progress=progress,
         )
+        after = validate(progress) if validate else {}
     try:
         with written_aside(target) as aside:
             model.save_pretrained(aside)
             task.fitted_tokenizer().save_pretrained(aside)
     except SaveError as error:
         raise CommandError(str(error)) from error
-    _say(found, config, target, console)
+    scores = "; ".join(f"{name} {before[name]:.4f} before, {score:.4f} after" for name, score in after.items())
+    _say(found, config, f"{scores} ({len(task.validation):,} examples)" if after else "", target, console)
     return found
 
 
@@ -126,7 +135,7 @@ def _shown(console: Console, batches: int) -> Iterator[once.Progress]:
             nonlocal said
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                of = f"/{batches} batches" if stage == "calibrating" else " tensors"
+                of = {"calibrating": f"/{batches} batches", "validating": " batches"}.get(stage, " tensors")
                 console.print(f"{stage}  {done}{of}", soft_wrap=True)
 
         yield line
@@ -143,17 +152,23 @@ def _shown(console: Console, batches: int) -> Iterator[once.Progress]:
         yield bar
 
 
-def _say(found: once.PrunedOnce, config: PruneConfig, target: Path, console: Console) -> None:
+def _say(found: once.PrunedOnce, config: PruneConfig, evaluated: str, target: Path, console: Console) -> None:
     """Every tensor, the whole, and what can be done next."""
     lines = ["", *(f"{share:9.2%}  {name}" for name, share in found.per_layer.items()), ""]
     scope = {"row": "within each output of a layer", "layer": "within each tensor", "global": "globally"}
     compared = scope.get(config.scope, "within groups") if isinstance(config.scope, str) else "within groups"
     looked = f", {found.batches:,} batches" if found.batches else ""
     loss = f", their mean loss before pruning {found.loss:.4f}" if found.loss is not None else ""
-    folder = shlex.quote(str(as_typed(target.absolute())))
+    folder, more = shlex.quote(str(as_typed(target.absolute()))), found.zeros - found.pruned
     lines += [
         f"pruned    {found.zeros:,} of {found.weights:,} weights are zero: sparsity {percent(found.sparsity, 4)}",
+        *(
+            [f"note      {more:,} of them were zero already, beyond the {found.pruned:,} that were chosen"]
+            if more
+            else []
+        ),
         f"scored    by {config.rule.name}, compared {compared}{looked}{loss}",
+        *([f"evaluated {evaluated}"] if evaluated else []),
         f"written   {as_typed(target.absolute())}",
         f"next      pins-ext inspect {folder}, pins-ext run {folder} --text ..., pins-ext export {folder}",
     ]

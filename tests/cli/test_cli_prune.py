@@ -37,12 +37,17 @@ def test_it_prunes_a_classifier_by_its_data(tiny: Path, tmp_path: Path, capsys: 
     assert zeros == weights // 2
     assert "scored    by fisher, compared globally, 3 batches, their mean loss before pruning" in said
     assert f"next      pins-ext inspect {target}" in said
+    assert "evaluated" not in said  # its head is made at random
     tensors = load_file(target / "model.safetensors")
     saved = {name: t for name, t in tensors.items() if ".layer." in name and t.dim() == 2}
     assert sum(int((t == 0).sum()) for t in saved.values()) == zeros
     for name, t in saved.items():
         assert f"{(t == 0).float().mean():9.2%}  {name}\n" in said
     assert main(["inspect", str(target)]) == 0
+    again = ["prune", str(target), "--data", f"{tiny}/train.csv", "--sparsity", "0.6", "--criterion", "magnitude"]
+    assert main([*again, "--output-dir", str(tmp_path / "more")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"evaluated accuracy \d\.\d{4} before, \d\.\d{4} after; .*loss .* after \(\d+ examples\)", said)
     assert main([*asked, "--criterion", "fisher"]) == 2
     assert "exists: choose another --output-dir" in capsys.readouterr().err
 
@@ -57,6 +62,26 @@ def test_it_prunes_a_language_model_by_wanda(text: Path, tmp_path: Path, capsys:
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert ((weight == 0).sum(0) == 8).all()
     assert len(AutoTokenizer.from_pretrained(target)("a cab")["input_ids"]) == 5
+
+
+def test_what_was_zero_already_is_told_and_what_it_costs(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--data", f"{text}/mine.txt", "--max-length", "32", "--batches", "2", "--criterion"]
+    half, more = str(tmp_path / "half"), str(tmp_path / "more")
+    assert main(["prune", f"{text}/model", *asked, "magnitude", "--sparsity", "0.5", "--output-dir", half]) == 0
+    said = capsys.readouterr().out
+    assert "were zero already" not in said
+    losses = re.findall(r"loss (\d+\.\d{4}) before, (\d+\.\d{4}) after", said)[0]
+    assert losses[0] != losses[1]
+    again = [*asked, "wanda", "--sparsity", "0.2", "--max-eval-samples", "1", "--output-dir", more]
+    assert main(["prune", half, *again]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"note      [\d,]+ of them were zero already, beyond the [\d,]+ that were chosen", said)
+    assert "(1 examples)" in said
+    assert f"loss {losses[1]} before" not in said
+    assert main(["prune", half, *again, "--no-evaluation", "--overwrite"]) == 0
+    assert "evaluated" not in capsys.readouterr().out
 
 
 def test_pins_without_a_rate_is_platon(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +102,7 @@ def test_pins_without_a_rate_is_platon(text: Path, tmp_path: Path, capsys: pytes
         ("--sparsity 0.5", "calibration data is needed"),
         ("--data absent.csv", "absent.csv"),
         ("--data mine.txt --batches 0", "--batches must be at least 1"),
+        ("--data mine.txt --learning-rate -1", "--learning-rate must not be negative, got -1.0"),
         ("--data mine.txt --warmup 3", "unrecognized arguments: --warmup"),
         ("--data mine.txt --task rte", "a task of its own"),
         ("--data mine.txt --criterion wanda --scope row --include *ln*", "no weight of nn.Linear"),

@@ -94,12 +94,25 @@ def test_fused_and_hooked_agree_and_resume(criterion: str, policy: str, tmp_path
     assert same(resumed, models[0])
 
 
-@pytest.mark.parametrize("optimizer_class", [PinsSGD, torch.optim.Adamax])
-def test_other_states_are_refused_by_name(optimizer_class: Any) -> None:
-    options = {"momentum": 0.9} if optimizer_class is PinsSGD else {}
-    model, optimizer, _ = start(changed(criterion="fisher"), optimizer_class, **options)
-    with pytest.raises(ValueError, match=rf"exp_avg.*{optimizer_class.__name__}"):
+def test_other_states_are_refused_by_name() -> None:
+    model, optimizer, _ = start(changed(criterion="fisher"), torch.optim.Adamax)
+    with pytest.raises(ValueError, match=r"exp_avg.*Adamax"):
         train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "moments"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer_class", [PinsSGD, torch.optim.SGD])
+def test_an_optimizer_without_moments_is_refused_at_once(optimizer_class: Any, momentum: float, criterion: str) -> None:
+    """Every score would be 0, and the mask a choice by position."""
+    model = Network(16)
+    rest = [p for p in model.parameters() if p is not model.classifier.weight]
+    optimizers = [torch.optim.AdamW(rest), optimizer_class([model.classifier.weight], lr=0.1, momentum=momentum)]
+    config = changed(criterion=criterion, include=("classifier.weight",))
+    with pytest.raises(ValueError, match=r"reads AdamW's moments, and \w*SGD, which steps classifier.weight, has none"):
+        Pruner(model, optimizers, config, STEPS)
+    config = changed(criterion=criterion, exclude=("classifier.weight",))
+    assert Pruner(model, optimizers, config, STEPS).n_weights
 
 
 def test_a_task_gradient_is_refused() -> None:
