@@ -42,6 +42,10 @@ def main(argv: Sequence[str]) -> int:
     path = Path(given["checkpoint"])
     if not path.exists():
         raise UsageError(f"there is no {path}")
+    picture = Path(given["picture"]) if "picture" in given else None
+    if picture is not None and (picture.is_dir() or not picture.parent.is_dir()):
+        what = "is a folder" if picture.is_dir() else f"there is no folder {picture.parent}"
+        raise UsageError(f"--picture {picture}: {what}; name a file to write")
 
     from pins_ext.files.plain import to_json
     from pins_ext.sparse.survey import SurveyError, survey, together
@@ -65,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
         print(_summary(total, found))
         if calibration is not None:
             print(_speed(calibration))
-    if "picture" in given:
-        _draw(found, path, Path(given["picture"]))
+    if picture is not None:
+        _draw(found, path, picture)
     return EXIT_OK
 
 
@@ -75,13 +79,16 @@ def _line(each: TensorSurvey) -> str:
     shape = " x ".join(map(str, each.shape))
     notes = [*each.patterns]
     if "all zero" not in notes and "whole rows and columns" not in notes:
-        notes += [f"{each.dead_rows:,} dead rows"] if each.dead_rows else []
-        notes += [f"{each.dead_columns:,} dead columns"] if each.dead_columns else []
-    notes += [f"{each.dead_heads:,} dead heads"] if each.dead_heads else []
+        notes += _dead(each.dead_rows, "row") + _dead(each.dead_columns, "column")
+    notes += _dead(each.dead_heads, "head")
     notes += [f"{each.not_finite:,} NaN or infinite"] if each.not_finite else []
     return f"{each.sparsity:8.2%}  {shape:<18} {each.dtype:<9} {each.name}" + (
         f"  ({', '.join(notes)})" if notes else ""
     )
+
+
+def _dead(count: int, what: str) -> list[str]:
+    return [f"{count:,} dead {what}{'s' if count > 1 else ''}"] if count else []
 
 
 def _measured(found: Sequence[TensorSurvey]) -> Calibration:
@@ -95,7 +102,7 @@ def _speed(calibration: Calibration) -> str:
     from pins_ext.sparse.expected_speed import totals
 
     if not calibration.trials:
-        return "\nspeed     no matrix has so many zeros (half of its weights) that sparse kernels could help"
+        return "\nspeed     no matrix has so many zeros (30 %) that sparse kernels could help"
     lines = [
         f"speed     {n} token{'s' if n > 1 else ''}: {before / 1e3:,.2f} ms in these layers dense, "
         f"{after / 1e3:,.2f} ms sparse ({before / after:.1f} x); the rest of the model comes on top"

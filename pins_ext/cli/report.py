@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     output = Path(given["output"]) if "output" in given else asked[0] / name
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent} to write {output.name} into: make it, or choose another")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder: name a file to write")
     try:
         write_file(output, _content(records, output, given.get("title")))
     except SaveError as error:

@@ -19,7 +19,7 @@ class Merged:
     Attributes:
         model: the base model, of its own class and with its own names.
         weights: of the layers that had an adapter.
-        zeros: how many of them are zero, the same as before.
+        zeros: how many of them are zero: those of before, and what the merge rounds to zero in 16 bits.
         refilled: how many of those the merge had filled.
         dropped: share of the update's squared norm that lay on the zeros and is lost; 0 where the update is 0.
     """
@@ -79,7 +79,7 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
         update, lost = update + float(change.sum()), lost + float(change[pruned].sum())
         refilled += int(torch.count_nonzero(p[pruned]))
         p[pruned] = 0
-        zeros += int(pruned.sum())
+        zeros += p.numel() - int(torch.count_nonzero(p))
     for name, p in merged.named_parameters():
         if name in before and bool(torch.count_nonzero(p[before[name] == 0])):
             raise RuntimeError(f"{name}: weights that were zero are not, although they were put back")

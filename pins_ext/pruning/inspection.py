@@ -60,7 +60,7 @@ def verify(model: nn.Module, parameters: Mapping[str, Tensor], masks: Masks, slo
         problems.append(f"{name} has come to share memory with {other}: their masks zero each other's weights")
     if not all(slot.attached for slot in slots):
         problems.append(
-            "an optimizer no longer calls this Pruner (it was copied or rebuilt): attach a new Pruner to it"
+            "an optimizer no longer calls this Pruner (it was copied or rebuilt, or detach called): make a new Pruner"
         )
     kept = 0
     patterns: dict[str, int] = {}

@@ -107,7 +107,7 @@ def plan(
         warmup=schedule.initial_warmup,
         final_start=schedule.final_start,
         total_steps=schedule.total,
-        masks=sum(schedule.is_new_mask(t) for t in ramp),
+        masks=sum(schedule.is_new_mask(t) and schedule.remaining_ratio(t) < 1 for t in ramp),
         points=[(t, 1 - schedule.remaining_ratio(t)) for t in sorted(points)],
         conflicts=conflicts(config, schedule, frozen_base, slots),
         config=config.to_dict(),

@@ -133,6 +133,7 @@ def test_report_is_written_again_and_compares(
         ([str(tmp_path / "absent")], "is not the folder of a run"),
         ([str(tmp_path / "both.html")], "is a file: give the folder of a run"),
         ([str(unbroken), "-o", str(tmp_path / "absent" / "x.html")], "there is no folder"),
+        ([str(unbroken), "-o", str(tmp_path)], "is a folder: name a file"),
     ):
         assert main(["report", *wrong]) == 2
         said = capsys.readouterr().err

@@ -81,6 +81,19 @@ def test_what_is_dropped_is_the_update_on_the_zeros() -> None:
     assert merged.dropped == pytest.approx(1 / 50)
 
 
+def test_zeros_that_the_merge_makes_count() -> None:
+    net = nn.ModuleDict({"layer": nn.Linear(2, 2, bias=False)})
+    with torch.no_grad():
+        net["layer"].weight.copy_(torch.tensor([[0.0, -1.0], [2.0, 3.0]]))
+    net = peft.get_peft_model(net, peft.LoraConfig(target_modules=["layer"], r=1, lora_alpha=1))
+    with torch.no_grad():
+        net.base_model.model["layer"].lora_A["default"].weight.copy_(torch.tensor([[0.0, 1.0]]))
+        net.base_model.model["layer"].lora_B["default"].weight.copy_(torch.tensor([[1.0], [0.0]]))
+    merged = pins_ext.merge_lora(net)
+    assert merged.model["layer"].weight.tolist() == [[0.0, 0.0], [2.0, 3.0]]
+    assert merged.zeros == 2
+
+
 def test_adapters_train_unpruned_while_the_base_keeps_its_zeros(pruned: Path, tmp_path: Path) -> None:
     net = adapted(pruned)
     base = {name: p.clone() for name, p in net.named_parameters() if "base_layer" in name}

@@ -141,6 +141,17 @@ def test_a_cooldown_without_a_step_at_the_final_sparsity_is_warned_of(cooldown: 
     assert told == (cooldown < 2 and schedule != "constant")
 
 
+def test_a_plan_counts_the_masks_that_prune() -> None:
+    def masks(**options: Any) -> int:
+        model = Network(16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = PruneConfig(warmup=2, cooldown=4, delta_t=2, **options)
+        return int(Pruner(model, optimizer, config, 20).plan()["masks"])
+
+    assert masks() == masks(schedule="one-shot", initial_sparsity=0.1) == 7
+    assert masks(schedule="one-shot") == 0
+
+
 def test_arguments_in_another_order_are_named() -> None:
     model = Network(16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -208,7 +208,9 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     assert [each.name for each in survey(tmp_path)] == ["a", "b"]
 
 
-def test_the_command_prints_draws_and_counts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_draws_and_counts(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = checkpoint / "zeros.svg"
     assert main(["inspect", str(checkpoint), "--picture", str(picture)]) == 0
     said = capsys.readouterr().out
@@ -216,6 +218,11 @@ def test_the_command_prints_draws_and_counts(checkpoint: Path, capsys: pytest.Ca
     assert "WRONG     2 weights are NaN or infinite" in said
     assert "pins-ext export packs it into" in said
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
+    for wrong, reason in ((tmp_path, "is a folder; name a file"), (tmp_path / "no" / "x.svg", "there is no folder")):
+        assert main(["inspect", str(checkpoint), "--picture", str(wrong)]) == 2
+        said = capsys.readouterr()
+        assert reason in said.err
+        assert not said.out
     assert main(["inspect", str(checkpoint / "model.safetensors"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["weights"] == sum(t.numel() for t in TENSORS.values() if t.is_floating_point())
@@ -283,11 +290,14 @@ def test_a_config_that_tells_no_heads(tmp_path: Path, config: str) -> None:
 def test_the_expected_speed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint), "--speed", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]
-    # Matrices with half of their weights gone; no experts, no dense ones.
+    # Matrices with 30 % of their weights gone; no experts, no dense ones.
     measured = {name for trial in speed["trials"] for name in trial["layers"]}
-    halves = {name for name, x in TENSORS.items() if x.dim() == 2 and x.numel() and (x == 0).float().mean() >= 0.5}
+    halves = {name for name, x in TENSORS.items() if x.dim() == 2 and x.numel() and (x == 0).float().mean() >= 0.3}
     assert measured == halves > {"b.two_of_four", "e.scattered"}
     assert all(time > 0 for trial in speed["trials"] for time in (*trial["dense"], *trial["sparse"]))
+    # A stall of one measurement does not count for the others of its shape.
+    dense = {(tuple(trial["shape"]), tuple(trial["dense"])) for trial in speed["trials"]}
+    assert len(dense) == len({shape for shape, _ in dense})
     assert main(["inspect", str(checkpoint), "--speed"]) == 0
     assert "128 tokens:" in capsys.readouterr().out
 

@@ -119,6 +119,7 @@ def test_incomplete_rows_can_be_left_out(write: Write) -> None:
         ("a.csv", "text,label\nfine,1\na,b,c\n", r"a\.csv:3: 3 fields instead of 2"),
         ("a.csv", 'text,label\n"open,1\n', r"a\.csv:2: unexpected end of data"),
         ("a.csv", "text,text\na,b\n", "occurs twice"),
+        ("a.csv", "text;label\na;b\n", r"a\.csv: its columns are separated by ';': a \.csv needs commas, a \.tsv tabs"),
         (
             "a.csv",
             "body,label\na,b\n",

@@ -161,6 +161,8 @@ def _delimited_table(
     columns = tuple(next(records, (0, []))[1] if header is None else header)
     if not columns:
         raise TaskError(f"{path} is empty")
+    if len(columns) == 1 and ".csv" in path.suffixes and (other := next((c for c in ";\t|" if c in columns[0]), None)):
+        raise TaskError(f"{path}: its columns are separated by {other!r}: a .csv needs commas, a .tsv tabs")
     if len(set(columns)) < len(columns):
         raise TaskError(f"{path}: a column name occurs twice in the first line: {', '.join(columns)}")
     rows, skipped = [], 0
