@@ -91,7 +91,7 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     yield Finding("extension", str(module.__file__))
     yield from _operators()
     yield from _cpu()
-    yield from _kernels(torch.cuda.is_available())
+    yield from _together(_kernels(torch.cuda.is_available()))
     yield from _gpu(torch.cuda.is_available())
     yield from _environment()
     if model is not None:
@@ -139,7 +139,7 @@ def _cpu() -> Iterator[Finding]:
 
 
 def _kernels(gpu: bool) -> Iterator[Finding]:
-    """One line per operator: what runs it on a CPU and on a GPU, and what happens where nothing does."""
+    """Of each operator: what runs it on a CPU and on a GPU, and what happens where nothing does."""
     triton, compiled = _triton_problem(), _has_kernel("masked_adamw_", "CUDA")
     for name, kind in OPERATORS.items():
         cpu = "plain torch" if name in FALLBACK else kind if kind == DRIVER else "C++"
@@ -155,6 +155,15 @@ def _kernels(gpu: bool) -> Iterator[Finding]:
         cuda = kind if problem is None else f"none, CUDA tensors are refused: {problem}"
         verdict = "broken" if cpu == "no kernel" or (gpu and problem) else "note" if problem else "ok"
         yield Finding(name, f"CPU {cpu}; GPU {cuda}", verdict)
+
+
+def _together(found: Iterator[Finding]) -> Iterator[Finding]:
+    """One line for all operators of which the same is to be said."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for finding in found:
+        alike.setdefault((finding.text, finding.verdict), []).append(finding.topic)
+    for (text, verdict), names in alike.items():
+        yield Finding("kernels", f"{text}  ({', '.join(names)})", verdict)
 
 
 def _triton_problem() -> str | None:
