@@ -117,6 +117,8 @@ def file_tokens(file: Path, without: Collection[str] = ()) -> list[str]:
     """
     flags = read_mapping(file, f"--config {file}", "flags to values, as in  sparsity: 0.8")
     named = {str(name).replace("-", "_"): value for name, value in flags.items()}
+    if len(named) < len(flags):
+        raise UsageError(f"--config {file}: a flag stands there with - and with _ in its name: keep one of them")
     for name, value in named.items():
         flag = "--" + name.replace("_", "-")
         if name in TYPED_ONLY:
@@ -159,10 +161,20 @@ def read_mapping(file: Path, name: str, content: str) -> dict[str, Any]:
 
 
 def _from_json(text: str, name: str) -> Any:
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice([key for key, _ in pairs], name)
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=mapping)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
+
+
+def _refuse_twice(keys: Sequence[Any], name: str) -> None:
+    """Of a key that is there twice a reader would take the last one without a word."""
+    if again := next((key for key in keys if keys.count(key) > 1), None):
+        raise UsageError(f"{name} has {again} twice: keep one of them")
 
 
 def _from_yaml(text: str, name: str) -> Any:
@@ -175,6 +187,8 @@ def _from_yaml(text: str, name: str) -> Any:
             return None
         if _values_in(node, {}) > _MOST_VALUES:
             raise UsageError(f"{name} stands for more than {_MOST_VALUES:,} values: write out fewer aliases (*)")
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twice([key.value for key, _ in node.value], name)
         return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from error

@@ -106,6 +106,8 @@ def test_flags_come_from_files_too(tmp_path: Path) -> None:
         ("nonsense: 1", "unknown flag --nonsense"),
         ("sparsity: 80", r"argument --sparsity: .* did you mean 0\.8\?"),
         ("learning_rate: fast", "argument --learning-rate: invalid float value: 'fast'"),
+        ("sparsity: 0.5\nlr: 1\nsparsity: 0.6", "has sparsity twice: keep one"),
+        ("delta-t: 5\ndelta_t: 6", "stands there with - and with _"),
     ],
 )
 def test_a_bad_file_of_flags_is_refused(tmp_path: Path, content: str, reason: str) -> None:
@@ -114,6 +116,12 @@ def test_a_bad_file_of_flags_is_refused(tmp_path: Path, content: str, reason: st
         parsed("--config", str(tmp_path / "a.yaml"))
     with pytest.raises(UsageError, match="No such file"):
         parsed("--config", str(tmp_path / "absent.yaml"))
+
+
+def test_a_key_that_is_twice_in_a_json_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"sparsity": 0.5, "min_density": {"*a*": 0.1, "*a*": 0.2}}')
+    with pytest.raises(UsageError, match=r"a\.json has \*a\* twice"):
+        parsed("--config", str(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("key", options.TYPED_ONLY)
