@@ -225,7 +225,8 @@ class Check:
             for stage, (result, text) in zip(part, pool.map(self._run_alone, part), strict=True):
                 self._keep(stage, result, text)
         for file in sorted(files.glob("*.json")):
-            self.measured[file.stem] = json.loads(file.read_text())
+            with suppress(ValueError):  # cut while it was written
+                self.measured[file.stem] = json.loads(file.read_text())
             file.unlink()
         self.save()
         return text
@@ -233,9 +234,8 @@ class Check:
     def _run_alone(self, stage: Stage) -> tuple[Result, str]:
         left = self._end - time.perf_counter()
         if self._lacking or left < LAST_SECONDS:
-            return Result(
-                stage.name, "not run", remark=f"needs: {self._lacking}" if self._lacking else "no time left"
-            ), ""
+            why = f"needs: {self._lacking}" if self._lacking else "no time left"
+            return Result(stage.name, "not run", remark=why), ""
         return run(stage, min(stage.seconds, left))
 
     def _keep(self, stage: Stage, result: Result, text: str) -> None:

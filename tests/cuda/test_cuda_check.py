@@ -155,7 +155,8 @@ print("met")
 def test_benchmarks_are_in_the_one_file_and_become_files_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    writes = "import pathlib; pathlib.Path(FILES, 'fp32.json').write_text('{\"records\": [1]}')"
+    writes = "import pathlib; pathlib.Path(FILES, 'fp32.json').write_text('{\"records\": [1]}'); "
+    writes += "pathlib.Path(FILES, 'cut.json').write_text('{\"rec')"
     codes = {"machine": MACHINE, "build": FINE, "bench: fp32": writes, "tests: a": FINE}
     outcomes, written = check(tmp_path, monkeypatch, codes, only=["bench"])
     assert (len(outcomes), written["benchmarks"]) == (3, {"fp32": {"records": [1]}})
