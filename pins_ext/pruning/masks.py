@@ -112,12 +112,10 @@ class Masks:
         """Whether there has been a selection."""
         return self.chosen_for is not None
 
-    def refuse_in_view(self) -> None:
-        """Raise RuntimeError where a step would train weights that a view puts back."""
+    def refuse_in_view(self, what: str = "an optimizer steps") -> None:
+        """Raise RuntimeError where something would change the weights, or the masks, by which a view puts them back."""
         if self.in_view:
-            raise RuntimeError(
-                "an optimizer steps inside masked_view, which puts the weights back afterwards: leave it"
-            )
+            raise RuntimeError(f"{what} inside masked_view, which puts the weights back afterwards: leave it")
 
     def wanted(self, mask_due: bool) -> bool:
         """Whether a step, at which the schedule asks for a mask or not, ends with pruned weights at zero."""

@@ -295,8 +295,9 @@ class Pruner:
             What `verify` returns.
 
         Raises:
-            RuntimeError: no gradient was ever seen, so no weight has a score; or verification failed.
+            RuntimeError: no gradient was ever seen, so no weight has a score; verification failed; inside masked_view.
         """
+        self.masks.refuse_in_view("finalize is called")
         if self.slots.begun:
             self.slots.finish()
         before = sum(self.masks.pruned())
@@ -429,6 +430,7 @@ class Pruner:
             ValueError: another configuration, other parameters or shapes, or values that no pruner can have; the
                 message lists them, and nothing has changed.
         """
+        self.masks.refuse_in_view("a state is loaded")
         own = self.state_dict(full=False)
         if full and "tensors" in state:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}

@@ -71,10 +71,14 @@ class Schedule:
     def remaining_ratio(self, t: int) -> float:
         """Share of the prunable weights kept at step t (from 0)."""
         if callable(self.kind):
-            ratio = self.kind(t)
+            given = self.kind(t)
+            try:
+                ratio = float(given)  # counts are exact in Python's own numbers
+            except (TypeError, ValueError):
+                ratio = math.nan
             if not 0 < ratio <= 1:
                 raise ValueError(
-                    f"the schedule returned a remaining ratio of {ratio!r} at step {t}; it must be in (0, 1]"
+                    f"the schedule returned a remaining ratio of {given!r} at step {t}; it must be in (0, 1]"
                 )
             return ratio
         if t <= self.initial_warmup:

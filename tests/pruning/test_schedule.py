@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from pins_ext.pruning.config import SCHEDULES, PruneConfig
 from pins_ext.pruning.schedule import Schedule, n_prune
@@ -55,6 +60,20 @@ def test_a_callable_schedule_is_asked_and_checked() -> None:
     assert s.remaining_ratio(50) == 0.75
     with pytest.raises(ValueError, match=r"in \(0, 1\]"):
         s.remaining_ratio(200)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float16, torch.tensor])
+def test_a_callable_schedule_may_return_any_number(number: Any) -> None:
+    ratio = schedule(schedule=lambda t: number(1 / 3)).remaining_ratio(3)
+    assert type(ratio) is float
+    assert n_prune(4123 * 4567, ratio, exact=True) == 4123 * 4567 - round(ratio * 4123 * 4567)
+
+
+@pytest.mark.parametrize("wrong", [None, "half", float("nan"), 0, 1.5, [0.5]])
+def test_what_is_no_ratio_is_named(wrong: Any) -> None:
+    s = schedule(schedule=lambda t: wrong)
+    with pytest.raises(ValueError, match=re.escape(f"returned a remaining ratio of {wrong!r} at step 3")):
+        s.remaining_ratio(3)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from models import STEPS, Network, start, train, zeros
+from models import STEPS, Network, exact, start, train, zeros
 from torch import nn
 
 from pins_ext import PruneConfig, Pruner
@@ -82,6 +83,19 @@ def test_a_step_inside_is_refused() -> None:
     with pruner.masked_view(), pytest.raises(RuntimeError, match="inside masked_view"):
         optimizer.step()
     assert all(map(torch.equal, bits(model), before))
+
+
+def test_other_masks_inside_are_refused() -> None:
+    """What is hidden goes back to the places of the mask that hid it."""
+    model, _, pruner = between_masks()
+    state, before = copy.deepcopy(pruner.state_dict()), bits(model)
+    for change in (pruner.finalize, lambda: pruner.load_state_dict(state)):
+        with pruner.masked_view(), pytest.raises(RuntimeError, match=r"(finalize is called|a state is loaded) inside"):
+            change()
+        assert all(map(torch.equal, bits(model), before))
+    assert not pruner.masks.frozen
+    pruner.load_state_dict(state)
+    assert pruner.finalize()["zeros"] == exact(pruner)
 
 
 def test_plan_counts_what_is_hidden() -> None:
