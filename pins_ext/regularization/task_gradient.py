@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pins_ext.wrappers import is_sharded, named_parameters
 
@@ -15,9 +19,10 @@ class TaskGradient:
     The caller does nothing for it. When backward reaches the loss, the upstream gradient brings every factor that the
     loss was multiplied by (loss scale, accumulation), and a backward of the task loss with that same factor is summed
     here. What happens to p.grad afterwards (unscaling, clipping by norm) is one common factor f. It is found from a
-    witness w, the last trainable parameter that the loss reaches: usually next to it, so its joint gradient J is cheap.
+    witness w, the last trainable parameter that the loss reaches, whose gradient W is looked at when backward has made
+    it, from this loss and whatever others the caller adds.
 
-        f = <J, w.grad> / <J, J>
+        f = <W, w.grad> / <W, W>
 
     Clipping by value, or by groups, is no common factor and is not followed.
 
@@ -32,7 +37,12 @@ class TaskGradient:
         self.model = model
         self.names: frozenset[str] | None = None
         self._sums: dict[str, Tensor] = {}
-        self._witness: dict[str, Tensor] = {}
+        self._witness: dict[str, Tensor] = {}  # by name, its gradient as backward left it
+        self._follows: tuple[str, nn.Parameter, RemovableHandle] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the witness has no hook.
+        return {**self.__dict__, "_witness": {}, "_follows": None}
 
     def refuse_sharded(self) -> None:
         """Raise RuntimeError unless the parameters are whole and on one device."""
@@ -54,16 +64,25 @@ class TaskGradient:
                 # Gradients were zeroed: a new step begins.
                 self.clear()
             _add_gradient(self._sums, task, self.tracked(), upstream)
-            for name in list(self._witness) or reversed(list(trainable)):
-                _add_gradient(self._witness, total, {name: trainable[name]}, upstream)
-                if self._witness:
-                    break
+            if self._follows is None or trainable.get(self._follows[0]) is not self._follows[1]:
+                self._choose_witness(trainable, total, upstream)
 
         # The hook sits on a node of its own: gathering passes through `total` and must not meet it again.
         watched = total.clone()
         if watched.requires_grad:
             watched.register_hook(gather)
         return watched
+
+    def _choose_witness(self, trainable: dict[str, nn.Parameter], total: Tensor, upstream: Tensor) -> None:
+        if self._follows is not None:
+            self._follows[2].remove()
+            self._follows = None
+        for name, p in reversed(trainable.items()):
+            if torch.autograd.grad(total, [p], upstream, retain_graph=True, allow_unused=True)[0] is not None:
+                # In this backward already: it has not come to the parameters yet.
+                handle = p.register_post_accumulate_grad_hook(partial(_keep, self._witness, name))
+                self._follows = (name, p, handle)
+                return
 
     @torch.no_grad()
     def take(self) -> dict[str, Tensor] | None:
@@ -84,11 +103,11 @@ class TaskGradient:
             for gradient in gathered:
                 dist.all_reduce(gradient)
             torch._foreach_div_(gathered, ranks)
-        for name, joint in witness.items():
+        for name, before in witness.items():
             grad = self.model.get_parameter(name).grad
             if grad is not None:
-                norm = joint.float().square().sum()
-                factor = (joint.float() * grad.float()).sum() / norm
+                norm = before.float().square().sum()
+                factor = (before.float() * grad.float()).sum() / norm
                 torch._foreach_mul_(list(sums.values()), torch.where(norm > 0, factor, 1.0))
         return sums
 
@@ -103,6 +122,12 @@ class TaskGradient:
     def tracked(self) -> dict[str, nn.Parameter]:
         """The parameters that are gathered, by name."""
         return {name: p for name, p in self._trainable().items() if self.names is None or name in self.names}
+
+
+@torch.no_grad()
+def _keep(witness: dict[str, Tensor], name: str, p: Tensor) -> None:
+    if p.grad is not None:
+        witness[name] = p.grad.clone()
 
 
 def _add_gradient(sums: dict[str, Tensor], loss: Tensor, parameters: dict[str, nn.Parameter], upstream: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,35 @@ def test_gathered_over_batches_scaled_unscaled_and_clipped_as_p_grad(attached: b
     gradients = reg.take_task_gradients()
     assert_same(gradients, task_gradient(model, [1, 2], 0.5 * 0.1 / float(norm)))
     assert reg.take_task_gradients() is None
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("weight", [5.0, -0.5])
+def test_another_loss_beside_it_changes_nothing_but_the_clipping(weight: float, clips: bool) -> None:
+    model = Net()
+    reg = regularized(model)
+    aux = sum(weight * p.square().sum() for p in model.parameters())
+    (reg(model(**batch(1)), batch(1)) + aux).backward()
+    factor = 0.1 / float(clip_grad_norm_(model.parameters(), 0.1)) if clips else 1.0
+    assert_same(reg.take_task_gradients(), task_gradient(model, [1], factor))
+
+
+def test_a_copy_finds_its_own_factor() -> None:
+    model = Net()
+    reg = regularized(model)
+    reg(model(**batch(1)), batch(1)).backward()
+    reg.take_task_gradients()
+    other, copied = copy.deepcopy((model, reg))
+    other.zero_grad()
+    copied(other(**batch(2)), batch(2)).backward()
+    factor = 0.1 / float(clip_grad_norm_(other.parameters(), 0.1))
+    assert_same(copied.take_task_gradients(), task_gradient(other, [2], factor))
+    # The parameter that is looked at may be replaced.
+    other.classifier.bias = nn.Parameter(torch.zeros(3))
+    other.zero_grad()
+    copied(other(**batch(3)), batch(3)).backward()
+    factor = 0.1 / float(clip_grad_norm_(other.parameters(), 0.1))
+    assert_same(copied.take_task_gradients(), task_gradient(other, [3], factor))
 
 
 def test_the_joint_gradient_is_what_it_was() -> None:
