@@ -157,5 +157,6 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def _examples(names: Iterable[str]) -> str:
-    shown = [name for name in names if name.endswith("weight")][:3]
-    return ", ".join(shown) or "(the model has no parameters)"
+    known = list(names)
+    shown = [name for name in known if name.endswith("weight")] or known
+    return ", ".join(shown[:3]) or "(the model has no parameters)"

@@ -307,8 +307,8 @@ class Pruner:
                 raise RuntimeError("finalize: no gradient has been seen yet, so nothing is known about any weight")
             last_counts = known and self.masks.chosen_at(self.schedule.final_ratio)
             # A window that has just ended counts, as it would for the next step's mask.
-            ended = self.importance.constant_in_window and self.step % self.config.delta_t == 0
-            if not known or (ended and not last_counts):
+            ends = self.importance.smoothed and self.importance.constant_in_window
+            if not known or (ends and self.step % self.config.delta_t == 0 and not last_counts):
                 self.importance.fold(self.step)
             if not last_counts or not self.importance.is_folded(self.step):
                 self.masks.forget_choice()

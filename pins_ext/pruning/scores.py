@@ -32,13 +32,13 @@ Counted = tuple[Tensor, Tensor]
 
 
 def own_score(criterion: Any, p: Tensor, g: Tensor, lr: Any) -> Tensor:
-    """The instant score of a user's function, float32, contiguous.
+    """The instant score of a user's function, float32, contiguous. It gets copies, which it may write to.
 
     Raises:
-        ValueError: it returned something else than one number per weight.
+        ValueError: it returned something else than one real number per weight.
     """
-    c = criterion(p.float(), g.float(), lr)
-    if not isinstance(c, Tensor) or c.shape != p.shape:
-        got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-        raise ValueError(f"a criterion must return one score per weight, shape {tuple(p.shape)}; got {got}")
+    c = criterion(p.to(torch.float32, copy=True), g.to(torch.float32, copy=True), lr)
+    if not isinstance(c, Tensor) or c.shape != p.shape or c.is_complex():
+        got = f"{tuple(c.shape)} of {c.dtype}" if isinstance(c, Tensor) else type(c).__name__
+        raise ValueError(f"a criterion must return one real score per weight, shape {tuple(p.shape)}; got {got}")
     return c.float().contiguous()

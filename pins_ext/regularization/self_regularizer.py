@@ -29,6 +29,8 @@ SCORE_GRADIENTS = ("joint", "task")
 
 _FORMAT = "pins_ext.teacher"
 
+_COPIED = "this model is a copy of one that a SelfRegularizer is attached to, and the copy has none attached"
+
 _BATCHES_BEFORE_A_WARNING = 500
 """No usual training accumulates so many batches in one optimizer step."""
 
@@ -116,6 +118,8 @@ class SelfRegularizer:
         self._batches_without_step = 0
         self._task_gradient = TaskGradient(self.model)
         self._handles: list[Any] = []
+        self._left = False  # a copy, of one that was attached
+        self._warned_of_copy = False
         self._plain: PlainLoss | None = None
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -209,6 +213,7 @@ class SelfRegularizer:
         def after_optimizer(*_: Any) -> None:
             self.step()
 
+        self._left = False
         # Functions, not methods: a deep copy of the model, as the teacher is, keeps the function and no copy of us.
         self._handles = [self.model.register_forward_hook(after_forward, with_kwargs=True)]
         if optimizer is not None:
@@ -225,7 +230,10 @@ class SelfRegularizer:
             raise RuntimeError(
                 "nn.DataParallel copies the model and not its teacher: start one process per GPU (torchrun)"
             )
-        if module is not self.model or not module.training:
+        if module is not self.model:
+            self._warn_of_copy(module)
+            return outputs
+        if not module.training:
             return outputs
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         positional = tuple(None if name in heads.LABELS else x for name, x in zip(inputs, args, strict=False))
@@ -241,8 +249,24 @@ class SelfRegularizer:
                 f"and .logits (transformers: return_dict=True), or call reg(outputs, inputs) yourself"
             )
         else:
-            outputs.loss = loss
+            try:
+                outputs.loss = loss
+            except AttributeError as error:  # frozen, or with slots
+                kind = type(outputs).__name__
+                raise TypeError(
+                    f"the loss of a {kind} can't be replaced: call reg(outputs, inputs) yourself"
+                ) from error
         return outputs
+
+    def _warn_of_copy(self, module: nn.Module) -> None:
+        # Teachers and averages are copies, too, but don't train.
+        if module.training and torch.is_grad_enabled() and not self._warned_of_copy:
+            self._warned_of_copy = True
+            warnings.warn(f"{_COPIED}: its loss is the plain one", stacklevel=5)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What follows the model and the optimizer follows no copies.
+        return {**self.__dict__, "_handles": [], "_left": bool(self._handles) or self._left}
 
     # ---- the training loop ------------------------------------------------------------------------------------------
 
@@ -296,7 +320,12 @@ class SelfRegularizer:
 
         For the pruner, when the optimizer is about to step: scaled and clipped as p.grad is at that moment. None says
         that p.grad is the task's gradient already: score_gradient="joint", or no teacher yet.
+
+        Raises:
+            RuntimeError: this is a copy of a SelfRegularizer that was attached, and was not attached itself.
         """
+        if self._left:
+            raise RuntimeError(f"{_COPIED}: attach(model, optimizer) it before the pruner asks for its gradients")
         return self._task_gradient.take()
 
     def track_task_gradients(self, names: Iterable[str]) -> None:

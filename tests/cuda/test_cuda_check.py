@@ -41,7 +41,7 @@ def test_a_late_stage_ends_with_all_that_it_started(
     deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it listens to an interruption or not."""
-    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 1.0 if deaf else 15.0)
     child = tmp_path / "child"
     begin = time.perf_counter()
     code = f"""
@@ -53,7 +53,7 @@ open({str(child)!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
     result, output = run(code, seconds=4)
-    assert time.perf_counter() - begin < 30
+    assert time.perf_counter() - begin < 50
     assert (result.outcome, output.startswith("begun\n")) == ("timed out", True)
     assert ("KeyboardInterrupt" in output) != deaf
     # Killed is not yet gone where the machine is busy.

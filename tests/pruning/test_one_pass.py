@@ -197,6 +197,15 @@ def test_longer_windows_as_on_a_gpu_resume_and_finalize_to_the_same_bits(tmp_pat
     assert one.weights() == stopped.weights()
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "magnitude", "movement", "moments"])
+@pytest.mark.parametrize("at", [8, 16, 24])
+def test_criteria_without_a_window_end_early_too(criterion: str, at: int) -> None:
+    run = train(Training(criterion=criterion, delta_t=4), range(at))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run.pruner.finalize()["sparsity"] == pytest.approx(0.7, abs=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{}, {"delta_t": 4}, {"delta_t": 4, "beta2": 1.0, "optimizer": "sgd"}], ids=str)
 @pytest.mark.parametrize("at", [5, 8, 11, 16, 24])
 def test_training_that_ends_early_counts_the_window_that_has_just_ended(settings: dict[str, Any], at: int) -> None:

@@ -157,10 +157,21 @@ def test_a_users_own_criterion_equals_the_built_in_it_copies() -> None:
         own, optimizer, _ = start(config, optimizer_class)
         train(own, optimizer, STEPS)
         assert same(built_in, own)
-    config = PruneConfig(criterion=lambda p, g, lr: p.sum())
-    model, optimizer, _ = start(config)
-    with pytest.raises(ValueError, match="one score per weight"):
-        train(model, optimizer, 1)
+    for wrong in (lambda p, g, lr: p.sum(), lambda p, g, lr: p + 1j):
+        model, optimizer, _ = start(PruneConfig(criterion=wrong))
+        with pytest.raises(ValueError, match="one real score per weight"):
+            train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("optimizer_class", [PinsAdamW, torch.optim.AdamW])
+def test_a_users_own_criterion_may_work_in_place(optimizer_class: Any) -> None:
+    models = []
+    for criterion in (lambda p, g, lr: (p * g).abs(), lambda p, g, lr: g.mul_(p.mul_(g)).div_(g).copy_(p).abs_()):
+        config = PruneConfig(sparsity=0.8, delta_t=5, warmup=5, cooldown=20, criterion=criterion)
+        model, optimizer, _ = start(config, optimizer_class)
+        train(model, optimizer, 30)
+        models.append(model)
+    assert same(*models)
 
 
 @pytest.mark.parametrize("criterion", ["pins", "pins-update"])

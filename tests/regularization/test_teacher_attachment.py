@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,4 +136,44 @@ def test_attach_refuses_outputs_without_room_for_a_loss() -> None:
     reg = SelfRegularizer(model, every=1)
     reg.attach(model)
     with pytest.raises(TypeError, match="a Tensor has no loss that could be replaced"):
+        model(**batches(1)[0])
+
+
+def test_a_copy_of_an_attached_one_says_that_it_is_not(recwarn: pytest.WarningsRecorder) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = SelfRegularizer(model, every=1, score_gradient="task")
+    reg.attach(model, optimizer)
+    other, copied = copy.deepcopy((model, reg))
+    with torch.no_grad():
+        other(**batches(1)[0])
+    other.eval()(**batches(1)[0])
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="copy of one that a SelfRegularizer is attached to.*its loss is the plain one"
+    ):
+        other.train()(**batches(1)[0])
+    with pytest.raises(RuntimeError, match=r"the copy has none attached: attach\(model, optimizer\)"):
+        copied.take_task_gradients()
+    copied.attach(other)
+    assert copied.take_task_gradients() is None
+    assert reg.take_task_gradients() is None
+
+
+def test_outputs_that_hold_no_other_loss_are_refused_in_words() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, **inputs: Tensor) -> Any:
+            kind = dataclasses.make_dataclass("Answer", ["loss", "logits"], frozen=True)
+            return kind(**self.net(**inputs))
+
+    model = Frozen()
+    reg = SelfRegularizer(model, every=1, head="classification")
+    reg.attach(model)
+    with pytest.raises(
+        TypeError, match=r"the loss of a Answer can't be replaced: call reg\(outputs, inputs\) yourself"
+    ):
         model(**batches(1)[0])
