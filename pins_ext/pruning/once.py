@@ -22,7 +22,7 @@ from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.pruning.rows import prune_rows
 from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.streamed import GradientStream
-from pins_ext.wrappers import is_sharded
+from pins_ext.wrappers import is_sharded, unwrapped
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[str, int], None]
@@ -90,6 +90,7 @@ def prune_once(
     config.check_once()
     if is_sharded(model):
         raise ValueError("prune_once runs in one process: give it the model before it is sharded")
+    model = unwrapped(model)
     parameters = prunable_parameters(model, config, frozen_too=True)
     by_rows = config.scope == "row"
     if by_rows and (config.min_density or config.max_density or config.ties != "exact"):

@@ -51,6 +51,8 @@ def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool 
     else:
         chosen = set(_default_names(model))
     chosen -= {name for name in parameters if _matches(names[name], config.exclude)}
+    # What peft trains a copy of, in its place.
+    chosen -= {name for name in chosen if name.startswith(_replaced(model))}
     kept = {name: p for name, p in parameters.items() if name in chosen and p.numel() > 0}
     frozen = [] if frozen_too else [name for name, p in kept.items() if not p.requires_grad]
     kept = {name: p for name, p in kept.items() if name not in frozen}
@@ -63,6 +65,11 @@ def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool 
         raise ValueError(f"no prunable parameter: name them with include; names look like {_examples(parameters)}")
     _check_uniform(kept)
     return _without_aliases(kept)
+
+
+def _replaced(model: nn.Module) -> tuple[str, ...]:
+    wrapped = (path for path, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper")
+    return tuple(plain_name(f"{path}.original_module.") for path in wrapped)
 
 
 def _all_names(model: nn.Module) -> dict[str, list[str]]:

@@ -30,6 +30,7 @@ from pins_ext.pruning.scopes import Scopes
 from pins_ext.pruning.sparse_start import keep_zeros
 from pins_ext.pruning.states import refuse_stale, states_of
 from pins_ext.pruning.view import masked
+from pins_ext.wrappers import unwrapped
 
 
 class Pruner:
@@ -81,6 +82,7 @@ class Pruner:
             raise TypeError(f"config must be a PruneConfig, got {kind}: Pruner(model, optimizer, config, total_steps)")
         config.check_training()
         config = base_config(config) if frozen_base else config
+        model = unwrapped(model)
         self.model, self.config, self.frozen_base = model, config, frozen_base
         self.schedule = Schedule.of(config, total_steps)
         forget_gathered(model)
@@ -211,7 +213,7 @@ class Pruner:
             warnings.simplefilter("ignore", ConflictWarning)
             pruner = cls(model, optimizer, sparse_start.still(config), total_steps=1)
         try:
-            zeros = sparse_start.hold_zeros(model, config, pruner.names, pruner.parameters, pruner.masks)
+            zeros = sparse_start.hold_zeros(pruner.model, config, pruner.names, pruner.parameters, pruner.masks)
         except ValueError:
             pruner.detach()
             raise
@@ -232,6 +234,11 @@ class Pruner:
             raise ValueError(
                 f"criterion={self.config.criterion!r} reads the optimizer's moments, which are of the joint gradient: "
                 f"use score_gradient='joint', or another criterion"
+            )
+        if gradients and gradients.keys().isdisjoint(self.names):
+            raise ValueError(
+                f"score_gradients names none of the pruned parameters: {next(iter(gradients))!r} is none, "
+                f"{self.names[0]!r} is one"
             )
         due, alone = self.schedule.mask_due(t), len(self.slots) == 1
         one_pass = alone and gradients is None and self.before_mask is None and self.slots[0].one_pass

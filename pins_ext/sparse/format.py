@@ -22,6 +22,7 @@ from pins_ext.sparse.checkpoint import SparseCheckpoint, array_name
 from pins_ext.sparse.encoding import DTYPES, EncodingError, Entry, encode, plan, refuse_overflow
 from pins_ext.sparse.index import COMPRESSIONS, Index, SparseFormatError, sizes
 from pins_ext.sparse.shards import ShardWriter
+from pins_ext.wrappers import unwrapped
 
 PRODUCER = "pins_ext"
 SHARD_BYTES = 2 << 30
@@ -62,7 +63,7 @@ def save_sparse(
         ValueError: a tensor or an option that the format doesn't hold, or weights that are infinite in a smaller dtype.
         OSError: the folder can't be written; what was at `path` before is untouched.
     """
-    folder = Path(os.path.abspath(path))
+    folder, model = Path(os.path.abspath(path)), unwrapped(model)
     if compression not in COMPRESSIONS:
         raise ValueError(f"compression must be one of {', '.join(COMPRESSIONS)}; got {compression!r}")
     if dtype is not None and dtype not in [DTYPES[name] for name in _FLOATS]:
@@ -103,7 +104,7 @@ def load_sparse(path: str | Path, *, model: nn.Module | None = None) -> Any:
     if model is not None:
         # The caller's model keeps its weights if any tensor can't be read.
         checkpoint.check()
-        _fill(model, checkpoint, untie=False)
+        _fill(unwrapped(model), checkpoint, untie=False)
         return model
     built = _built(checkpoint)
     _fill(built, checkpoint, untie=True)
