@@ -11,6 +11,7 @@ from bert import CONFIG, arguments, model, stock
 from torch import Tensor, nn
 
 import pins_ext
+from pins_ext import PruneConfig
 from pins_ext.integrations.callback import PinsCallback
 
 peft = pytest.importorskip("peft")
@@ -154,3 +155,15 @@ def test_what_can_not_be_merged_is_refused(pruned: Path) -> None:
         next(p for name, p in net.named_parameters() if "lora_A" in name).fill_(float("nan"))
     with pytest.raises(ValueError, match="NaNs detected"):
         pins_ext.merge_lora(net)
+
+
+def test_what_peft_trains_a_copy_of_is_no_part_of_a_frozen_base() -> None:
+    """No gradient ever comes to the original: it would be pruned first, and is gone after the merge."""
+    net = nn.ModuleDict({"pruned": nn.Linear(8, 8), "saved": nn.Linear(8, 8)})
+    net = peft.get_peft_model(net, peft.LoraConfig(target_modules=["pruned"], modules_to_save=["saved"]))
+    learning = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    for options in ({"exclude": ("*modules_to_save*",)}, {"include": ("*pruned*", "*original_module*")}):
+        config = PruneConfig(criterion="platon", **options)  # type: ignore[arg-type]
+        pruner = pins_ext.Pruner(net, learning, config, total_steps=20, frozen_base=True)
+        assert pruner.names == ["pruned.weight"] or pruner.names == ["pruned.weight", "pruned.bias"]
+        pruner.detach()
