@@ -22,6 +22,7 @@ CASES: list[tuple[int, str, str, dict[str, Any]]] = [
     (4, "hybrid", "AdamW", {"scope": "layer"}),
     (2, "rows", "PinsAdamW", {"criterion": "fisher"}),
     (4, "both", "AdamW", {"criterion": "moments"}),
+    (4, "hybrid", "PinsAdamW", {"criterion": "moments"}),  # replicas that own nothing
 ]
 WIDE: list[tuple[int, str, str, dict[str, Any]]] = [
     (size, how, optimizer, options)
