@@ -398,7 +398,8 @@ class Importance:
         weights, first, second = ([local(x[i]) for i in indices] for x in (self.parameters, *moments[:2]))
         factors = moments.factors
         if len(indices) < len(factors):
-            factors = factors[ops.to_device(torch.tensor(list(indices), dtype=torch.int64, device="cpu"), factors.device)]
+            chosen = torch.tensor(list(indices), dtype=torch.int64, device="cpu")
+            factors = factors[ops.to_device(chosen, factors.device)]
         lists = (*averages, weights, first, second)
         pointers = self._pointers.of(use, layout.places, *lists)
         torch.ops.pins_ext.fold_moments_(

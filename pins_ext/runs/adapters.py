@@ -155,7 +155,8 @@ def _targets(model: Any, options: LoraOptions, pruning: PruneConfig) -> list[str
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise UsageError(f"--lora-targets: no layer's name ends in {target}; names look like {names[-1]}")
+            like = (_linear(model, [f"{name}.weight" for name in names if name]) or names[-1:])[0]
+            raise UsageError(f"--lora-targets: no layer's name ends in {target}; names look like {like}")
     return targets
 
 

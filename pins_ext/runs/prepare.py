@@ -144,6 +144,10 @@ def fitted_to(request: Request, task: Task) -> Request:
             training |= {"load_best_model_at_end": True, "metric_for_best_model": metric}
         if metric.removeprefix("eval_") == task.main_metric:
             training.setdefault("greater_is_better", task.greater_is_better)
+        # The best model is one that was saved.
+        for saved, evaluated in (("save_steps", "eval_steps"), ("save_strategy", "eval_strategy")):
+            if evaluated in request.given and saved not in request.given:
+                training[saved] = training[evaluated]
     return replace(request, training=training)
 
 

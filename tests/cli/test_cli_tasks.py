@@ -68,7 +68,8 @@ def test_a_family_trains_evaluates_and_holds(
 ) -> None:
     monkeypatch.chdir(data)
     flags, metric, kind = FAMILIES[family]
-    best = ["--load-best-model-at-end", "--max-train-samples", "16", "--max-eval-samples", "6"]
+    # Saved where it is evaluated.
+    best = ["--load-best-model-at-end", "--eval-steps", "2", "--max-train-samples", "16", "--max-eval-samples", "6"]
     assert main(command(data, tmp_path / "run", *flags, *best)) == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     final, examples = record["final"], record["data"]["examples"]
