@@ -112,7 +112,7 @@ def _texts(given: dict[str, Any]) -> tuple[list[str], list[str] | None]:
     if not rows:
         raise UsageError(f"--file {given['file']} holds no text")
     if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
-        raise UsageError(f"--file {given['file']}: every line must hold one text, or a text, a tab and a pair")
+        raise UsageError(f"--file {given['file']}: all lines must hold a text, or all a text, a tab and a pair")
     return [row[0] for row in rows], [row[1] for row in rows] if len(rows[0]) == 2 else None
 
 
