@@ -136,7 +136,7 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--int8 is for --format sparse" in refused(capsys, "export", folder, "--format", "dense", "--int8")
     assert "give texts with --text, or with --file" in refused(capsys, "run", folder)
     assert "one --pair for each --text" in refused(capsys, "run", folder, "--text", "a", "--pair", "a", "--pair", "b")
-    assert "all lines must hold a text, or all a text, a tab" in refused(capsys, "run", folder, "--file", tmp_path / "texts.txt")
+    assert "all lines must hold a text, or all" in refused(capsys, "run", folder, "--file", tmp_path / "texts.txt")
     assert "between 0 and 1, got 90" in refused(capsys, "run", folder, "--text", "a", "--min-sparsity", 90)
     for threads in (0, 100_000):
         said = refused(capsys, "run", folder, "--text", "a", "--threads", threads)
