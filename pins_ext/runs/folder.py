@@ -142,11 +142,15 @@ class RunFolder:
         """Note what the unfinished run was asked for; one that is resumed must have been asked for the same.
 
         Raises:
-            UsageError: the settings that differ.
+            UsageError: the settings that differ, or a file of its data that has changed since.
         """
         file, settings = self.work / _SETTINGS, request.settings()
+        given = (request.task.train_file, request.task.validation_file, request.task.test_file)
+        data = {path: sha256(Path(path)) for path in given if path is not None and Path(path).is_file()}
         if request.resume is not None and file.is_file():
-            before = self._settings()["settings"]
+            stored = self._settings()
+            before, hashes = stored["settings"], stored.get("data")
+            hashes = hashes if isinstance(hashes, dict) else {}
             names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
             if names:
                 changed = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in names)
@@ -154,7 +158,12 @@ class RunFolder:
                     f"the unfinished run in {self.work} was started with other settings: {changed}. "
                     "Leave those flags out to go on with it, or start anew with --overwrite or in another --output-dir"
                 )
-        write_file(file, json.dumps({"given": request.tokens, "settings": settings}, indent=1))
+            if other := next((path for path in data if hashes.get(path, data[path]) != data[path]), None):
+                raise UsageError(
+                    f"{other} has changed since the unfinished run in {self.work} was started, and its steps would see "
+                    "other examples: put the file back, or start anew with --overwrite or in another --output-dir"
+                )
+        write_file(file, json.dumps({"given": request.tokens, "settings": settings, "data": data}, indent=1))
 
     def remembered(self) -> list[str]:
         """The flags that the unfinished run was started with."""

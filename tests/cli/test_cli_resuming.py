@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_damaged_settings_are_said(
         said = capsys.readouterr().err
         assert "settings.json is damaged" in said
         assert said.count("\n") == 1
+
+
+def test_data_that_has_changed_is_no_data_of_the_unfinished_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(shutil.copytree(tiny, tmp_path / "own"))
+    broken_off(own, tmp_path / "run", monkeypatch)
+    before = (own / "train.csv").read_text()
+    (own / "train.csv").write_text(before + before.splitlines()[-1] + "\n")
+    capsys.readouterr()
+    assert main(["train", "--output-dir", f"{tmp_path}/run", "--resume"]) == 2
+    assert "train.csv has changed since the unfinished run in" in capsys.readouterr().err
+    (own / "train.csv").write_text(before)
+    assert main(["train", "--output-dir", f"{tmp_path}/run", "--resume"]) == 0
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(
