@@ -37,6 +37,12 @@ def check(folder: Path, record: RunRecord) -> list[str]:
             problems.append(f"{name} has {zeros:,} zeros, recorded are {expected.zeros:,}")
     if not record.final.tensors:
         return problems
+    zeros, weights = (sum(getattr(t, kind) for t in record.final.tensors.values()) for kind in ("zeros", "weights"))
+    if (zeros, weights) != (record.final.zeros, record.final.weights):
+        problems.append(
+            f"recorded are {record.final.zeros:,} zeros of {record.final.weights:,} weights, and tensor by tensor "
+            f"{zeros:,} of {weights:,}"
+        )
     # A tensor that is missing is among the problems already.
     fits = _fits(record, model, parameters) if not problems else {}
     return problems + _check_masks(folder, record, parameters, fits)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pins_ext.tasks import Task
@@ -22,7 +23,13 @@ def validated(task: Task, model: Any, batch_size: int, progress: Callable[[str, 
         progress: told ("validating", batches) so far.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(folder, per_device_eval_batch_size=batch_size, report_to=[], disable_tqdm=True)
+        arguments = TrainingArguments(
+            folder,
+            per_device_eval_batch_size=batch_size,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to=[],
+            disable_tqdm=True,
+        )
         trainer = Trainer(
             model=model,
             args=arguments,

@@ -80,6 +80,10 @@ def test_verify_confirms_and_notices(unbroken: Path, tmp_path: Path, capsys: pyt
     for file in unbroken.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     record = json.loads((broken / "metrics.json").read_text())
+    zeros = record["final"]["zeros"]
+    (broken / "metrics.json").write_text(json.dumps(record | {"final": record["final"] | {"zeros": zeros + 5}}))
+    assert main(["verify", str(broken)]) == 1
+    assert f"recorded are {zeros + 5:,} zeros" in capsys.readouterr().out
     record["config"]["pruning"]["pattern"] = {"*": "none", "*layer.1.output*": "2:4"}
     (broken / "metrics.json").write_text(json.dumps(record))
     assert main(["verify", str(broken)]) == 1
