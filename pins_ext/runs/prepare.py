@@ -137,6 +137,10 @@ def fitted_to(request: Request, task: Task) -> Request:
         **request.training,
         **{name: value for name, value in task.training_defaults.items() if name not in request.given},
     }
+    scores = (*task.metrics, "loss")
+    if training.get("metric_for_best_model", "loss").removeprefix("eval_") not in scores:
+        wrong = training["metric_for_best_model"]
+        raise UsageError(f"--metric-for-best-model {wrong}: an evaluation of {task.name} tells {', '.join(scores)}")
     if training.get("load_best_model_at_end") or request.run.early_stopping:
         metric = training.get("metric_for_best_model", task.main_metric)
         if "metric_for_best_model" not in training:

@@ -85,6 +85,10 @@ def test_a_family_trains_evaluates_and_holds(
     said = capsys.readouterr().out
     assert record["data"]["baseline_name"] in said
     assert ("lower is better" in said) == (family == "language")
+    assert main(command(data, tmp_path / "other", *flags, "--metric-for-best-model", "accuracies")) == 2
+    told = capsys.readouterr().err
+    assert "--metric-for-best-model accuracies: an evaluation of" in told
+    assert f"{metric.removeprefix('eval_')}, " in told
     asked = command(data, tmp_path / "run", *flags)[1:]
     place = asked.index("--output-dir")
     assert main(["plan", *asked[:place], *asked[place + 2 :]]) == 0
