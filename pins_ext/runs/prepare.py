@@ -184,7 +184,20 @@ def load_model(asked: RunOptions, task: Task, source: str, name: str) -> tuple[A
         kind, source, name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs()
     )
     new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if not new:
+        _refuse_other_order(task, source, name)
     return model, ", ".join(new)
+
+
+def _refuse_other_order(task: Task, source: str, name: str) -> None:
+    """Refuse a head that knows the task's labels, but by other numbers: each would be taken for another one."""
+    own = [*task.model_kwargs().get("id2label", {}).values()]
+    there = [*(from_pretrained(AutoConfig, source, name).id2label or {}).values()]
+    if own != there and sorted(own) == sorted(map(str, there)):
+        raise UsageError(
+            f"{name} numbers its labels {', '.join(there)}, and {task.name} {', '.join(own)}: its head would be read "
+            "wrongly. Start from the model below it, whose head is made anew, or number the labels alike"
+        )
 
 
 def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegularizer | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,24 @@ def test_it_prunes_a_language_model_by_wanda(text: Path, tmp_path: Path, capsys:
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert ((weight == 0).sum(0) == 8).all()
     assert len(AutoTokenizer.from_pretrained(target)("a cab")["input_ids"]) == 5
+
+
+def test_a_head_with_the_labels_in_another_order_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--data", f"{tiny}/train.csv", "--sparsity", "0.5", "--criterion", "magnitude"]
+    assert main(["prune", f"{tiny}/model", *asked, "--output-dir", str(tmp_path / "a")]) == 0
+    file = tmp_path / "a" / "config.json"
+    config = json.loads(file.read_text())
+    names = [*config["id2label"].values()]
+    config["id2label"] = dict(enumerate(reversed(names)))
+    config["label2id"] = {name: i for i, name in config["id2label"].items()}
+    file.write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["prune", str(tmp_path / "a"), *asked, "--output-dir", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert f"numbers its labels {', '.join(reversed(names))}, and files {', '.join(names)}: its head would be" in said
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_was_zero_already_is_told_and_what_it_costs(
