@@ -298,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in stages("9.0", Path())]
     if options.only and not any(word in name for word in options.only for name in names):
         parser.error(f"no stage has {' or '.join(options.only)} in its name; there are {', '.join(names)}")
+    # In a shell's background it is ignored, and would be by all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
     output.mkdir(parents=True, exist_ok=True)
     check = Check(output, options.only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,11 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open({str(child)!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
-    result, output = run(code, seconds=4)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result, output = run(code, seconds=4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.perf_counter() - begin < 50
     assert (result.outcome, output.startswith("begun\n")) == ("timed out", True)
     assert ("KeyboardInterrupt" in output) != deaf
