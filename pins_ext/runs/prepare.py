@@ -192,8 +192,11 @@ def load_model(asked: RunOptions, task: Task, source: str, name: str) -> tuple[A
 def _refuse_other_order(task: Task, source: str, name: str) -> None:
     """Refuse a head that knows the task's labels, but by other numbers: each would be taken for another one."""
     own = [*task.model_kwargs().get("id2label", {}).values()]
-    there = [*(from_pretrained(AutoConfig, source, name).id2label or {}).values()]
-    if own != there and sorted(own) == sorted(map(str, there)):
+    if not own:
+        return
+    numbered = from_pretrained(AutoConfig, source, name).id2label or {}
+    there = [str(label) for _, label in sorted(numbered.items())]
+    if own != there and sorted(own) == sorted(there):
         raise UsageError(
             f"{name} numbers its labels {', '.join(there)}, and {task.name} {', '.join(own)}: its head would be read "
             "wrongly. Start from the model below it, whose head is made anew, or number the labels alike"

@@ -81,6 +81,11 @@ def test_a_head_with_the_labels_in_another_order_is_refused(
     said = capsys.readouterr().err
     assert f"numbers its labels {', '.join(reversed(names))}, and files {', '.join(names)}: its head would be" in said
     assert not (tmp_path / "b").exists()
+    # By their numbers, in whatever order a file has them.
+    config["id2label"] = dict(reversed([*enumerate(names)]))
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    file.write_text(json.dumps(config))
+    assert main(["prune", str(tmp_path / "a"), *asked, "--output-dir", str(tmp_path / "b")]) == 0
 
 
 def test_what_was_zero_already_is_told_and_what_it_costs(
