@@ -37,6 +37,11 @@ class Criterion:
     signed: bool = False
     warning: str = ""
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether gradients decide the score, at once or by what an optimizer makes of them."""
+        return self.instant or self.reads_moments
+
 
 CRITERIA = {
     criterion.name: criterion

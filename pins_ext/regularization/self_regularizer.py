@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class SelfRegularizer:
     Attributes:
         teacher: the `Teacher`; its `module` is None while there is none.
         last: the `Losses` of the last batch.
+        seconds: wall time on the host of the teacher's forward passes and of the losses so far; backward and a GPU's
+            own time are not in it.
 
     Raises:
         ValueError: a setting out of range, a teacher that can't be loaded or lacks weights, a task without a distance.
@@ -115,6 +118,7 @@ class SelfRegularizer:
         self.teacher = Teacher(self.model, teacher, every, ema_decay, teacher_init)
         self._refuse_adaptive_regression()
         self.last: Losses | None = None
+        self.seconds = 0.0
         self._batches_without_step = 0
         self._task_gradient = TaskGradient(self.model)
         self._handles: list[Any] = []
@@ -151,6 +155,14 @@ class SelfRegularizer:
         return self._loss(outputs, inputs, (), _without_labels(inputs), num_items_in_batch)
 
     def _loss(
+        self, outputs: Any, inputs: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], num_items: Any
+    ) -> Tensor:
+        begin = time.perf_counter()
+        loss = self._task_or_joint_loss(outputs, inputs, args, kwargs, num_items)
+        self.seconds += time.perf_counter() - begin
+        return loss
+
+    def _task_or_joint_loss(
         self, outputs: Any, inputs: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], num_items: Any
     ) -> Tensor:
         if self.head is None:

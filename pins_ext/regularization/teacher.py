@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -43,8 +42,7 @@ class Teacher:
         steps: optimizer steps seen.
         snapshot_step: the step it is from.
         best_score: the dev score of the "best" one.
-        seconds: wall time of its forward passes on the host so far; a GPU's own time is not in it.
-        answers: whether such a pass is under way.
+        answers: whether a forward pass of it is under way.
 
     Raises:
         ValueError: a setting out of range, a teacher that can't be loaded or doesn't fit; the message says which.
@@ -61,7 +59,6 @@ class Teacher:
         self.steps = 0
         self.snapshot_step: int | None = None
         self.best_score: float | None = None
-        self.seconds = 0.0
         self.answers = False
         self.snapshots_in: Callable[[], AbstractContextManager[None]] = nullcontext
         self._average: dict[str, Tensor] = {}
@@ -86,14 +83,12 @@ class Teacher:
         """The teacher's outputs: no gradient, no dropout, and the random streams given back as they were."""
         assert self.module is not None
         self._follow_device()
-        begin = time.perf_counter()
         self.answers = True
         try:
             with _untouched_rng(next(self.model.parameters()).device):
                 outputs = self.module(*args, **kwargs)
         finally:
             self.answers = False
-        self.seconds += time.perf_counter() - begin
         return outputs
 
     # ---- when it changes --------------------------------------------------------------------------------------------

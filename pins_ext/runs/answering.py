@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def answers(
 
 def _classified(model: Any, tokenizer: Any, text: str, pair: str | None) -> dict[str, Any]:
     inputs = tokenizer(text, pair, truncation=True, max_length=_longest(model, tokenizer), return_tensors="pt")
-    logits = model(**inputs).logits[0].float()
+    logits = model(**_taken(model, inputs)).logits[0].float()
     if logits.numel() == 1:
         return {"value": float(logits[0])}
     if model.config.problem_type == "multi_label_classification":
@@ -134,7 +135,7 @@ def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[s
     )
     offsets = encoded.pop("offset_mapping")
     encoded.pop("overflow_to_sample_mapping")
-    output = model(**encoded)
+    output = model(**_taken(model, encoded))
     best: tuple[float, int, int] | None = None
     for i in range(len(offsets)):
         inside = torch.tensor([part == 1 for part in encoded.sequence_ids(i)])
@@ -159,8 +160,14 @@ def _generated(model: Any, tokenizer: Any, texts: Iterable[str], max_new_tokens:
         room = max_new_tokens if positions is None else min(max_new_tokens, positions - given)
         if room < 1:
             raise UnanswerableError(f"a text has {given} tokens and the model {positions} positions: shorten the text")
-        output = model.generate(**inputs, max_new_tokens=room, do_sample=False, pad_token_id=pad)
+        output = model.generate(**_taken(model, inputs), max_new_tokens=room, do_sample=False, pad_token_id=pad)
         yield {"text": tokenizer.decode(output[0, given:], skip_special_tokens=True)}
+
+
+def _taken(model: Any, inputs: Any) -> dict[str, Any]:
+    """Those of a tokenizer's outputs that the model reads: a generic one tells token types to any model."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:

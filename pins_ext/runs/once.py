@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from pins_ext.files.atomic import SaveError, written_aside
 from pins_ext.pruning import once
 from pins_ext.pruning.config import PruneConfig
-from pins_ext.runs.errors import CommandError
+from pins_ext.runs.errors import CommandError, UsageError
 from pins_ext.runs.folder import as_typed
 from pins_ext.runs.html import percent
-from pins_ext.runs.prepare import as_usage_errors, from_pretrained, load_model, quiet
+from pins_ext.runs.prepare import Loaded, as_usage_errors, from_pretrained, load_model, quiet
 from pins_ext.runs.request import RunOptions
 from pins_ext.runs.validation import validated
 from pins_ext.tasks import Task, load_task
@@ -84,7 +84,9 @@ def prune_checkpoint(
         task = load_task(data)
         task = task.tokenized(from_pretrained(AutoTokenizer, name, name, **task.tokenizer_kwargs))
         torch.manual_seed(calibration.seed)
-        model, new = load_model(asked, task, name, name)
+        loaded = load_model(asked, task, name, name)
+        model, new = loaded.model, loaded.new
+        _refuse_random_scores(loaded, task, config, name)
         task.check_model(model)
     notes = [*task.notes, *([f"initialised at random: {new}"] if new else [])]
     if config.rule.name == "pins" and not calibration.learning_rate and isinstance(config.criterion, str):
@@ -115,6 +117,22 @@ def prune_checkpoint(
     scores = "; ".join(f"{name} {before[name]:.4f} before, {score:.4f} after" for name, score in after.items())
     _say(found, config, f"{scores} ({len(task.validation):,} examples)" if after else "", target, console)
     return found
+
+
+def _refuse_random_scores(loaded: Loaded, task: Task, config: PruneConfig, name: str) -> None:
+    """Refuse to throw a trained head away, and to score by gradients that come through one made at random."""
+    if loaded.replaced:
+        labels = f", with {len(task.label_names)} labels," if task.label_names else ""
+        raise UsageError(
+            f"{name} has a head of another shape than {task.name}{labels} needs ({', '.join(loaded.replaced)}), which "
+            "would be lost: prune it with data of the kind that it was trained on"
+        )
+    if loaded.missing and config.rule.reads_gradients:
+        raise UsageError(
+            f"{name} has no head for {task.name}: {config.rule.name} would score by gradients that come through one "
+            f"made at random ({loaded.new}). Fine-tune it first, as pins-ext train does, or score by wanda or "
+            "magnitude, which need none"
+        )
 
 
 def _batches(task: Task, model: Any, calibration: Calibration) -> DataLoader[Any]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -74,14 +74,15 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
         request = fitted_to(request, task)
         args = request.training_arguments(folder)
         set_seed(args.seed)
-        model, new = load_model(request.run, task, source, name)
+        loaded = load_model(request.run, task, source, name)
+        model = loaded.model
         task.check_model(model)
         lora = []
         if request.adapters.lora is not None:
             model, note = adapted(model, request.adapters, request.pruning or PruneConfig(), task)
             lora = [note]
         regularizer, notes = _regularizer(request, task, model)
-        notes = [*task.notes, *([f"initialised at random: {new}"] if new else []), *lora, *notes]
+        notes = [*task.notes, *([f"initialised at random: {loaded.new}"] if loaded.new else []), *lora, *notes]
         notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
         notes += request.recipe_choices
         metric = (task.main_metric, task.greater_is_better)
@@ -167,8 +168,26 @@ def _model_source(request: Request, task: Task) -> tuple[str, str]:
     return str(minilm_folder()), "all-MiniLM-L6-v2 (embedded)"
 
 
-def load_model(asked: RunOptions, task: Task, source: str, name: str) -> tuple[Any, str]:
-    """The model with the task's head, and which of its weights are new.
+class Loaded(NamedTuple):
+    """A model with a task's head.
+
+    Attributes:
+        missing: weights that are not in the checkpoint, and random now.
+        replaced: weights that have other shapes there, and are random now.
+    """
+
+    model: Any
+    missing: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+
+    @property
+    def new(self) -> str:
+        """What of it is random."""
+        return ", ".join(sorted({*self.missing, *self.replaced}))
+
+
+def load_model(asked: RunOptions, task: Task, source: str, name: str) -> Loaded:
+    """The model with the task's head.
 
     Args:
         asked: dtype and random_init.
@@ -179,14 +198,14 @@ def load_model(asked: RunOptions, task: Task, source: str, name: str) -> tuple[A
     kind, dtype = getattr(transformers, task.auto_class), getattr(torch, asked.dtype)
     if asked.random_init:
         config = from_pretrained(AutoConfig, source, name, **task.model_kwargs())
-        return kind.from_config(config, dtype=dtype), "every weight (--random-init)"
+        return Loaded(kind.from_config(config, dtype=dtype), ("every weight (--random-init)",))
     model, loading = from_pretrained(
         kind, source, name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs()
     )
-    new = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
-    if not new:
+    missing, replaced = sorted(loading["missing_keys"]), sorted(key for key, *_ in loading["mismatched_keys"])
+    if not missing and not replaced:
         _refuse_other_order(task, source, name)
-    return model, ", ".join(new)
+    return Loaded(model, tuple(missing), tuple(replaced))
 
 
 def _refuse_other_order(task: Task, source: str, name: str) -> None:

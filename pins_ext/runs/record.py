@@ -144,7 +144,7 @@ class Timings:
         optimizer_ms: mean of the optimizer in it.
         pruning_ms: mean of pruning in it; None for a dense run.
         pruning_share: the same as a share of the step.
-        teacher_ms: mean of the teacher's forward passes in it; None where it was not timed.
+        teacher_ms: mean of the teacher's forward passes and the losses in it; None where it was not timed.
     """
 
     train_seconds: float = 0.0

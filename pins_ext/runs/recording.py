@@ -188,8 +188,8 @@ def _timings(prepared: Prepared, train_seconds: float) -> Timings:
     step, optimizer = timer.seconds / timer.steps, timer.optimizer_seconds / timer.steps
     timings = dataclasses.replace(timings, step_ms=1e3 * step, optimizer_ms=1e3 * optimizer)
     regularizer = prepared.pins.self_regularizer
-    if regularizer is not None and regularizer.teacher.seconds and trainer.args.device.type == "cpu":
-        timings = dataclasses.replace(timings, teacher_ms=1e3 * regularizer.teacher.seconds / timer.steps)
+    if regularizer is not None and regularizer.seconds and trainer.args.device.type == "cpu":
+        timings = dataclasses.replace(timings, teacher_ms=1e3 * regularizer.seconds / timer.steps)
     if prepared.pins.pruner is None:
         return timings
     outside = prepared.pins.pruning_seconds / timer.steps

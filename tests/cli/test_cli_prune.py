@@ -31,14 +31,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_prunes_a_classifier_by_its_data(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "pruned"
-    asked = ["prune", f"{tiny}/model", "--data", f"{tiny}/train.csv", "--sparsity", "0.5", "--output-dir", str(target)]
+    data = ["--data", f"{tiny}/train.csv", "--sparsity", "0.5", "--output-dir"]
+    headless, headed = ["prune", f"{tiny}/model", *data], str(tmp_path / "headed")
+    assert main([*headless, headed, "--criterion", "magnitude"]) == 0
+    said = capsys.readouterr().out
+    assert "note      initialised at random: classifier.bias, classifier.weight" in said
+    assert "evaluated" not in said
+    assert main([*headless, str(target), "--criterion", "fisher"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "no head for files: fisher would score by gradients that come through one made at random (classifier." in said
+    )
+    assert not target.exists()
+    asked = ["prune", headed, *data, str(target)]
     assert main([*asked, "--criterion", "fisher", "--batches", "3", "--batch-size", "4"]) == 0
     said = capsys.readouterr().out
     zeros, weights = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) weights are zero", said)[0])
     assert zeros == weights // 2
     assert "scored    by fisher, compared globally, 3 batches, their mean loss before pruning" in said
     assert f"next      pins-ext inspect {target}" in said
-    assert "evaluated" not in said  # its head is made at random
+    assert "evaluated accuracy" in said
     tensors = load_file(target / "model.safetensors")
     saved = {name: t for name, t in tensors.items() if ".layer." in name and t.dim() == 2}
     assert sum(int((t == 0).sum()) for t in saved.values()) == zeros
@@ -51,6 +63,18 @@ def test_it_prunes_a_classifier_by_its_data(tiny: Path, tmp_path: Path, capsys: 
     assert re.search(r"evaluated accuracy \d\.\d{4} before, \d\.\d{4} after; .*loss .* after \(\d+ examples\)", said)
     assert main([*asked, "--criterion", "fisher"]) == 2
     assert "exists: choose another --output-dir" in capsys.readouterr().err
+
+
+def test_a_head_that_would_be_lost_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--sparsity", "0.5", "--criterion", "magnitude", "--output-dir"]
+    lines = (tiny / "train.csv").read_text().splitlines()
+    more = tmp_path / "more.csv"
+    more.write_text("\n".join([*lines, *(f"{line.rsplit(',', 1)[0]},maybe" for line in lines[1::3])]) + "\n")
+    assert main(["prune", f"{tiny}/model", "--data", f"{tiny}/train.csv", *asked, str(tmp_path / "a")]) == 0
+    assert main(["prune", str(tmp_path / "a"), "--data", str(more), *asked, str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert "a head of another shape than files, with 3 labels, needs (classifier.bias, classifier.weight)" in said
+    assert not (tmp_path / "b").exists()
 
 
 def test_it_prunes_a_language_model_by_wanda(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

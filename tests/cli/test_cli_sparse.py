@@ -15,11 +15,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 from pins_ext.cli.main import main
@@ -148,6 +152,22 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "needs a question for each text" in refused(capsys, "run", questions, "--text", "a")
     entities = saved("entities", tmp_path / "entities")
     assert "takes one text at a time" in refused(capsys, "run", entities, "--text", "a", "--pair", "b")
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaForSequenceClassification])
+def test_token_types_that_a_model_does_not_read_are_left_out(
+    kind: type[LlamaForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = word_pieces()
+    kind(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    told["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path)("a cab")
+    (answer,) = run(capsys, tmp_path, "--text", "a cab", "--dense")
+    assert answer
 
 
 def test_generation_ends_with_the_models_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

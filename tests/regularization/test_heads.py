@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pins_ext.regularization import heads
 from pins_ext.regularization.self_regularizer import SelfRegularizer
@@ -111,6 +112,36 @@ def test_divergence_has_the_gradient_it_states() -> None:
     log_p, log_q = (torch.log_softmax(x / 3.0, -1) for x in (teacher, student))
     plain = 9 * (log_p.exp() * (log_p - log_q)).sum(-1)
     torch.testing.assert_close(heads.divergence("token", student, teacher, 3.0), plain)
+
+
+class LargestMade(TorchDispatchMode):
+    """Watches how many numbers the largest new tensor has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_a_few_rows_at_a_time_give_the_same_bits_and_nothing_as_large_as_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(4)
+    student, teacher = torch.randn(37, 11, requires_grad=True), torch.randn(37, 11)
+    results = []
+    for at_once in (1 << 18, 25, 1):
+        monkeypatch.setitem(heads._AT_ONCE, "cpu", at_once)
+        with LargestMade() as made:
+            parts = heads.divergence("lm", student, teacher, T), heads.confidence(student)
+        (parts[0] * parts[1]).sum().backward()
+        results.append((*parts, student.grad))
+        student.grad = None
+        assert made.numbers == (37 * 11 if at_once > 25 else 37)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_divergence_is_zero_for_equal_logits_and_counts_impossible_classes_as_nothing() -> None:
