@@ -100,9 +100,11 @@ def keep_zeros(schedule: Schedule, names: Sequence[str], importance: Importance,
         short = [i for i in region if alive[i] < scopes.least[i]]
         if there > pruned or short or sum(min(alive[i], scopes.most[i]) for i in region) < size - pruned:
             what = "the model" if len(scopes.regions) == 1 and not short else names[(short or region)[0]]
+            spread = len(scopes.regions) > 1 or config.min_density or config.max_density
             raise ValueError(
                 f"{what} has more zeros already than it may have in the end ({there:,} of {size:,} weights are zero, "
-                f"{pruned:,} are to be): ask for a higher sparsity, or for a global scope without densities"
+                f"{pruned:,} are to be): ask for a higher sparsity"
+                + (", or for a global scope without densities" if spread else "")
             )
     masks.fix()
     importance.bar(masks.fixed or [])

@@ -74,9 +74,9 @@ class SelfRegularizer:
         temperature: T > 0 of D.
         score_gradient: "joint", or "task": the pruner scores with the gradient of the task loss alone, see
             `take_task_gradients`; costs a second backward and one more gradient; one device or DistributedDataParallel.
-        every: n, steps between snapshots; total_steps // 20 when None.
+        every: n, steps between snapshots of "latest" and "ema"; total_steps // 20 when None.
         total_steps: steps of the whole run, for `every`; `set_total_steps` may tell it later.
-        ema_decay: weight of the old average, in [0, 1); 1 - 1 / every when None.
+        ema_decay: of "ema", weight of the old average, in [0, 1); 1 - 1 / every when None.
         teacher_init: folder, hub name or module of the same architecture, the teacher before the first snapshot.
         head: one of `heads.HEADS`, or "auto": from the class of a transformers model, else from the first batch.
 

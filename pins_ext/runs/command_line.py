@@ -194,6 +194,8 @@ def _check_start(request: Request) -> None:
         raise UsageError(f"--{min(clips).replace('_', '-')} is of --release-gradients: give it too, or --max-grad-norm")
     if "release_clip" in clips and run.release_norm is None:
         raise UsageError("--release-clip says how to clip, --release-norm to which norm: give it too")
+    if run.release_gradients and run.optimizer != "adamw":
+        raise UsageError(f"--release-gradients is of --optimizer adamw, not {run.optimizer}")
     if run.release_gradients and request.regularizer.score_gradient == "task" and request.regularizes:
         raise UsageError("--release-gradients: --score-gradient task needs gradients that are gone by then: use joint")
     if run.release_gradients and request.pruning is not None and request.pruning.state_device is not None:

@@ -13,7 +13,7 @@ from pins_ext.runs.errors import UsageError
 from pins_ext.runs.folder import RunFolder, is_result
 from pins_ext.runs.html import REPORT, render
 from pins_ext.runs.record import RunRecord
-from pins_ext.runs.request import Request
+from pins_ext.runs.request import RegularizerOptions, Request
 from pins_ext.runs.run import finished, run
 from pins_ext.runs.sparse_ending import end_sparse
 from pins_ext.runs.summary import print_summary
@@ -52,7 +52,7 @@ def three(request: Request) -> Mapping[str, Request]:
         raise UsageError("--compare needs a sparsity above 0")
     # Magnitude pruning as it is usually done: no gradient criterion, no teacher.
     by_magnitude = replace(request.pruning, criterion="magnitude")
-    plain = replace(request.regularizer, teacher="none")
+    plain = RegularizerOptions(teacher="none")
     kinds = {
         "dense": (None, plain),
         str(request.pruning.criterion): (request.pruning, request.regularizer),

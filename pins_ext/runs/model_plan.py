@@ -213,6 +213,7 @@ def _fits(total: int, needed: Mapping[int, int | None], shards: int) -> Iterable
 
 def _notes(request: Request) -> Iterable[str]:
     """What training with these flags does that a reader of the numbers may not expect."""
+    yield from (f"note      {note}" for note in request.notes)
     if "8bit" in (request.run.moment_dtype, request.pruning.state_dtype if request.pruning else None):
         yield "note      8 bits on a GPU have run as emulated PTX alone so far, never on a GPU"
 

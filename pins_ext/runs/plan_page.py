@@ -44,8 +44,7 @@ def recipe_page(request: Request, pruning: PruneConfig) -> str:
         [
             f"recipe    {name}: {recipe.source} on {recipe.task}, for {_model(recipe.source)}",
             f"training  {total:,} steps ({counted})",
-            *([f"note      {request.recipe_note}"] if request.recipe_note else []),
-            *(f"note      {line}" for line in request.recipe_choices),
+            *(f"note      {note}" for note in request.notes),
             *values,
             "",
             f"schedule  {schedule.kind}: dense to step {schedule.initial_warmup:,}, "

@@ -83,8 +83,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             lora = [note]
         regularizer, notes = _regularizer(request, task, model)
         notes = [*task.notes, *([f"initialised at random: {loaded.new}"] if loaded.new else []), *lora, *notes]
-        notes += _decided_on_validation(args, request) + ([request.recipe_note] if request.recipe_note else [])
-        notes += request.recipe_choices
+        notes += _decided_on_validation(args, request) + request.notes
         metric = (task.main_metric, task.greater_is_better)
         pins = PinsCallback(
             request.pruning,

@@ -75,6 +75,10 @@ class RunOptions:
     )
     early_stopping: int | None = _flag(None, "stop after N evaluations at the target without a better one", "N")
 
+    def __post_init__(self) -> None:
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"--early-stopping must be at least 1 evaluation, got {self.early_stopping}: leave it out")
+
     def compares(self, given: Collection[str]) -> bool:
         """Whether dense and magnitude runs are trained too: asked for, or nothing in particular was asked for.
 
@@ -99,6 +103,15 @@ class RegularizerOptions:
     teacher_every: int | None = _flag(None, "steps between snapshots; if not given, a twentieth of training")
     teacher_init: str | None = _flag(None, "teacher before the first snapshot: hub name or folder", "NAME|DIR")
     ema_decay: float | None = _flag(None, "weight of the old average; if not given, 1 - 1 / teacher-every")
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the flags that were given, and that this teacher has no use for."""
+        given = [f.name for f in dataclasses.fields(self) if f.name != "teacher" and getattr(self, f.name) != f.default]
+        if self.teacher == "none":
+            return given
+        used_by = {"teacher_every": ("latest", "ema"), "ema_decay": ("ema",)}
+        return [name for name in given if self.teacher not in used_by.get(name, (self.teacher,))]
 
 
 _INCIDENTAL = (
@@ -178,6 +191,14 @@ class Request:
             "--load-best-model-at-end": self.training.get("load_best_model_at_end"),
         }
         return next((flag for flag, on in flags.items() if on), None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of it before it runs."""
+        unused = self.regularizer.unused if self.pruning is not None else []
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        notes = [f"{flags}: --teacher {self.regularizer.teacher} has no use for it"] if unused else []
+        return notes + ([self.recipe_note] if self.recipe_note else []) + self.recipe_choices
 
     @property
     def recipe_note(self) -> str | None:

@@ -16,6 +16,9 @@ IGNORED = -100
 
 _INTEGER = re.compile(r"[+-]?\d+")
 
+_FEW_NUMBERS = 10
+"""As many different integers are classes, a rating or a digit, without a word."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -32,6 +35,13 @@ class Labels:
     @property
     def is_regression(self) -> bool:
         return not self.names
+
+    @property
+    def note(self) -> str | None:
+        """What a reader should know where integers were taken for classes."""
+        if len(self.names) <= _FEW_NUMBERS or not all(map(_INTEGER.fullmatch, self.names)):
+            return None
+        return f"{len(self.names)} different integers were taken for classes; to predict numbers: --label-type number"
 
     def model_kwargs(self) -> dict[str, Any]:
         """Returns the classes as the config of a transformers model keeps them."""

@@ -129,7 +129,10 @@ class Task(ABC):
         """
         places = getattr(model.config, "max_position_embeddings", None)
         if places is not None and 0 < places < self.max_length:
-            raise TaskError(f"the model has {places} positions, fewer than --max-length {self.max_length}: choose less")
+            raise TaskError(
+                f"the model has {places} positions, and inputs have up to {self.max_length} tokens: choose a smaller "
+                "--max-length"
+            )
 
     @property
     def collator(self) -> Any:
@@ -205,12 +208,14 @@ class Task(ABC):
         if self.tokenizer is not None:
             raise TaskError(f"task {self.name} is tokenised already")
         self.check_tokenizer(tokenizer)
-        fitted = replace(self, max_length=min(self.max_length, tokenizer.model_max_length))
+        longest = tokenizer.model_max_length
+        fitted = replace(self, max_length=min(self.max_length, longest))
+        cut = (f"inputs have at most {longest} tokens, as the tokenizer says, not {self.max_length}",)
         inputs = {name: fitted.encode(split, tokenizer, name) for name, split in self.splits().items()}
         return replace(
             fitted,
             **inputs,
-            notes=(*self.notes, *fitted.length_notes(inputs["train"])),
+            notes=(*self.notes, *(cut if longest < self.max_length else ()), *fitted.length_notes(inputs["train"])),
             tokenizer=tokenizer,
             examples=self.splits(),
         )

@@ -219,6 +219,8 @@ def test_options_refuse_what_they_cannot_read() -> None:
         (("--teacher", "best", "--eval-steps", "12"), "the first evaluation comes at step 12 of 12"),
         (("--early-stopping", "2", "--eval-strategy", "no"), "--early-stopping decides by evaluations"),
         (("--min-density", "0.9"), "min_density"),
+        (("--early-stopping", "0"), "--early-stopping must be at least 1 evaluation, got 0"),
+        (("--release-gradients", "--optimizer", "sgd"), "--release-gradients is of --optimizer adamw, not sgd"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -230,6 +232,20 @@ def test_bad_input_is_one_clear_line(
     assert said[0].startswith("pins-ext train: ")
     assert reason.replace("\\", "") in said[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_a_teacher_has_no_use_for_are_told(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--teacher-weight", "1", "--teacher", "latest", "--teacher-every", "3").notes == []
+    assert parsed("--teacher-weight", "1", "--teacher", "best", "--ema-decay", ".9", "--teacher-every", "3").notes == [
+        "--teacher-every, --ema-decay: --teacher best has no use for it"
+    ]
+    assert parsed("--teacher-weight", "1", "--sparsity", "0").notes == []
+    asked = ["--teacher", "none", "--temperature", "3"]
+    assert (
+        main(["plan", "--model", f"{tiny}/model", "--train-file", f"{tiny}/train.csv", "--max-steps", "50", *asked])
+        == 0
+    )
+    assert "note      --temperature: --teacher none has no use for it" in capsys.readouterr().out
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pins_ext.tasks import TaskError
-from pins_ext.tasks.labels import infer_labels
+from pins_ext.tasks.labels import Labels, infer_labels
 from pins_ext.tasks.sources.files import read_rows, read_table
 
 Write = Callable[[str, str], Path]
@@ -157,6 +157,15 @@ def test_a_number_beyond_all_floats_is_named_by_its_line(write: Write) -> None:
     )
     with pytest.raises(TaskError, match=r"a\.jsonl:2: the label must be a finite number"):
         infer_labels(rows, "number").encode(rows)
+
+
+def test_many_integers_are_classes_with_a_hint(write: Write) -> None:
+    def labels(n: int) -> Labels:
+        content = "text,label\n" + "".join(f"a,{i % n}\n" for i in range(40))
+        return infer_labels(read_rows(read_table(write("a.csv", content))), "auto")
+
+    assert labels(10).note is None
+    assert labels(11).note == "11 different integers were taken for classes; to predict numbers: --label-type number"
 
 
 def test_a_named_column_that_is_missing(write: Write) -> None:

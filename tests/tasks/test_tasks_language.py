@@ -167,7 +167,7 @@ def test_a_sample_keeps_all_references_of_a_meaning() -> None:
 
 
 def test_data_to_text_faults(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="the model has 64 positions, fewer than --max-length 128"):
+    with pytest.raises(TaskError, match="the model has 64 positions, and inputs have up to 128 tokens"):
         pairs_task(tmp_path).check_model(model())
     task = pairs_task(tmp_path, max_new_tokens=64, max_length=32)
     with pytest.raises(TaskError, match="--max-new-tokens 64 leaves nothing of the model's 64 positions"):

@@ -205,6 +205,9 @@ def test_tokens_and_batches(files: Files, tokenizer: PreTrainedTokenizerFast) ->
     assert batch["input_ids"].tolist() == [[2, 3, 1, 1], [2, 0, 0, 0]]
     assert batch["labels"].dtype == torch.int64
     assert any("100.0% of the training inputs reach the limit of 4 tokens" in note for note in task.notes)
+    assert not any("as the tokenizer says" in note for note in task.notes)
+    longer = load_task(files(["a", "b"], ["a"], max_length=9), tokenizer)
+    assert "inputs have at most 8 tokens, as the tokenizer says, not 9" in longer.notes
 
 
 def test_pairs_and_values(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -74,10 +74,10 @@ def load_table(arguments: TaskArguments, name: str) -> SequenceTask:
     )
     assert train is not None
     labels = infer_labels(train, arguments.label_type)
-    notes: tuple[str, ...] = ()
+    notes = (labels.note,) if labels.note and arguments.label_type == "auto" else ()
     if validation is None:
         rest, held, note = hold_out(len(train), arguments, train.origin, labels.encode(train))
-        train, validation, notes = train.take(rest), train.take(held), (note,)
+        train, validation, notes = train.take(rest), train.take(held), (*notes, note)
     return _assemble(
         name,
         arguments,
