@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pins_ext.files.atomic import SaveError, write_file
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     asked = [Path(run) for run in given["runs"]]
     folders = [folder for each in asked for folder in results_in(each)]
     try:
-        records = [read_record(folder) for folder in folders]
+        records = _told_apart([read_record(folder) for folder in folders], folders)
     except RecordError as error:
         raise UsageError(str(error)) from error
     name = REPORT if len(asked) == 1 else f"compare-{len(folders)}-runs.html"
@@ -58,6 +60,18 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def _told_apart(records: Sequence[RunRecord], folders: Sequence[Path]) -> list[RunRecord]:
+    """Runs with the same label get their folder beside it, as far as the folders differ."""
+    labels = [record.label for record in records]
+    shared = os.path.commonpath([folder.resolve() for folder in folders])
+    named = []
+    for record, folder in zip(records, folders, strict=True):
+        place = os.path.relpath(folder.resolve(), shared)
+        alike = labels.count(record.label) > 1 and place != "."
+        named.append(replace(record, label=f"{record.label} ({place})") if alike else record)
+    return named
+
+
 def _content(records: Sequence[RunRecord], output: Path, title: str | None) -> str:
     """A page, or the picture of the scores, as the name of the file asks.
 
@@ -66,7 +80,7 @@ def _content(records: Sequence[RunRecord], output: Path, title: str | None) -> s
     """
     if output.suffix != ".svg":
         return render(records, title)
-    picture = scores_alone(records)
+    picture = scores_alone(records, title)
     if picture is None:
         raise UsageError("a picture compares two runs or more by the same metric")
     return picture

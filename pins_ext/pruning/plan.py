@@ -47,7 +47,8 @@ class Plan(dict[str, Any]):
                 else []
             ),
             f"schedule {self['schedule']}: {start} to step {self['warmup']}, at the end from step "
-            f"{self['final_start']} of {self['total_steps']}, {self['masks']} masks on the way",
+            f"{self['final_start']} of {self['total_steps']}, {self['masks']} "
+            f"mask{'' if self['masks'] == 1 else 's'} on the way",
             "  step  sparsity",
             *(f"{t:6d}  {s:8.2%}" for t, s in self["points"]),
             "tensors:",

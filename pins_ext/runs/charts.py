@@ -68,10 +68,11 @@ def _short(label: str) -> str:
     return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def scores_alone(records: Sequence[RunRecord]) -> str | None:
+def scores_alone(records: Sequence[RunRecord], title: str | None = None) -> str | None:
     """The scores as an SVG file of its own, on white; None where fewer than two runs have one."""
-    paint = _painter_of_scores(records)
-    return svg_of(paint, (6.4, 0.7 + 0.42 * _bars(records)), "scores", themed=False) if paint else None
+    paint = _painter_of_scores(records, title)
+    height = 0.7 + 0.42 * _bars(records) + (0.3 if title else 0)
+    return svg_of(paint, (6.4, height), "scores", themed=False) if paint else None
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def _bars(records: Sequence[RunRecord]) -> int:
     return sum(score(record) is not None for record in records) + 1
 
 
-def _painter_of_scores(records: Sequence[RunRecord]) -> Callable[[Figure], bool] | None:
+def _painter_of_scores(records: Sequence[RunRecord], title: str | None = None) -> Callable[[Figure], bool] | None:
     scored = [(i, record, score(record)) for i, record in enumerate(records) if score(record) is not None]
     metrics = {record.final.metric for _, record, _ in scored}
     if len(scored) < 2 or len(metrics) > 1:
@@ -105,6 +106,8 @@ def _painter_of_scores(records: Sequence[RunRecord]) -> Callable[[Figure], bool]
 
     def paint(figure: Figure) -> bool:
         axes = figure.subplots()
+        if title:
+            figure.suptitle(title)
         for row, (i, record, value) in enumerate(scored):
             assert value is not None
             axes.barh(row, value, color=COLORS[i % len(COLORS)], height=0.62)

@@ -77,12 +77,15 @@ def svg_of(paint: Callable[[Figure], bool], size: tuple[float, float], salt: str
 
 
 def _page_fit(svg: str) -> str:
-    """Metadata goes, the size becomes the page's, and text takes its font.
+    """Metadata and groups' names go, the size becomes the page's, and text takes its font.
+
+    Nothing refers to the names of groups, such as axes_1, which all pictures of a page have.
 
     Only tags are changed: a `<` in a label is escaped, so that what looks like one is one.
     """
     svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
     svg = re.sub(r"<svg\b[^<>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
+    svg = re.sub(r"<g\b[^<>]*>", lambda tag: re.sub(r' id="[^"]*"', "", tag[0]), svg)
     svg = re.sub(r"<text\b[^<>]*>", lambda tag: _inherited_font(tag[0]), svg)
     return re.sub(r"<[a-z]+\b[^<>]*>", lambda tag: _themed(tag[0]), svg)
 

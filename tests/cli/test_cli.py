@@ -175,7 +175,7 @@ def test_compare_trains_three_and_says_who_won(tiny: Path, tmp_path: Path, capsy
     assert "majority class" in said
     assert "magnitude 75 %" in said
     assert "PINS 75 % equals magnitude 75 % and equals dense." in said
-    assert "18 validation examples: an accuracy has a standard error of 11.1 points (binomial)." in said
+    assert "18 validation examples: an accuracy has a standard error of 10.2 points (Wilson)." in said
     html = (tmp_path / "all" / "report.html").read_text()
     assert html.count("<b>Sparsity per tensor") == 2
     records = {

@@ -110,6 +110,9 @@ def test_an_accuracy_has_a_standard_error() -> None:
     # sqrt(.71 * .29 / 677) and sqrt(.5362 * .4638 / 677)
     shown = report.render([record(data=told), record(data=told, final=other)])
     assert "677 validation examples: an accuracy has a standard error of 1.7 to 1.9 points" in shown
+    # As all of them were right, a normal distribution would know it exactly.
+    certain = record(data=told, final=data()["final"] | {"metrics": {"eval_accuracy": 1.0}})
+    assert "a standard error of 0.1 points" in findings.standard_error([certain])
     other = data()["final"] | {"metric": "eval_f1", "metrics": {"eval_f1": 0.7, "eval_accuracy": 0.7}}
     assert findings.standard_error([record(data=told, final=other)]) == ""
     assert findings.standard_error([record()]) == ""
@@ -152,7 +155,8 @@ def test_an_accuracy_has_an_interval() -> None:
 
 def test_each_threshold_has_an_axis_of_its_own() -> None:
     svg = next(p.svg for p in charts.pictures(three()) if p.title == "Threshold")
-    assert len(set(re.findall(r'id="axes_\d+"', svg))) == 2
+    # Each cuts its line by its own frame.
+    assert svg.count("<clipPath") == 2
     assert "mathdefault" not in svg
 
 
@@ -230,6 +234,8 @@ def test_the_command_writes_the_scores_alone(tmp_path: Path, capsys: pytest.Capt
     folders = [str(tmp_path / made.label) for made in three()]
     assert main(["report", *folders, "-o", str(tmp_path / "scores.svg")]) == 0
     assert (tmp_path / "scores.svg").read_text() == charts.scores_alone(three())
+    assert main(["report", *folders, "-o", str(tmp_path / "titled.svg"), "--title", "Ours"]) == 0
+    assert ">Ours<" in (tmp_path / "titled.svg").read_text()
     capsys.readouterr()
     assert main(["report", folders[0], "-o", str(tmp_path / "one.svg")]) == 2
     assert "two runs or more" in capsys.readouterr().err
@@ -240,6 +246,20 @@ def test_equal_labels_are_numbered() -> None:
     html = report.render([record(), record()])
     assert "PINS 80 % (1)" in html
     assert "PINS 80 % (2)" in html
+
+
+def test_equal_labels_get_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("a/seed=1", "a/seed=2", "b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / RECORD).write_text(to_json(dense() if place == "b" else record()))
+    output = tmp_path / "all.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(output)]) == 0
+    html = output.read_text()
+    assert "PINS 80 % (a/seed=1)" in html
+    assert "PINS 80 % (a/seed=2)" in html
+    assert "dense (" not in html
+    assert main(["report", str(tmp_path / "b"), str(tmp_path / "b"), "-o", str(output)]) == 0
+    assert "dense (2)" in output.read_text()
 
 
 def test_the_page_loads_nothing() -> None:
@@ -256,8 +276,7 @@ def test_pictures_are_well_formed_and_repeatable() -> None:
 
 
 def test_pictures_of_one_page_share_no_ids() -> None:
-    # Groups are named figure_1, axes_1 and so on and nothing refers to them; clips and markers are referred to.
-    named = [set(re.findall(r'id="([mp][0-9a-f]{10})"', p.svg)) for p in charts.pictures([record(), record("other")])]
+    named = [re.findall(r'\bid="([^"]*)"', p.svg) for p in charts.pictures([record(), record("other")])]
     assert sum(map(len, named)) == len(set().union(*named)) > 0
 
 
