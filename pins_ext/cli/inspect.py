@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         head = {"format": "pins-ext inspection", "version": 1, "checkpoint": str(path)}
         print(to_json(head | total | speed | {"tensors": tensors}))
     else:
-        print(_summary(total, found))
+        print(_summary(total, found, _packed_bytes(path)))
         if calibration is not None:
             print(_speed(calibration))
     if picture is not None:
@@ -111,7 +111,14 @@ def _speed(calibration: Calibration) -> str:
     return "\n".join(["", calibration.table(), *lines])
 
 
-def _summary(total: dict[str, float], found: Sequence[TensorSurvey]) -> str:
+def _packed_bytes(path: Path) -> int | None:
+    """What a checkpoint of save_sparse takes on disk; None for another."""
+    from pins_ext.sparse.source import is_sparse
+
+    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if is_sparse(path) else None
+
+
+def _summary(total: dict[str, float], found: Sequence[TensorSurvey], here: int | None) -> str:
     lines = [
         "",
         f"weights   {total['weights']:,} in {total['tensors']:,} tensors, {total['zeros']:,} of them zero: "
@@ -128,6 +135,8 @@ def _summary(total: dict[str, float], found: Sequence[TensorSurvey]) -> str:
     )
     dense, packed = total["dense_bytes"], total["packed_bytes"]
     saved = f"; pins-ext export packs it into {packed / 1e6:,.1f} MB, {packed / dense:.0%}" if packed < dense else ""
+    if here is not None:
+        saved = f"; {here / 1e6:,.1f} MB here, {here / dense:.0%}: it is packed, as pins-ext export does"
     lines.append(f"size      {dense / 1e6:,.1f} MB dense{saved}")
     if total["not_finite"]:
         lines.append(f"WRONG     {total['not_finite']:,} weights are NaN or infinite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from pins_ext.regularization.self_regularizer import SelfRegularizer
 from pins_ext.runs.adapters import adapted
 from pins_ext.runs.errors import UsageError
 from pins_ext.runs.request import Request, RunOptions
+from pins_ext.sparse.source import is_sparse
 from pins_ext.tasks import Task, load_task, minilm_folder
 from pins_ext.tasks.sources.hub import within_reach
 
@@ -276,6 +278,11 @@ def from_pretrained(kind: Any, source: str, name: str, **options: Any) -> Any:
         with nullcontext() if os.path.isdir(source) else within_reach():
             return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
+        if is_sparse(Path(source)):
+            raise UsageError(
+                f"--model {name} is packed, as pins-ext export writes models: unpack it with "
+                f"pins-ext export {shlex.quote(name)} --format dense"
+            ) from error
         there = "" if os.path.isdir(source) else " (no such folder here; as a hub name it could not be loaded)"
         alone = "no file named" in str(error) and os.path.isfile(os.path.join(source, "config.json"))
         way_out = " (--random-init starts from config.json alone)" if alone else ""

@@ -111,6 +111,12 @@ def test_export_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "pruned tensors: " in said
     assert all(f"\n{word}" in said for word in ("dense", "sparse", "floor", "written"))
+    assert main(["inspect", str(tmp_path / "small")]) == 0
+    stored = sum(file.stat().st_size for file in (tmp_path / "small").glob("*.safetensors"))
+    assert f"; {stored / 1e6:,.1f} MB here, " in capsys.readouterr().out
+    (tmp_path / "mine.csv").write_text("text,label\n" + "a cab,no\nan odd day,yes\n" * 9)
+    asked = ["train", "--model", str(tmp_path / "small"), "--train-file", str(tmp_path / "mine.csv")]
+    assert f"unpack it with pins-ext export {tmp_path / 'small'} --format dense" in refused(capsys, *asked)
     assert main(["export", str(tmp_path / "small"), "--format", "dense", "--output-dir", str(tmp_path / "back")]) == 0
     before = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "back").state_dict()
