@@ -20,7 +20,7 @@ class Graph(Protocol):
         """Launch them again."""
 
 
-def capture(step: Callable[[], Any]) -> Graph:
+def cuda_graph(step: Callable[[], Any]) -> Graph:
     """What a function launches on the current device, as a CUDA graph; nothing runs."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -41,14 +41,14 @@ class StepGraphs:
     Args:
         pruner: of one PinsAdamW or PinsSGD with capturable=True, whose learning rate is a tensor on the device.
         step: takes a step, for one that does more than `optimizer.step`, such as to clip before; None: that.
-        capture: makes a graph of a function without running it, for one with a pool of its own. The weights' device
-            is the current one.
+        capture: makes a graph of a function without running it, for one with a pool of its own; None: torch's. The
+            weights' device is the current one.
 
     Attributes:
         graphs: by kind of step.
 
     Raises:
-        ValueError: the pruner's optimizer is not capturable.
+        ValueError: the pruner's optimizer is not capturable, or its weights are not on a GPU.
         RuntimeError: what no graph can hold: here what no step of this pruner is without, and in a call what its step
             has: gradients clipped before it, step hooks of the optimizer, a detached pruner, an open masked_view,
             another tensor as learning rate, grad_scale or found_inf than the captured one.
@@ -58,12 +58,18 @@ class StepGraphs:
         self,
         pruner: Pruner,
         step: Callable[[], Any] | None = None,
-        capture: Callable[[Callable[[], Any]], Graph] = capture,
+        capture: Callable[[Callable[[], Any]], Graph] | None = None,
     ) -> None:
         optimizer = pruner.slots[0].optimizer
         if pruner.slots.captured is None or not isinstance(optimizer, FusedOptimizer):
             raise ValueError("StepGraphs needs the pruner of a PinsAdamW or PinsSGD with capturable=True")
-        self._pruner, self._optimizer, self._capture = pruner, optimizer, capture
+        device = pruner.masks.weights_layout.places.device
+        if capture is None and device.type != "cuda":
+            raise ValueError(
+                f"StepGraphs captures CUDA graphs, and the weights are on {device}: call optimizer.step(), or move the "
+                "model to a GPU before its optimizer and its pruner are made"
+            )
+        self._pruner, self._optimizer, self._capture = pruner, optimizer, capture or cuda_graph
         self._steps = pruner.slots.captured
         # Looked up in every call: a scheduler that is made later wraps it.
         self._step = step or (lambda: optimizer.step())

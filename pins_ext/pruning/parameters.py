@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pins_ext.distributed.shards import is_dtensor, local
 from pins_ext.pruning.config import PruneConfig
@@ -30,8 +31,8 @@ def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool 
 
     Raises:
         ValueError: a model of FSDP 1, a pattern that matches nothing, nothing left to prune, a frozen parameter that
-            was asked for, parameters of several devices or dtypes, a non-contiguous parameter, or two that overlap in
-            memory.
+            was asked for, one that a parametrization makes a weight of, parameters of several devices or dtypes, a
+            non-contiguous parameter, or two that overlap in memory.
     """
     if is_flattened(model):
         raise ValueError(
@@ -64,7 +65,22 @@ def prunable_parameters(model: nn.Module, config: PruneConfig, frozen_too: bool 
     if not kept:
         raise ValueError(f"no prunable parameter: name them with include; names look like {_examples(parameters)}")
     _check_uniform(kept)
+    _refuse_parametrized(model, kept)
     return _without_aliases(kept)
+
+
+def _refuse_parametrized(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Of all that weights are computed from, only that of weight_norm has their zeros."""
+    names = {id(p): name for name, p in parameters.items()}
+    for module in model.modules():
+        if isinstance(module, ParametrizationList):
+            kinds = [type(each).__name__ for each in module]
+            found = [names[id(p)] for p in module.parameters(recurse=False) if id(p) in names]
+            if found and kinds != ["_WeightNorm"]:
+                raise ValueError(
+                    f"{found[0]} is no weight but what {', '.join(kinds)} computes one from, whose zeros would not "
+                    "stay: exclude it, or remove_parametrizations first (torch.nn.utils.parametrize)"
+                )
 
 
 def _replaced(model: nn.Module) -> tuple[str, ...]:

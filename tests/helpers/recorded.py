@@ -62,7 +62,7 @@ class Recording(TorchDispatchMode):
 
 
 def record(f: Callable[[], Any]) -> Recording:
-    """What stands for `graphs.capture`."""
+    """What stands for `graphs.cuda_graph`."""
     made = Recording()
     made.capture(f)
     return made
@@ -70,7 +70,7 @@ def record(f: Callable[[], Any]) -> Recording:
 
 def capture_on(device: str) -> Callable[[Callable[[], Any]], graphs.Graph]:
     """How a step is captured there."""
-    return graphs.capture if device == "cuda" else record
+    return graphs.cuda_graph if device == "cuda" else record
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -376,7 +376,7 @@ def test_a_graph_is_captured_on_the_device_of_the_weights(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "Stream", lambda: f"a stream on {now[0]}")
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream=None: nullcontext(streams.append(stream)))
     with ops.on_device(second):
-        graphs.capture(lambda: None)
+        graphs.cuda_graph(lambda: None)
     assert streams == ["a stream on 1"]
 
 
@@ -385,7 +385,7 @@ def test_released_gradients_are_refused() -> None:
     captured.optimizer.release_gradients()
     tried(captured, r"keep_gradients\(\)")
     with pytest.raises(RuntimeError, match=r"keep_gradients\(\)"):
-        StepGraphs(captured.pruner)
+        StepGraphs(captured.pruner, capture=record)
 
 
 @pytest.mark.parametrize("which", [(0, 1), (0,), (1,)])
@@ -395,7 +395,7 @@ def test_several_optimizers_are_refused(which: tuple[int, ...]) -> None:
     optimizers = [PinsAdamW(layer.parameters(), lr=rate, capturable=i in which) for i, layer in enumerate(model)]
     pruner = Pruner(model, optimizers, PruneConfig(include=("*.weight",)), 10)
     with pytest.raises(RuntimeError, match="several optimizers"):
-        StepGraphs(pruner)
+        StepGraphs(pruner, capture=record)
     model(torch.ones(1, 8)).sum().backward()
     with recording(), pytest.raises(RuntimeError, match="several optimizers"):
         optimizers[which[0]].step()
@@ -407,18 +407,18 @@ def test_what_no_step_is_without_is_refused_at_once() -> None:
     config = PruneConfig(include=("*",), criterion=lambda p, g, lr: p.abs())
     pruner = Pruner(model, optimizer, config, 10)
     with pytest.raises(RuntimeError, match="a function as criterion"):
-        StepGraphs(pruner)
+        StepGraphs(pruner, capture=record)
     model(torch.ones(1, 8)).sum().backward()
     with recording(), pytest.raises(RuntimeError, match="a function as criterion"):
         optimizer.step()
     pruner.detach()
     with patch.object(Importance, "on_host", True), pytest.raises(RuntimeError, match="state_device='cpu'"):
-        StepGraphs(Pruner(model, optimizer, PruneConfig(include=("*",)), 10))
+        StepGraphs(Pruner(model, optimizer, PruneConfig(include=("*",)), 10), capture=record)
     optimizer.listener = None
     pruner = Pruner(model, optimizer, PruneConfig(include=("*",)), 10)
     pruner.importance.ranks.alone = False
     with pytest.raises(RuntimeError, match="several ranks"):
-        StepGraphs(pruner)
+        StepGraphs(pruner, capture=record)
 
 
 def test_a_frozen_base_is_refused() -> None:
@@ -472,6 +472,14 @@ def test_a_kind_of_step_that_was_not_taken_is_refused() -> None:
 def test_graphs_need_a_capturable_optimizer() -> None:
     with pytest.raises(ValueError, match="capturable=True"):
         StepGraphs(CapturedTraining("cpu", False).pruner)
+
+
+def test_graphs_need_weights_on_a_gpu() -> None:
+    model = nn.Linear(8, 8)
+    optimizer = PinsAdamW(model.parameters(), capturable=True)
+    pruner = Pruner(model, optimizer, PruneConfig(include=("*",)), 10)
+    with pytest.raises(ValueError, match=r"CUDA graphs, and the weights are on cpu: call optimizer\.step\(\)"):
+        StepGraphs(pruner)
 
 
 def test_a_gradient_that_moved_is_refused_and_no_step_is_lost() -> None:

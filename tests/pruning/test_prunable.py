@@ -82,6 +82,16 @@ def test_odd_parameters_are_refused_with_a_reason() -> None:
         Pruner(model, ["not one"], CONFIG, STEPS)  # type: ignore[list-item]
 
 
+def test_what_a_parametrization_makes_a_weight_of_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.utils.parametrizations.weight_norm(model[0])
+    config = PruneConfig(include=("*original*",), exclude=("*original0",))
+    assert [*prunable_parameters(model, config)] == ["0.parametrizations.weight.original1"]
+    nn.utils.parametrizations.orthogonal(model[1])
+    with pytest.raises(ValueError, match=r"1\.parametrizations\.weight\.original is no weight but what _Orthogonal"):
+        prunable_parameters(model, config)
+
+
 def test_a_model_without_memory_has_no_overlaps_but_its_own() -> None:
     with torch.device("meta"):
         model = Network()
