@@ -137,7 +137,7 @@ class Pruner:
         copied.schedule = self.schedule
         if self.masks.fixed is not None:
             copied.schedule = keep_zeros(copied.schedule, copied.names, copied.importance, copied.masks)
-        copied.load_state_dict(self.state_dict(full=False))
+        copied.load_state_dict(self.state_dict())
         copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
         return copied
 
