@@ -25,7 +25,7 @@ from pins_ext.pruning.config import PruneConfig
 from pins_ext.runs.errors import CommandError, UsageError
 from pins_ext.runs.folder import as_typed
 from pins_ext.runs.html import percent
-from pins_ext.runs.prepare import Loaded, as_usage_errors, from_pretrained, load_model, quiet
+from pins_ext.runs.prepare import Loaded, as_usage_errors, from_pretrained, load_model, numbered_as_the_model, quiet
 from pins_ext.runs.request import RunOptions
 from pins_ext.runs.validation import validated
 from pins_ext.tasks import Task, load_task
@@ -82,6 +82,7 @@ def prune_checkpoint(
     name = str(asked.model)
     with as_usage_errors():
         task = load_task(data)
+        task = numbered_as_the_model(task, name, name)
         task = task.tokenized(from_pretrained(AutoTokenizer, name, name, **task.tokenizer_kwargs))
         torch.manual_seed(calibration.seed)
         loaded = load_model(asked, task, name, name)
@@ -115,7 +116,7 @@ def prune_checkpoint(
     except SaveError as error:
         raise CommandError(str(error)) from error
     scores = "; ".join(f"{name} {before[name]:.4f} before, {score:.4f} after" for name, score in after.items())
-    _say(found, config, f"{scores} ({len(task.validation):,} examples)" if after else "", target, console)
+    _say(found, config, f"{scores} ({task.sizes()['validation']:,} examples)" if after else "", target, console)
     return found
 
 

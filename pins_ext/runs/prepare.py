@@ -72,6 +72,7 @@ def prepare(request: Request, folder: Path, task: Task | None = None, callbacks:
             task = load_task(request.task)
         source, name = _model_source(request, task)
         if task.tokenizer is None:
+            task = numbered_as_the_model(task, source, name)
             task = task.tokenized(from_pretrained(AutoTokenizer, source, name, **task.tokenizer_kwargs))
         request = fitted_to(request, task)
         args = request.training_arguments(folder)
@@ -203,24 +204,16 @@ def load_model(asked: RunOptions, task: Task, source: str, name: str) -> Loaded:
     model, loading = from_pretrained(
         kind, source, name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **task.model_kwargs()
     )
-    missing, replaced = sorted(loading["missing_keys"]), sorted(key for key, *_ in loading["mismatched_keys"])
-    if not missing and not replaced:
-        _refuse_other_order(task, source, name)
-    return Loaded(model, tuple(missing), tuple(replaced))
+    replaced = sorted(key for key, *_ in loading["mismatched_keys"])
+    return Loaded(model, tuple(sorted(loading["missing_keys"])), tuple(replaced))
 
 
-def _refuse_other_order(task: Task, source: str, name: str) -> None:
-    """Refuse a head that knows the task's labels, but by other numbers: each would be taken for another one."""
-    own = [*task.model_kwargs().get("id2label", {}).values()]
-    if not own:
-        return
+def numbered_as_the_model(task: Task, source: str, name: str) -> Task:
+    """The task with its classes as a head that knows them numbers them: by others it would be read wrongly."""
+    if not task.label_names:
+        return task
     numbered = from_pretrained(AutoConfig, source, name).id2label or {}
-    there = [str(label) for _, label in sorted(numbered.items())]
-    if own != there and sorted(own) == sorted(there):
-        raise UsageError(
-            f"{name} numbers its labels {', '.join(there)}, and {task.name} {', '.join(own)}: its head would be read "
-            "wrongly. Start from the model below it, whose head is made anew, or number the labels alike"
-        )
+    return task.numbered_as([str(label) for _, label in sorted(numbered.items())])
 
 
 def _regularizer(request: Request, task: Task, model: Any) -> tuple[SelfRegularizer | None, list[str]]:

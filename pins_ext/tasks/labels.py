@@ -48,6 +48,16 @@ class Labels:
         ids = dict(enumerate(self.names))
         return {"num_labels": len(ids), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
 
+    def numbered_as(self, names: Sequence[str]) -> tuple[Labels, dict[int, int]] | None:
+        """Returns the same classes as a model numbers and spells them, and the new id of each; None: it has others."""
+        here, there = ([name.casefold() for name in each] for each in (self.names, names))
+        if self.is_regression or sorted(here) != sorted(there) or len({*here}) < len(here):
+            return None
+        ids = {i: there.index(name) for i, name in enumerate(here)}
+        spelled = {name: names[ids[i]] for i, name in enumerate(self.names)}
+        aliases = {alias: spelled[name] for alias, name in self.aliases.items()}
+        return Labels(tuple(names), aliases | {old: new for old, new in spelled.items() if old != new}), ids
+
     def encode(self, rows: Rows) -> list[int] | list[float]:
         """Returns class ids or finite values, one per example.
 

@@ -121,6 +121,17 @@ class Task(ABC):
         """Returns what `from_pretrained` of the model needs, so that its config knows the task."""
         return {}
 
+    def numbered_as(self, names: Sequence[str]) -> Self:
+        """Returns the task with its classes numbered and spelled as a model's, where these are the same classes.
+
+        Args:
+            names: of the model's classes, in their order.
+
+        Raises:
+            TaskError: a metric of the task is that of one class by its number.
+        """
+        return self
+
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuses a model that cannot do this task.
 

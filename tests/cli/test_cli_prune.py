@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.small_models import characters, decoder_config
 from rich.console import Console
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from pins_ext.cli.main import main
 from pins_ext.pruning.config import PruneConfig
@@ -89,27 +90,36 @@ def test_it_prunes_a_language_model_by_wanda(text: Path, tmp_path: Path, capsys:
     assert len(AutoTokenizer.from_pretrained(target)("a cab")["input_ids"]) == 5
 
 
-def test_a_head_with_the_labels_in_another_order_is_refused(
+def test_a_head_with_the_labels_in_another_order_is_read_by_it(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--data", f"{tiny}/train.csv", "--sparsity", "0.5", "--criterion", "magnitude"]
-    assert main(["prune", f"{tiny}/model", *asked, "--output-dir", str(tmp_path / "a")]) == 0
-    file = tmp_path / "a" / "config.json"
-    config = json.loads(file.read_text())
-    names = [*config["id2label"].values()]
-    config["id2label"] = dict(enumerate(reversed(names)))
-    config["label2id"] = {name: i for i, name in config["id2label"].items()}
-    file.write_text(json.dumps(config))
-    capsys.readouterr()
-    assert main(["prune", str(tmp_path / "a"), *asked, "--output-dir", str(tmp_path / "b")]) == 2
-    said = capsys.readouterr().err
-    assert f"numbers its labels {', '.join(reversed(names))}, and files {', '.join(names)}: its head would be" in said
-    assert not (tmp_path / "b").exists()
+    asked = ["--data", f"{tiny}/train.csv", "--validation-file", f"{tiny}/dev.csv", "--sparsity", "0.5"]
+    assert (
+        main(["prune", f"{tiny}/model", *asked, "--criterion", "magnitude", "--output-dir", str(tmp_path / "a")]) == 0
+    )
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    head = {name: tensor.flip(0).contiguous() for name, tensor in tensors.items() if name.startswith("classifier.")}
+    save_file(tensors | head, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    names = [name.upper() for name in config["id2label"].values()]
     # By their numbers, in whatever order a file has them.
-    config["id2label"] = dict(reversed([*enumerate(names)]))
-    config["label2id"] = {name: i for i, name in enumerate(names)}
-    file.write_text(json.dumps(config))
-    assert main(["prune", str(tmp_path / "a"), *asked, "--output-dir", str(tmp_path / "b")]) == 0
+    config["id2label"] = dict(reversed([*enumerate(reversed(names))]))
+    config["label2id"] = {name: i for i, name in config["id2label"].items()}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    scores = []
+    for folder in ("a", "b"):
+        capsys.readouterr()
+        more = ["--criterion", "fisher", "--output-dir", str(tmp_path / f"{folder}2"), "--batches", "3"]
+        assert main(["prune", str(tmp_path / folder), *asked, *more]) == 0
+        said = capsys.readouterr().out
+        scores.append(re.findall(r"evaluated .*", said))
+        numbered = f"note      classes are numbered as the model has them: {', '.join(reversed(names))}\n"
+        assert (numbered in said) == (folder == "b")
+    assert scores[0] == scores[1] != []
+    assert AutoConfig.from_pretrained(tmp_path / "b2").id2label == dict(enumerate(reversed(names)))
+    pruned, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("a2", "b2"))
+    assert all(torch.equal(pruned[name] == 0, other[name] == 0) for name in pruned.keys() - head.keys())
 
 
 def test_what_was_zero_already_is_told_and_what_it_costs(

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,24 @@ def test_pairs_and_values(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     task = load_task(TaskArguments(train_file=str(path), validation_file=str(path)), tokenizer)
     assert task.train["input_ids"][:] == [[2, 3, 4], [5, 6, 7]]
     assert task.collator([task.train[0], task.train[1]])["labels"].dtype == torch.float32
+
+
+def test_classes_are_numbered_as_a_model_has_them(files: Files) -> None:
+    task = load_task(files(["no", "yes", "maybe", "no", "yes", "maybe"], ["yes", "no"]))
+    assert task.train["labels"][:] == [1, 2, 0, 1, 2, 0]
+    numbered = task.numbered_as(["Yes", "NO", "maybe"])
+    assert numbered.train["labels"][:] == [1, 0, 2, 1, 0, 2]
+    assert numbered.validation["labels"][:] == [0, 1]
+    assert numbered.label_names == ("Yes", "NO", "maybe")
+    assert "classes are numbered as the model has them: Yes, NO, maybe" in numbered.notes
+    # Spelled otherwise alone; other classes, as many or not; a class twice.
+    spelled = task.numbered_as(["MAYBE", "No", "Yes"])
+    assert (spelled.label_names, spelled.notes) == (("MAYBE", "No", "Yes"), task.notes)
+    for names in (["LABEL_0", "LABEL_1", "LABEL_2"], ["yes", "no"], ["yes", "yes", "no"], []):
+        assert task.numbered_as(names) is task
+    by_f1 = replace(task, metrics=("f1",))
+    with pytest.raises(TaskError, match="whose f1 is that of the second"):
+        by_f1.numbered_as(["yes", "no", "maybe"])
 
 
 def test_the_length_is_bounded_by_the_model(files: Files, tokenizer: PreTrainedTokenizerFast) -> None:

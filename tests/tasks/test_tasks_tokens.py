@@ -129,6 +129,17 @@ def test_the_baseline_knows_each_word_s_usual_tag(tmp_path: Path) -> None:
     assert "each word's usual tag" in described
 
 
+def test_tags_are_numbered_as_a_model_has_them(tmp_path: Path) -> None:
+    write(tmp_path, train=TEXT, dev=TEXT)
+    task = own(tmp_path)
+    assert task.label_names == ("O", "B-person", "I-person", "B-place", "I-place")
+    assert task.train["tags"][:] == [[3, 4, 0], [1], [0]]
+    numbered = task.numbered_as(["B-place", "I-place", "B-person", "I-person", "O"])
+    assert numbered.train["tags"][:] == numbered.validation["tags"][:] == [[0, 1, 4], [2], [4]]
+    for names in (["O", "B-place", "I-place"], ["B-PLACE", "I-PLACE", "B-PERSON", "I-PERSON", "O"]):
+        assert task.numbered_as(names) is task
+
+
 def test_sentences_are_held_out_and_limited(tmp_path: Path) -> None:
     write(tmp_path, train="".join(f"w{i}\tB-x\n\n" for i in range(20)))
     arguments = {"train_file": str(tmp_path / "train.conll"), "eval_fraction": 0.25}

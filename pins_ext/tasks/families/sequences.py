@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pins_ext.tasks.arguments import TaskError
 from pins_ext.tasks.labels import Labels, class_shares
 from pins_ext.tasks.metrics import evaluate
 from pins_ext.tasks.task import Task, encoded
@@ -14,6 +16,7 @@ from pins_ext.tasks.task import Task, encoded
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,27 @@ class SequenceTask(Task):
         if self.is_regression:
             return {"num_labels": self.num_labels, "problem_type": "regression"}
         return {"problem_type": "single_label_classification", **self.labels.model_kwargs()}
+
+    def numbered_as(self, names: Sequence[str]) -> Self:
+        """Returns the task with its classes numbered and spelled as a model's, where these are the same classes."""
+        found = self.labels.numbered_as(names)
+        if found is None or self.labels.names == tuple(names):
+            return self
+        labels, ids = found
+        moved = any(old != new for old, new in ids.items())
+        told = ", ".join(names)
+        if moved and "f1" in self.metrics:
+            raise TaskError(
+                f"the model numbers its classes {told}, and {self.name} {', '.join(self.label_names)}, whose f1 is "
+                "that of the second: number the model's alike (id2label in its config.json, and its head's rows)"
+            )
+
+        def renumber(batch: dict[str, list[int]]) -> dict[str, list[int]]:
+            return {"labels": [ids[i] for i in batch["labels"]]}
+
+        splits = {name: split.map(renumber, batched=True, keep_in_memory=True) for name, split in self.splits().items()}
+        notes = (*self.notes, *([f"classes are numbered as the model has them: {told}"] if moved else []))
+        return replace(self, labels=labels, notes=notes, **splits)
 
     def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         """Returns token ids in place of texts."""

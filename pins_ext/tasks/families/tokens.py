@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
+    from typing_extensions import Self
 
 NO_ENTITY = "O"
 
@@ -58,6 +59,20 @@ class TokenTask(Task):
     def model_kwargs(self) -> dict[str, Any]:
         """Returns the tags as the model's config keeps them."""
         return self.tags.model_kwargs()
+
+    def numbered_as(self, names: Sequence[str]) -> Self:
+        """Returns the task with its tags numbered as a model's, where these are the same tags."""
+        found = self.tags.numbered_as(names)
+        # Scores read the spelling of a tag.
+        if found is None or {*names} != {*self.tags.names} or self.tags.names == tuple(names):
+            return self
+        tags, ids = found
+
+        def renumber(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+            return {"tags": [[ids[i] for i in row] for row in batch["tags"]]}
+
+        splits = {name: split.map(renumber, batched=True, keep_in_memory=True) for name, split in self.splits().items()}
+        return replace(self, tags=tags, **splits)
 
     def encode(self, examples: Dataset, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         """Returns token ids; the first token of each word carries the word's tag, all others are ignored."""
