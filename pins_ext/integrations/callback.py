@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pins_ext.distributed.first import on_first
 from pins_ext.files.atomic import write_file
 from pins_ext.integrations import logs as names
 from pins_ext.integrations.evaluation import EvaluationView, score_of
@@ -109,7 +110,7 @@ class PinsCallback(TrainerCallback):
         self.pruning_seconds = 0.0
         self.saves_in_on_save = True
         self.regularizes_forward = True
-        self._run = uuid.uuid4().hex
+        self._run = ""
         self._stats: tuple[Any, dict[str, Any]] = (None, {})
         self._view: EvaluationView | None = None
         self._released: FusedOptimizer | None = None
@@ -163,6 +164,8 @@ class PinsCallback(TrainerCallback):
         if state.global_step > 0:
             self._restore(args, state)
         else:
+            # The first rank writes it into files that all read.
+            self._run = on_first(lambda: uuid.uuid4().hex)
             state.log_history.append({"step": 0, names.RUN: self._run})  # type: ignore[dict-item]
 
     def new_pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:

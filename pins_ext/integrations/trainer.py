@@ -137,8 +137,8 @@ class PinsTrainer(ClipInPass, Trainer):
                 file = self._resumed_from / self._epoch_file
                 if not file.exists():
                     raise IncompleteError(
-                        f"{self._resumed_from} has no {file.name}: it was written by another number of processes, "
-                        f"whose order of data {self.args.world_size} can't go on with"
+                        f"{self._resumed_from} has no {file.name}: it was written by another number of processes than "
+                        f"{self.args.world_size}, each with an order of data of its own: go on with as many"
                     )
                 random_state.restore(torch.load(file, weights_only=True))
             else:

@@ -93,7 +93,10 @@ def test_a_sparse_checkpoint_is_pruned_further(
         (("--release-gradients", "--release-clip", "tensor"), "--release-norm to which norm"),
         (("--release-gradients",), "max_grad_norm=1 clips by this step's norm"),
         (("--release-gradients", "--max-grad-norm", "0", "--score-gradient", "task"), "use joint"),
-        (("--release-gradients", "--max-grad-norm", "0", "--optimizer", "adamax"), "--release-gradients is of --optimizer adamw"),
+        (
+            ("--release-gradients", "--max-grad-norm", "0", "--optimizer", "adamax"),
+            "--release-gradients is of --optimizer adamw",
+        ),
         (("--release-gradients", "--max-grad-norm", "0", "--gradient-accumulation-steps", "2"), "set it to 1"),
         (("--release-gradients", "--max-grad-norm", "0", "--criterion", "movement"), "criterion='movement'"),
         (("--moment-dtype", "8bit", "--optimizer", "sgd"), "--moment-dtype 8bit is of --optimizer adamw"),

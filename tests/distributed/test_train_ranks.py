@@ -84,6 +84,16 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(tiny: Path, tmp_path: Path) 
     assert main(["verify", str(tmp_path / "result")]) == 0
 
 
+def test_the_best_model_is_brought_back_on_every_rank(tiny: Path, tmp_path: Path) -> None:
+    more = ["--early-stopping", "1", "--max-steps", "40", "--eval-steps", "4", "--save-steps", "4"]
+    process = start(tmp_path, "train", *flags(tiny, tmp_path / "result", *more))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert json.loads((tmp_path / "result" / "metrics.json").read_text())["final"]["zeros"] > 0
+    assert main(["verify", str(tmp_path / "result")]) == 0
+
+
 def test_accelerate_launch_writes_one_result(tiny: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "train", *flags(tiny, tmp_path / "result"), launch=ACCELERATE)
     out, err = process.communicate(timeout=300)
