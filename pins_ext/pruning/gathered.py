@@ -99,6 +99,7 @@ class Inputs(Gathered):
         """See Gathered; what no layer was given is found before anything is pruned."""
         for name in self.names:
             self._norms.norm(name)
+        self._norms.warn_of_unreached()
 
     def operands(self) -> Operands:
         """See Gathered; one float32 score a weight."""
@@ -106,8 +107,7 @@ class Inputs(Gathered):
 
     def score(self, i: int) -> Tensor:
         """See Gathered."""
-        norm = self._norms.norm(self.names[i])
-        return self.weights[i].float().abs() * (norm if self._dims[i] == 0 else norm[:, None])
+        return self.weights[i].float().abs() * self._norms.norm(self.names[i]).unsqueeze(self._dims[i])
 
 
 class Gradients(Gathered):

@@ -67,11 +67,12 @@ def prune_once(
 
     The score of a weight is the mean over the batches of the criterion's instant score (movement: the sum; fisher and
     moments: made of the means of g and g²; magnitude: |w|, and no batch is read). wanda is |w| times the 2-norm of the
-    input feature over all tokens (Sun et al. 2023), compared within each output of a layer; all inputs are those of the
-    dense model, where the authors' code looks anew behind every block that it has pruned. Padding is left out where a
-    batch has an attention_mask. Gradients are freed one by one inside backward: beside the weights there is one state
-    per prunable weight (moments: two; wanda and magnitude: none). The model runs in evaluation mode, without dropout,
-    and its own gradients, modes and requires_grad come back as they were.
+    input feature over all tokens (Sun et al. 2023), an expert's over those that are routed to it, compared within each
+    output of a layer; all inputs are those of the dense model, where the authors' code looks anew behind every block
+    that it has pruned. Padding is left out where a batch has an attention_mask. Gradients are freed one by one inside
+    backward: beside the weights there is one state per prunable weight (moments: two; wanda and magnitude: none). The
+    model runs in evaluation mode, without dropout, and its own gradients, modes and requires_grad come back as they
+    were.
 
     Args:
         model: in one process, on one device; frozen weights are pruned like others.

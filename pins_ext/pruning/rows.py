@@ -15,7 +15,8 @@ def prune_rows(weight: Tensor, score: Tensor, sparsity: float, output_dim: int) 
     """Zero, in every row, the weights with the lowest scores; of equal ones those that come first.
 
     Args:
-        weight: [rows, columns], or [columns, rows] where output_dim is 1; written.
+        weight: [rows, columns], or [columns, rows] where output_dim is 1; written. Several of them, one behind the
+            other in a first dimension, are pruned one by one; output_dim counts it, too.
         score: float32 of its shape; NaN counts as highest.
         sparsity: share of a row that is pruned; its number of weights is rounded to the nearest.
         output_dim: the dimension along which rows lie.
@@ -23,6 +24,8 @@ def prune_rows(weight: Tensor, score: Tensor, sparsity: float, output_dim: int) 
     Returns:
         How many were pruned.
     """
+    if score.dim() == 3:
+        return sum(prune_rows(*each, sparsity, output_dim - 1) for each in zip(weight, score, strict=True))
     weight, score = weight.movedim(output_dim, 0), score.movedim(output_dim, 0)
     rows, columns = score.shape
     count = n_prune(columns, 1 - sparsity, exact=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 from pins_ext.files.atomic import SaveError, written_aside
 from pins_ext.pruning import once
 from pins_ext.pruning.config import PruneConfig
+from pins_ext.pruning.plan import ConflictWarning
 from pins_ext.runs.errors import CommandError, UsageError
 from pins_ext.runs.folder import as_typed
 from pins_ext.runs.html import percent
@@ -101,13 +103,16 @@ def prune_checkpoint(
     validate = partial(validated, task, model, calibration.batch_size) if calibration.validates and not new else None
     with as_usage_errors(), _shown(console, batches) as progress:
         before = validate(progress) if validate else {}
-        found = once.prune_once(
-            model,
-            islice(loader, batches),
-            config,
-            learning_rate=calibration.learning_rate,
-            progress=progress,
-        )
+        with warnings.catch_warnings():
+            # No plan tells of them, as that of training does.
+            warnings.filterwarnings("always", category=ConflictWarning)
+            found = once.prune_once(
+                model,
+                islice(loader, batches),
+                config,
+                learning_rate=calibration.learning_rate,
+                progress=progress,
+            )
         after = validate(progress) if validate else {}
     try:
         with written_aside(target) as aside:
@@ -176,7 +181,7 @@ def _say(found: once.PrunedOnce, config: PruneConfig, evaluated: str, target: Pa
     lines = ["", *(f"{share:9.2%}  {name}" for name, share in found.per_layer.items()), ""]
     scope = {"row": "within each output of a layer", "layer": "within each tensor", "global": "globally"}
     compared = scope.get(config.scope, "within groups") if isinstance(config.scope, str) else "within groups"
-    looked = f", {found.batches:,} batches" if found.batches else ""
+    looked = f", {found.batches:,} batch{'es' if found.batches > 1 else ''}" if found.batches else ""
     loss = f", their mean loss before pruning {found.loss:.4f}" if found.loss is not None else ""
     folder, more = shlex.quote(str(as_typed(target.absolute()))), found.zeros - found.pruned
     lines += [
