@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from drawn_training import separately
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from watch import READS
+from watch import READS, like_a_gpu
 
 from pins_ext import PruneConfig, Pruner, StepGraphs, ops
 from pins_ext.optim import FusedOptimizer, PinsAdamW, PinsSGD
@@ -207,3 +208,24 @@ def compare_without_a_pruner(device: str) -> PinsAdamW:
         graph.replay()
         assert torch.equal(*weights), t
     return captured
+
+
+def replaying(**options: Any) -> CapturedTraining:
+    """A training whose next step is a replay."""
+    captured = CapturedTraining("cpu", True, **options)
+    for t in range(STEPS // 2):
+        captured.step(t)
+    assert captured.graphs is not None
+    assert captured.graphs.kind in captured.graphs.graphs
+    captured.give_gradients(STEPS // 2)
+    return captured
+
+
+@contextmanager
+def eager_as_captured() -> Iterator[None]:
+    """Branches of a GPU's host, and eager steps by the separate passes that captured ones are made of.
+
+    One pass has the window that ends folded a step before, to the same weights and masks (test_one_pass.py).
+    """
+    with like_a_gpu(), separately():
+        yield
