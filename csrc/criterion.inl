@@ -153,7 +153,7 @@ PINS_HD uint16_t fp16_of(float x) {
 // A byte for each weight and, for every 32 of them, a scale in bf16, no less than the largest magnitude; the square
 // root of a state that is never negative, the first moment itself. With q = magnitude / scale the byte is 2 q / (1 + q)
 // (a softsign) of kLevels, or of kSignedLevels with the sign: small values keep the finer steps. What is above zero in
-// a state that is never negative stays above zero: a second moment of 0 would make any step endless.
+// a state that is never negative stays above zero but in averages: a second moment of 0 would make any step endless.
 // pins_ext/reference.py encode.
 constexpr int kLevels = 254, kNanCode = 255;
 constexpr int kSignedLevels = 127, kSignedNanCode = -128;
@@ -164,17 +164,18 @@ PINS_HD uint16_t bf16_above(float x) {
   return static_cast<uint16_t>(up < 0x7f7fu ? up : 0x7f7fu);
 }
 
-// `part`: what is added before the fraction is cut off: .5 rounds to nearest, a random part of 1 stochastically.
+// `part`: what is added before the fraction is cut off: .5 rounds to nearest, a random part of 1 stochastically. The
+// averages of a fold have one random part in common: key0's low half the mean, its high half the uncertainty.
 PINS_HD int level_of(float magnitude, float scale, int levels, float part) {
   float q = magnitude / (scale > 0.0f ? scale : 1.0f);
   int level = static_cast<int>(((static_cast<float>(2 * levels) * q) / (1.0f + q)) + part);
   return level < levels ? level : levels;
 }
 
-// x is finite and not negative.
-PINS_HD int code_of(float x, float root, float scale, float part) {
+// x is finite and not negative. `vanishes`: what is above zero may become zero, as in averages.
+PINS_HD int code_of(float x, float root, float scale, float part, bool vanishes = false) {
   int level = level_of(root, scale, kLevels, part);
-  return level == 0 && x > 0.0f ? 1 : level;
+  return level == 0 && x > 0.0f && !vanishes ? 1 : level;
 }
 
 PINS_HD int signed_code_of(float x, float magnitude, float scale, float part) {

@@ -288,6 +288,15 @@ GROUP = 32
 """Weights that share a scale."""
 
 
+def fold_bits(shape: Sequence[int], key0: int) -> tuple[Tensor, Tensor]:
+    """The bits, in the low 16, by which a fold rounds the mean and the uncertainty in 8 bits, each int64 [shape].
+
+    They are the same for all weights of a fold. To nearest, a decay below half a step of codes would be lost, and what
+    gets no gradient any more would keep its importance; with bits of their own weights would change places by chance.
+    """
+    return torch.full(tuple(shape), key0), torch.full(tuple(shape), key0 >> 16)
+
+
 def coded_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of a tensor in 8 bits, [.., groups of a row, 34]: the codes of a group, then its scale.
 
@@ -300,20 +309,22 @@ def coded_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:first], -(-math.prod(shape[first:]) // GROUP), GROUP + 2)
 
 
-def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None) -> Tensor:
+def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None, vanishes: bool = False) -> Tensor:
     """float32 to 8-bit storage: for each weight a softsign of its share in the scale of its group.
 
     Groups are 32 weights that follow each other in a row, from its first on; the last may be shorter. The magnitude of
     a weight is its square root, or itself where `signed`; the scale the group's largest magnitude, rounded up to
     bfloat16. With
     q = magnitude / scale the code is 2 q / (1 + q) of 254, or of 127 with the sign. A weight above zero never becomes
-    zero without a sign. 255, or -128, stands for what is not finite, and without a sign for what is below zero; the
-    scale passes over it.
+    zero without a sign, but in averages (`vanishes`). 255, or -128, stands for what is not finite, and without a sign
+    for what is below zero; the scale passes over it.
 
     Args:
         x: any shape, float32.
         signed: for the first moment; otherwise x is not negative.
-        random16: 16 bits of each weight in the low bits, int64, for stochastic rounding; None rounds to nearest.
+        random16: 16 bits of each weight in the low bits, int64, for stochastic rounding (in a fold: `fold_bits`); None
+            rounds to nearest.
+        vanishes: what is above zero may become zero, as in the averages of a fold: it would stay above them for ever.
 
     Returns:
         uint8, or int8 where signed, [coded_shape]: of each group its codes, zeros up to 32, and its bfloat16 scale.
@@ -329,7 +340,7 @@ def encode(x: Tensor, signed: bool = False, random16: Tensor | None = None) -> T
     levels = 127 if signed else 254
     part = torch.full_like(q, 0.5) if random16 is None else (random16.view(x.shape) & 0xFFFF).float() * 2.0**-16
     level = (((2.0 * levels) * q) / (1.0 + q) + part).to(torch.int32).clamp(max=levels)
-    if not signed:
+    if not signed and not vanishes:
         level = torch.where((level == 0) & (x > 0), 1, level)
     code = torch.where(x < 0, -level, level)
     code = torch.where(odd, -128 if signed else 255, code)

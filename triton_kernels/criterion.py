@@ -192,9 +192,10 @@ def level_of(magnitude, scale, levels: tl.constexpr, part):
 
 
 @triton.jit
-def code_of(x, root, scale, part):
+def code_of(x, root, scale, part, VANISHES: tl.constexpr):
+    """VANISHES: what is above zero may become zero, as in averages."""
     level = level_of(root, scale, LEVELS, part)
-    return tl.where((level == 0) & (x > 0.0), 1, level)
+    return level if VANISHES else tl.where((level == 0) & (x > 0.0), 1, level)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def _accumulate_block(
     c = instant_score(p, p, g, lr, CRITERION)
     new = next_ipt(load_float(ipt, first, left, columns, STATE, BLOCK_SIZE, VECTOR), c, n, CRITERION)
     if STATE == "uint8":
-        store_codes(ipt, first, left, new)
+        store_codes(ipt, first, left, new, 0.5, False)
     else:
         if STATE == "bfloat16":
             new = bf16_of(new, random_bits(index, key0, key1))
@@ -211,7 +211,8 @@ def _store_average(
     if STATE == "uint8":
         # The interpreter keeps a scalar comparison as a float, which it can't combine by `&`.
         there = tl.where(accepted, first[2], False)
-        new = store_codes(address, (first[0], first[1], there), tl.where(accepted, left, False), x)
+        part = (bits & 0xFFFF).to(tl.int32).to(tl.float32) * (1.0 / 65536.0)
+        new = store_codes(address, (first[0], first[1], there), tl.where(accepted, left, False), x, part, True)
         return tl.where(accepted, new, old)
     else:
         new = bf16_of(x, bits) if STATE == "bfloat16" else x
@@ -239,7 +240,8 @@ def _fold_block(
         square = load_float(exp_avg_sq, first, left, columns, SECOND, BLOCK_SIZE, VECTOR)
         lr, factor, factor_sq = factors
         x = score_moments(p, mean, square, lr, factor, factor_sq)
-    bits = random_bits(index, key0, key1) if STATE == "bfloat16" else None
+    # In 8 bits those of all weights: their order stays, and a decay below a step of codes is not lost.
+    bits = random_bits(index, key0, key1) if STATE == "bfloat16" else key0
     old = _load_average(exp_avg_ipt, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
     if UNC:
         old_unc = _load_average(exp_avg_unc, first, left, columns, STATE, BLOCK_SIZE, VECTOR)
@@ -247,7 +249,7 @@ def _fold_block(
     a = _store_average(exp_avg_ipt, first, left, mean, old, bits, accepted, STATE, BLOCK_SIZE, VECTOR)
     if UNC:
         unc = smooth_unc(_plain(old_unc, STATE), x, mean, beta2, one_minus_beta2)
-        bits = bits >> 16 if STATE == "bfloat16" else None
+        bits = bits >> 16
         b = _store_average(exp_avg_unc, first, left, unc, old_unc, bits, accepted, STATE, BLOCK_SIZE, VECTOR)
         return order_key(score_of(a, b, None, "product"))
     else:

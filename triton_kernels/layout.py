@@ -180,15 +180,15 @@ def tile_of(columns, group, end):
 
 
 @triton.jit
-def store_codes(address, first, valid, x):
-    """Store a tile of values in 8 bits without sign, rounded to nearest; what they are then, float32 [GROUPS, 32]."""
+def store_codes(address, first, valid, x, part, VANISHES: tl.constexpr):
+    """Store a tile of values in 8 bits without sign; what they are then, float32 [GROUPS, 32]. See code_of."""
     odd = ((bits_of(x) & 0x7FFFFFFF) >= 0x7F800000) | (x < 0.0)
     root = tl.sqrt_rn(abs_of(tl.where(odd, 0.0, x)))
     # Of numbers that are not negative the bits have their order.
     largest = tl.max(tl.where(valid, bits_of(root), 0).to(tl.int32, bitcast=True), 1)
     stored = bf16_above(float_of(largest.to(tl.uint32, bitcast=True)))[:, None]
     scale = float_of(stored << 16)
-    code = tl.where(odd, NAN_CODE, code_of(x, root, scale, 0.5))
+    code = tl.where(odd, NAN_CODE, code_of(x, root, scale, part, VANISHES))
     bytes_ptr = address.to(tl.pointer_type(tl.uint8)) + first[1]
     tl.store(bytes_ptr + tl.arange(0, GROUP)[None, :], code.to(tl.uint8), mask=valid)
     half = tl.arange(0, 2)[None, :]

@@ -70,7 +70,7 @@ inline bool is_odd(float x, bool has_sign) {
 }
 
 // Whole groups. To nearest without random bits. Those of a weight, 16 from `shift` on, make 2^-16 of a level each.
-template <bool has_sign>
+template <bool has_sign, bool vanishes = false>
 PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
                             int shift) {
   Buffer magnitudes, parts;
@@ -97,8 +97,8 @@ PINS_BLOCK void store_codes(const Span& span, int64_t at, int64_t n, const float
     const float scale = float_of_bf16(stored);
     for (int64_t i = begin; i < end; ++i) {
       const float x = source[i];
-      const int code =
-          has_sign ? signed_code_of(x, magnitude[i], scale, part[i]) : code_of(x, magnitude[i], scale, part[i]);
+      const int code = has_sign ? signed_code_of(x, magnitude[i], scale, part[i])
+                                : code_of(x, magnitude[i], scale, part[i], vanishes);
       codes[i - begin] = static_cast<uint8_t>(is_odd(x, has_sign) ? (has_sign ? kSignedNanCode : kNanCode) : code);
     }
   });
@@ -167,6 +167,14 @@ PINS_BLOCK void store_moment(const Span& span, int64_t at, int64_t n, const floa
   store_state(span, at, n, values, random, shift);
 }
 
+// A running average: by random bits into 8-bit storage too, and down to zero, or what is small beside the largest of
+// its group would stay above it for ever.
+PINS_BLOCK void store_average(const Span& span, int64_t at, int64_t n, const float* values, const uint32_t* random,
+                              int shift) {
+  if (span.data && span.dtype == Dtype::code8) return store_codes<false, true>(span, at, n, values, random, shift);
+  store_state(span, at, n, values, random, shift);
+}
+
 // Random bits of a block by global index, in pieces that are consecutive and have one high word.
 PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Rounding& rounding,
                              uint32_t* __restrict bits) {
@@ -190,6 +198,11 @@ PINS_BLOCK void random_block(const Run& run, int64_t at, int64_t n, const Roundi
     local += piece;
     n -= piece;
   }
+}
+
+// Bits that all weights of a fold have in common: their order stays, and a decay below a step of codes is not lost.
+inline void shared_block(int64_t n, const Rounding& rounding, uint32_t* bits) {
+  for (int64_t i = 0; i < n; ++i) bits[i] = rounding.key0;
 }
 
 // g / scale, in place where there is nothing to do: dividing by one changes no bit.
@@ -221,6 +234,9 @@ struct Float32s {
   void give_moment(const Span& span, int64_t at, int64_t n, const uint32_t* random, int shift) const {
     store_moment(span, at, n, data, random, shift);
   }
+  void give_average(const Span& span, int64_t at, int64_t n, const uint32_t* random, int shift) const {
+    store_average(span, at, n, data, random, shift);
+  }
 };
 
 // bfloat16 in place, converted and rounded stochastically where a loop computes: conversions in passes of their own
@@ -242,6 +258,7 @@ struct Bfloat16s {
   }
   void give(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
   void give_moment(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
+  void give_average(const Span&, int64_t, int64_t, const uint32_t*, int) const {}
 };
 
 // ---- masks and comparisons --------------------------------------------------------------------------------------

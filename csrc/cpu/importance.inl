@@ -91,12 +91,13 @@ PINS_BLOCK void fold_states(const Fold& args, int64_t at, int64_t n, Window ipt,
   Buffer mean_buffer, unc_buffer;
   Bits random, keys;
   if (args.exp_avg_ipt.dtype == Dtype::bfloat16) random_block(args.run, at, n, args.rounding, random.values);
+  if (args.exp_avg_ipt.columns) shared_block(n, args.rounding, random.values);
   const FoldBlock<States, Window> block{States::take(args.exp_avg_ipt, at, n, mean_buffer),
                                         States::take(args.exp_avg_unc, at, n, unc_buffer), ipt, random.values,
                                         keys.values};
   args.exp_avg_unc.data ? fold_averages<true>(block, n, args) : fold_averages<false>(block, n, args);
-  block.exp_avg_ipt.give(args.exp_avg_ipt, at, n, random.values, 0);
-  block.exp_avg_unc.give(args.exp_avg_unc, at, n, random.values, 16);
+  block.exp_avg_ipt.give_average(args.exp_avg_ipt, at, n, random.values, 0);
+  block.exp_avg_unc.give_average(args.exp_avg_unc, at, n, random.values, 16);
   if (!args.tally) return;
   if (args.exp_avg_ipt.columns) {
     // The scores that 8-bit storage holds.

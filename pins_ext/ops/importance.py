@@ -97,7 +97,8 @@ def fold_(
         places: int64 [n, 14], `Layout.places`.
         chunks: int64 [m, 2], `Layout.chunks`.
         accepted: float32 [1], gradients accepted in this window; at 0 the averages stay as they are.
-        rng: int64 [2], `rounding_key`; read for bfloat16 averages alone.
+        rng: int64 [2], `rounding_key`; read for averages in bfloat16, and for those in 8 bits, where one random part
+            rounds all weights.
         beta1: share of exp_avg_ipt that stays.
         beta2: share of exp_avg_unc that stays.
         bracket: int64 [5], what to count against; comes together with counts.
@@ -161,7 +162,8 @@ def fold_moments_(
         chunks: int64 [m, 2], `Layout.chunks`.
         factors: float32 [n, 3]: learning rate, 1 / (1 - beta1^t), 1 / (1 - beta2^t), with AdamW's betas.
         accepted: float32 [1], gradients accepted in this window; at 0 the averages stay as they are.
-        rng: int64 [2], `rounding_key`; read for bfloat16 averages alone.
+        rng: int64 [2], `rounding_key`; read for averages in bfloat16, and for those in 8 bits, where one random part
+            rounds all weights.
         beta1: share of exp_avg_ipt that stays.
         beta2: share of exp_avg_unc that stays.
         bracket: int64 [5], what to count against, see `fold_`; comes together with counts.

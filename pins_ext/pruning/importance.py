@@ -420,14 +420,15 @@ class Importance:
         return self.accepted[part], self.rng(step, rounds)
 
     def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:
-        """Keys of the stochastic rounding of one step, int64 [2]; only bfloat16 states need them.
+        """Keys of the stochastic rounding of one step, int64 [2]; bfloat16 states need them, and averages in 8 bits.
 
         Args:
             step: pruner step.
             rounds: whether something else is, in the same pass.
             stream: which of the step's passes.
         """
-        if self.dtype != torch.bfloat16 and not rounds:
+        drawn = self.dtype == torch.bfloat16 or (self.dtype in ops.CODED and stream == _FOLD)
+        if not drawn and not rounds:
             return self._no_rounding
         if self.clock is not None:
             return ops.rounding_keys(self.config.seed, self.clock, stream)

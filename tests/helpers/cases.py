@@ -84,6 +84,14 @@ def random_of(layout: ops.Layout, rng: Tensor) -> list[Tensor]:
     return [ref.random_bits(i, int(rng[0]), int(rng[1])) for i in index_of(layout)]
 
 
+def folded_codes(averages: Sequence[tuple[Tensor, Tensor | None]], which: int) -> list[Tensor]:
+    """One of the two averages of each tensor as a fold with `rng_of(1)` stores it in 8 bits."""
+    found = [
+        (x, ref.fold_bits(x.shape, int(rng_of(1)[0]))[which]) for pair in averages if (x := pair[which]) is not None
+    ]
+    return [ref.encode(x, False, bits, vanishes=True) for x, bits in found]
+
+
 def rng_of(step: int) -> Tensor:
     """The `rng` argument of some step."""
     return torch.tensor(ref.rounding_key(seed=11, step=step, stream=0))
