@@ -69,7 +69,9 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
         if p.dim() >= 2
     }
     _check(before, layers)
-    merged: nn.Module = tuner.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+    for layer in layers.values():
+        _merge(layer, adapter_names)
+    merged: nn.Module = tuner.unload()
     after = dict(merged.named_parameters())
     zeros = refilled = 0
     update = lost = 0.0
@@ -84,6 +86,16 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
         if name in before and bool(torch.count_nonzero(p[before[name] == 0])):
             raise RuntimeError(f"{name}: weights that were zero are not, although they were put back")
     return Merged(merged, sum(p.numel() for p in before.values()), zeros, refilled, lost / update if update else 0.0)
+
+
+def _merge(layer: Any, adapter_names: list[str] | None) -> None:
+    """Merge a layer's adapters in float32, rounded once: in 16 bits weights and updates may cancel to zero."""
+    base = layer.get_base_layer()
+    dtype = base.weight.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        layer.float()
+    layer.merge(safe_merge=True, adapter_names=adapter_names)
+    base.to(dtype)
 
 
 def _check(weights: dict[str, torch.Tensor], layers: dict[str, Any]) -> None:

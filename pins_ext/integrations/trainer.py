@@ -135,10 +135,11 @@ class PinsTrainer(ClipInPass, Trainer):
         if self._resumed_from is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             if kwargs["steps_trained_in_current_epoch"]:
                 file = self._resumed_from / self._epoch_file
-                if not file.exists():
+                written = len([*self._resumed_from.glob(f"{EPOCH_RANDOM_STATE}*.pt")])
+                if not file.exists() or written != self.args.world_size:
                     raise IncompleteError(
-                        f"{self._resumed_from} has no {file.name}: it was written by another number of processes than "
-                        f"{self.args.world_size}, each with an order of data of its own: go on with as many"
+                        f"{self._resumed_from} was written by {written} processes, each with an order of data of its "
+                        f"own, and this is {self.args.world_size}: go on with as many"
                     )
                 random_state.restore(torch.load(file, weights_only=True))
             else:

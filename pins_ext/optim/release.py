@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor
+from pins_ext.hooks import weakly
 from pins_ext.optim.listener import Batch, PruningArguments, StepListener
 from pins_ext.optim.step import NonFiniteError, Scaling
 
@@ -50,7 +51,7 @@ class GradientRelease:
         self._plain: dict[int, PruningArguments] = {}
         for p in self._groups_in_order():
             self._refuse(p)
-        hook = torch.compiler.disable(self._hook)
+        hook = torch.compiler.disable(weakly(self._hook))
         self._handles: list[Any] = [
             p.register_post_accumulate_grad_hook(hook) for p in self._groups_in_order() if p.requires_grad
         ]

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pins_ext.hooks import weakly
+
 TakeGradient = Callable[[int, Tensor], None]
 """Told the place of a parameter and its gradient, which is freed when it returns."""
 
 
 class GradientStream:
     """Follows parameters by hooks inside backward, so that no two of their gradients need to exist at once.
+
+    It ends with the last reference to it.
 
     Args:
         parameters: leaf tensors that require a gradient.
@@ -38,7 +42,7 @@ class GradientStream:
         self._backward = -1
         self.came: set[int] = set()
         self._handles: list[Any] = [
-            p.register_post_accumulate_grad_hook(partial(self._hook, i)) for i, p in enumerate(parameters)
+            p.register_post_accumulate_grad_hook(partial(weakly(self._hook), i)) for i, p in enumerate(parameters)
         ]
 
     def begin(self) -> None:

@@ -142,13 +142,20 @@ class RunFolder:
         """Note what the unfinished run was asked for; one that is resumed must have been asked for the same.
 
         Raises:
-            UsageError: the settings that differ, or a file of its data that has changed since.
+            UsageError: the settings that differ, another number of processes, or a file of its data that has changed.
         """
         file, settings = self.work / _SETTINGS, request.settings()
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
         given = (request.task.train_file, request.task.validation_file, request.task.test_file)
         data = {path: sha256(Path(path)) for path in given if path is not None and Path(path).is_file()}
         if request.resume is not None and file.is_file():
             stored = self._settings()
+            if (then := stored.get("processes", processes)) != processes:
+                raise UsageError(
+                    f"the unfinished run in {self.work} was started in {then} processes, and {processes} would see "
+                    f"other batches: go on in as many (torchrun --nproc-per-node {then}; it is 1 without torchrun), or "
+                    "start anew with --overwrite or in another --output-dir"
+                )
             before, hashes = stored["settings"], stored.get("data")
             hashes = hashes if isinstance(hashes, dict) else {}
             names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
@@ -163,7 +170,8 @@ class RunFolder:
                     f"{other} has changed since the unfinished run in {self.work} was started, and its steps would see "
                     "other examples: put the file back, or start anew with --overwrite or in another --output-dir"
                 )
-        write_file(file, json.dumps({"given": request.tokens, "settings": settings, "data": data}, indent=1))
+        known = {"given": request.tokens, "settings": settings, "data": data, "processes": processes}
+        write_file(file, json.dumps(known, indent=1))
 
     def remembered(self) -> list[str]:
         """The flags that the unfinished run was started with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
@@ -16,10 +17,14 @@ from pins_ext.runs.errors import StoppedError
 from pins_ext.runs.signals import handled
 
 _STEPS_BETWEEN_QUESTIONS = 4
+_SAME_SIGNAL_SECONDS = 2.0
 
 
 class StopOnSignal(TrainerCallback):
     """Turns the first signal into a checkpoint and a clean end; a second one ends at once.
+
+    Of several processes each gets a signal twice where all of them and their launcher get it, which forwards it: what
+    comes within a moment of the first is the same one.
 
     Nothing half-written can be left behind either way: checkpoints and results are renamed into place when complete.
     Several processes agree on the step they stop after; they ask each other every few steps.
@@ -28,6 +33,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received: int | None = None
         self._agreed: int | None = None
+        self._at = 0.0
         self.training = self.finished = False
 
     def listening(self) -> AbstractContextManager[None]:
@@ -35,9 +41,11 @@ class StopOnSignal(TrainerCallback):
         return handled(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and several() and time.monotonic() - self._at < _SAME_SIGNAL_SECONDS:
+            return
         if not self.training or self.finished or self.received is not None:
             raise StoppedError("stopped", number)
-        self.received = number
+        self.received, self._at = number, time.monotonic()
         print("\nstopping after this step; once more to stop without saving", file=sys.stderr, flush=True)
 
     def on_train_begin(

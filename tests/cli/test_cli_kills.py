@@ -94,7 +94,7 @@ os.rename = dying
     ],
 )
 def test_a_killed_run_resumes_to_the_same_weights(
-    tiny: Path, tmp_path: Path, unbroken: Path, setup: str, newest: int
+    tiny: Path, tmp_path: Path, unbroken: Path, setup: str, newest: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     dead = train_apart(setup, flags(tiny, output, "--test-file", f"{tiny}/test.csv"))
@@ -105,6 +105,12 @@ def test_a_killed_run_resumes_to_the_same_weights(
     # Without --resume an unfinished run is not thrown away; with other settings it is not resumed.
     assert main(["train", *flags(tiny, output)]) == 2
     assert main(["train", "--output-dir", str(output), "--resume", "--sparsity", "0.5"]) == 2
+    settings = json.loads((work / "settings.json").read_text())
+    (work / "settings.json").write_text(json.dumps(settings | {"processes": 3}))
+    capsys.readouterr()
+    assert main(["train", "--output-dir", str(output), "--resume"]) == 2
+    assert "was started in 3 processes, and 1 would see other batches" in capsys.readouterr().err
+    (work / "settings.json").write_text(json.dumps(settings))
     assert main(["train", "--output-dir", str(output), "--resume"]) == 0
     assert_same(output, unbroken)
     assert not work.exists()

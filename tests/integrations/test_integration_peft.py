@@ -95,6 +95,20 @@ def test_zeros_that_the_merge_makes_count() -> None:
     assert merged.zeros == 2
 
 
+def test_a_merge_in_16_bits_makes_no_zeros_by_rounding_twice() -> None:
+    """The update is -(1 + 2^-10) of the weights: in bfloat16 it would be their negative."""
+    net = nn.ModuleDict({"layer": nn.Linear(2, 2, bias=False)}).bfloat16()
+    nn.init.constant_(net["layer"].weight, 1 / 32)
+    net = peft.get_peft_model(net, peft.LoraConfig(target_modules=["layer"], r=1, lora_alpha=1 + 2**-10))
+    for name, value in (("lora_A", 1.0), ("lora_B", -1 / 32)):
+        nn.init.constant_(getattr(net.base_model.model["layer"], name)["default"].weight, value)
+    merged = pins_ext.merge_lora(net)
+    assert merged.zeros == 0
+    weight = merged.model["layer"].weight
+    assert weight.dtype == torch.bfloat16
+    assert (weight == -(2**-15)).all()
+
+
 def test_adapters_train_unpruned_while_the_base_keeps_its_zeros(pruned: Path, tmp_path: Path) -> None:
     net = adapted(pruned)
     base = {name: p.clone() for name, p in net.named_parameters() if "base_layer" in name}
