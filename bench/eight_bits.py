@@ -44,6 +44,7 @@ class Statistics:
         self.ipt, self.mean, self.unc = ([ops.new_state(p, dtype) for p in weights] for _ in range(3))
         self.masks = [ops.new_mask(p) for p in weights]
         self.tables = (layout.places, layout.chunks)
+        self.windows = 0
 
     def take(self, grads: list[Tensor], accepted: int, step: int) -> None:
         rates, count = torch.full((len(grads),), RATE), torch.tensor([float(accepted)])
@@ -52,7 +53,9 @@ class Statistics:
 
     def select(self, share: float, step: int) -> float:
         """Fold, and keep this share; returns the threshold."""
-        rng = torch.tensor(ops.rounding_key(0, step, 1))
+        self.windows += 1
+        coded = self.ipt[0].dtype in ops.CODED
+        rng = torch.tensor(ops.fold_key(self.windows) if coded else ops.rounding_key(0, step, 1))
         ops.fold_(self.mean, self.unc, self.ipt, *self.tables, torch.ones(1), rng, 0.85, self.beta2)
         total = self.layout.total
         operands = (self.mean, self.unc, *self.tables, "product")

@@ -36,7 +36,7 @@ from pins_ext.ops.layout import CHUNK, GROUP, Layout, Shard, Subsets
 from pins_ext.ops.masks import apply_mask_, mask_bytes, new_mask, pack_, pack_around_, pack_bits, set_bits, unpack_bits
 from pins_ext.ops.norm import clip_factor, sum_of_squares
 from pins_ext.ops.regions import Bounds, Count, Regions, Search, count_regions_, search_bytes
-from pins_ext.ops.rounding import rounding_key, rounding_keys
+from pins_ext.ops.rounding import fold_key, fold_keys, rounding_key, rounding_keys
 from pins_ext.ops.select import (
     CANDIDATES,
     bin_of,
@@ -113,6 +113,8 @@ __all__ = [
     "eligible_",
     "encode",
     "fold_",
+    "fold_key",
+    "fold_keys",
     "fold_moments_",
     "grouped_expand",
     "grouped_linear",

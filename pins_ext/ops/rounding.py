@@ -1,4 +1,4 @@
-"""Keys of the stochastic rounding of 16-bit states."""
+"""Keys of the stochastic rounding of 16-bit states, and of averages in 8 bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ _MASK64 = (1 << 64) - 1
 _SEED, _STEP, _STREAM = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
 _FIRST = 0x2545F4914F6CDD1D
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+_MEAN, _UNCERTAINTY = 49471, 37345
+"""In 2^-16: multiples of these fill [0, 1) evenly, also as pairs (Roberts 2018, R2)."""
 
 
 def rounding_key(seed: int, step: int, stream: int) -> tuple[int, int]:
@@ -45,6 +49,26 @@ def rounding_keys(seed: int, step: Tensor, stream: int) -> Tensor:
     z = (z ^ _shifted(z, 27)) * _signed(_FACTORS[1])
     z = z ^ _shifted(z, 31)
     return torch.stack([z & 0xFFFFFFFF, _shifted(z, 32)])
+
+
+def fold_key(window: int) -> tuple[int, int]:
+    """The `rng` argument of `fold_` for averages in 8 bits: the part of 1, in 2^-16, that rounds each for all weights.
+
+    What one window rounds up the next ones round down: independent parts would let the threshold drift twice as far.
+
+    Args:
+        window: how many have ended.
+
+    Returns:
+        A 32-bit key, the mean's part in its low half and the uncertainty's in its high half; and 0.
+    """
+    return (window * _MEAN & 0xFFFF) | ((window * _UNCERTAINTY & 0xFFFF) << 16), 0
+
+
+def fold_keys(window: Tensor) -> Tensor:
+    """`fold_key` of a window that is counted on a device, int64 []; int64 [2]."""
+    key = (window * _MEAN & 0xFFFF) | ((window * _UNCERTAINTY & 0xFFFF) << 16)
+    return torch.stack([key, torch.zeros_like(key)])
 
 
 def _signed(value: int) -> int:

@@ -420,21 +420,21 @@ class Importance:
         return self.accepted[part], self.rng(step, rounds)
 
     def rng(self, step: int, rounds: bool = False, stream: int = _ACCUMULATE) -> Tensor:
-        """Keys of the stochastic rounding of one step, int64 [2]; bfloat16 states need them, and averages in 8 bits.
+        """Keys of the rounding of one step, int64 [2]: of bfloat16 states, and of averages in 8 bits.
 
         Args:
             step: pruner step.
             rounds: whether something else is, in the same pass.
             stream: which of the step's passes.
         """
-        drawn = self.dtype == torch.bfloat16 or (self.dtype in ops.CODED and stream == _FOLD)
-        if not drawn and not rounds:
+        shared = self.dtype in ops.CODED and stream == _FOLD
+        if self.dtype != torch.bfloat16 and not rounds and not shared:
             return self._no_rounding
+        seed, delta_t = self.config.seed, self.config.delta_t
         if self.clock is not None:
-            return ops.rounding_keys(self.config.seed, self.clock, stream)
-        return ops.to_device(
-            torch.tensor(ops.rounding_key(self.config.seed, step, stream), device="cpu"), self.layout.places.device
-        )
+            return ops.fold_keys(self.clock // delta_t) if shared else ops.rounding_keys(seed, self.clock, stream)
+        key = ops.fold_key(step // delta_t) if shared else ops.rounding_key(seed, step, stream)
+        return ops.to_device(torch.tensor(key, device="cpu"), self.layout.places.device)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The states by name, those that exist."""

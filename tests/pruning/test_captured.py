@@ -111,6 +111,7 @@ def test_an_optimizer_without_a_pruner() -> None:
 @pytest.mark.parametrize("seed", [0, 7, 1 << 63, 123_456_789_012_345])
 def test_keys_from_a_count_on_the_device(seed: int) -> None:
     for step in (0, 1, 999, 1 << 40):
+        assert ops.fold_keys(torch.tensor(step)).tolist() == [*ops.fold_key(step)]
         for stream in range(3):
             assert ops.rounding_keys(seed, torch.tensor(step), stream).tolist() == [
                 *ops.rounding_key(seed, step, stream)
