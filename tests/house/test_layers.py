@@ -32,6 +32,7 @@ FLOORS: list[tuple[int, tuple[str, ...]]] = [
             "pins_ext.extras",
             "pins_ext.files",
             "pins_ext.files.*",
+            "pins_ext.hooks",
             "pins_ext.ops",
             "pins_ext.ops.*",
             "pins_ext.wrappers",
