@@ -121,9 +121,10 @@ class InputNorms:
         Raises:
             RuntimeError: its layer was given nothing, or something that is not finite.
         """
-        if name not in self._squares or not bool(self._squares[name].any()):
+        squares = self._squares.get(name)
+        if squares is None or (squares.dim() == 2 and not bool(squares.any())):
             raise RuntimeError(f"the layer of {name} was given no input in any batch: use more batches, or exclude it")
-        norm = self._squares[name].sqrt().float()
+        norm = squares.sqrt().float()
         if not bool(torch.isfinite(norm).all()):
             raise RuntimeError(f"the inputs of {name}'s layer are not finite: calibrate in another dtype")
         if norm.dim() == 2:
