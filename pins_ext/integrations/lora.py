@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,8 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
     }
     _check(before, layers)
     for layer in layers.values():
-        _merge(layer, adapter_names)
-    merged: nn.Module = tuner.unload()
+        _merge_in_float32(layer)
+    merged: nn.Module = tuner.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
     after = dict(merged.named_parameters())
     zeros = refilled = 0
     update = lost = 0.0
@@ -88,14 +89,19 @@ def merge_lora(model: PeftModel, adapter_names: list[str] | None = None) -> Merg
     return Merged(merged, sum(p.numel() for p in before.values()), zeros, refilled, lost / update if update else 0.0)
 
 
-def _merge(layer: Any, adapter_names: list[str] | None) -> None:
-    """Merge a layer's adapters in float32, rounded once: in 16 bits weights and updates may cancel to zero."""
-    base = layer.get_base_layer()
-    dtype = base.weight.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        layer.float()
-    layer.merge(safe_merge=True, adapter_names=adapter_names)
-    base.to(dtype)
+def _merge_in_float32(layer: Any) -> None:
+    """Let a layer merge its adapters in float32, rounded once: in 16 bits weights and updates may cancel to zero."""
+    merge: Callable[..., None] = layer.merge
+
+    def rounded_once(*args: Any, **kwargs: Any) -> None:
+        base = layer.get_base_layer()
+        dtype = next(base.parameters()).dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            layer.float()
+        merge(*args, **kwargs)
+        base.to(dtype)
+
+    layer.merge = rounded_once
 
 
 def _check(weights: dict[str, torch.Tensor], layers: dict[str, Any]) -> None:
