@@ -236,6 +236,7 @@ class SelfRegularizer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._task_gradient.detach()
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         if getattr(module, "_is_replica", False):

@@ -111,6 +111,12 @@ class TaskGradient:
                 torch._foreach_mul_(list(sums.values()), torch.where(norm > 0, factor, 1.0))
         return sums
 
+    def detach(self) -> None:
+        """Let go of the witness, which the next backward chooses anew; what was gathered is there to be taken."""
+        if self._follows is not None:
+            self._follows[2].remove()
+            self._follows = None
+
     def clear(self) -> None:
         """Forget what was gathered."""
         self._sums.clear()

@@ -142,6 +142,21 @@ def test_without_a_teacher_p_grad_is_the_task_gradient() -> None:
     assert reg.take_task_gradients() is None
 
 
+def test_detaching_lets_go_of_the_parameters() -> None:
+    model = Net()
+    reg = regularized(model)
+    reg.attach(model)
+    for _ in range(2):
+        model(**batch(1))["loss"].backward()
+        assert sum(bool(p._post_accumulate_grad_hooks) for p in model.parameters()) == 1
+        gradients = reg.take_task_gradients()
+        reg.detach()
+        assert_same(gradients, task_gradient(model, [1]))
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+        model.zero_grad()
+        reg.attach(model)
+
+
 def test_only_tracked_parameters_are_gathered() -> None:
     model = Net()
     reg = regularized(model)
