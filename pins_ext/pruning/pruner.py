@@ -302,7 +302,7 @@ class Pruner:
         """Select at the final sparsity, zero the pruned weights for good, verify: when training ends, early or not.
 
         It warns of a jump (training ended before the schedule came to its end), of a mask that was frozen before, and
-        of tensors without any weight left.
+        of tensors without any weight left. Of a model that is cut over ranks every rank calls this.
 
         Returns:
             What `verify` returns.

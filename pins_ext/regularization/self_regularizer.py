@@ -320,6 +320,9 @@ class SelfRegularizer:
     def evaluated(self, score: float) -> bool:
         """Tell a dev score: the "best" teacher becomes the model whose score beats all before.
 
+        Of several processes every one calls this, with the score of the whole dev set, the same on all; where the model
+        is cut over them, that of the first decides.
+
         Args:
             score: of the model as it is now; higher is better.
 

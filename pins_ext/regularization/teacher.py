@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pins_ext.distributed.first import on_first
 from pins_ext.distributed.ranks import Ranks
 from pins_ext.distributed.shards import forget_gathered, local
 from pins_ext.regularization.borrowed import Borrowed, parts_of
@@ -111,6 +112,10 @@ class Teacher:
 
     def evaluated(self, score: float) -> bool:
         """A dev score is known; see SelfRegularizer.evaluated."""
+        if self.policy == "best" and self._is_cut():
+            # Each rank keeps its own parts: they must be of one moment.
+            own = score
+            score = on_first(lambda: own)
         beaten = self.best_score is None or score > self.best_score
         if self.policy != "best" or math.isnan(score) or not beaten:
             return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pins_ext.contention import Neighbours
 from pins_ext.files.atomic import SaveError
 from pins_ext.sparse.calibration import Calibration, Trial, measure
+from pins_ext.sparse.direct_reads import weights_read
 from pins_ext.sparse.encoding import refuse_overflow
 from pins_ext.sparse.grouped import VALUES as GPU_VALUES
 from pins_ext.sparse.grouped import GroupedLinear
@@ -216,6 +217,8 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "its forward was replaced"
     parent = model.get_submodule(name.rpartition(".")[0])
     home = type(parent).__module__
+    if name.rpartition(".")[2] in weights_read(type(parent)):
+        return f"{type(parent).__name__} reads its weight directly"
     if home.startswith("torch.nn.") and home != "torch.nn.modules.container":
         return f"{type(parent).__name__} reads its weight directly"
     return None

@@ -20,6 +20,32 @@ _PACKED = (
 )
 
 
+class _NoData(Tensor):
+    """A weight that tells its shape and dtype, and refuses to be computed with.
+
+    torch 2.13 multiplies a tensor of the meta device by one of the CPU, to whatever lies in memory.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises RuntimeError: for all that is no question of what kind of tensor it is."""
+        name = getattr(func, "__name__", "")
+        if (getattr(func.__self__, "__name__", "") if name == "__get__" else name) not in _ASKED:
+            raise RuntimeError(
+                "the weight of a layer made for inference has no data: call the layer instead of reading its weight, "
+                "or compute with the model as it was before pins_ext.sparsify_for_inference"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_ASKED = (
+    "dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
+    "requires_grad", "is_leaf", "grad_fn", "itemsize", "nbytes", "size", "dim", "numel", "stride", "element_size",
+    "is_floating_point", "is_complex", "__len__", "__repr__",
+)  # fmt: skip
+
+
 class _Forward(torch.autograd.Function):
     """A layer's answer where gradients are recorded, and a refusal where they are asked for."""
 
@@ -56,7 +82,8 @@ class SparseLinear(nn.Module):
         out_features: rows of the weight.
         nonzero: weights that are not zero.
         kind: the `values` above.
-        weight: a tensor on the meta device: models ask their layers for its dtype.
+        weight: a tensor on the meta device: models ask their layers for its dtype. Computing with it raises
+            RuntimeError.
     """
 
     values: Tensor
@@ -115,7 +142,8 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, without data."""
-        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+        weight = torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
+        return weight.as_subclass(_NoData)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, bfloat16 or float16 [..., in] -> [..., out] of the same dtype.
