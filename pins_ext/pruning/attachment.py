@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, overload
+from typing import NoReturn, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -82,6 +82,12 @@ class Slots(Sequence["Slot"]):
         self.captured = CapturedSteps([slot.optimizer for slot in slots]) if capturable else None
         for slot in slots:
             slot.attach(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Pruner can't be pickled, as hooks tie it to its model and optimizer: save state_dict(), or save(path), "
+            "and load it into a Pruner of those that are there then; copy.deepcopy copies all three"
+        )
 
     def __len__(self) -> int:
         return len(self._slots)

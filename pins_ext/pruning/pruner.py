@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +140,6 @@ class Pruner:
         copied.load_state_dict(self.state_dict())
         copied.score_gradients, copied.before_mask = copy.deepcopy((self.score_gradients, self.before_mask), memo)
         return copied
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a Pruner can't be pickled, as hooks tie it to its model and optimizer: save state_dict(), or save(path), "
-            "and load it into a Pruner of those that are there then; copy.deepcopy copies all three"
-        )
 
     def _settle(self) -> None:
         """Until the first step: follow parameters that were replaced since, as accelerate does when it shards a model.
