@@ -123,7 +123,10 @@ class InputNorms:
         """
         squares = self._squares.get(name)
         if squares is None or (squares.dim() == 2 and not bool(squares.any())):
-            raise RuntimeError(f"the layer of {name} was given no input in any batch: use more batches, or exclude it")
+            raise RuntimeError(
+                f"the layer of {name} was given no input in any batch: use more batches, or exclude it, as where "
+                "another module reads its weight and does not call it"
+            )
         norm = squares.sqrt().float()
         if not bool(torch.isfinite(norm).all()):
             raise RuntimeError(f"the inputs of {name}'s layer are not finite: calibrate in another dtype")

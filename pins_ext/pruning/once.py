@@ -96,7 +96,7 @@ def prune_once(
     by_rows = config.scope == "row"
     if by_rows and (config.min_density or config.max_density or config.ties != "exact"):
         raise ValueError("scope='row' prunes the same number in every row: leave out densities and ties")
-    purpose = "scope='row'" if by_rows else f"criterion={config.criterion!r}"
+    purpose = f"criterion={config.criterion!r}" if config.rule.reads_inputs else "scope='row'"
     dims = output_dims(model, parameters, purpose) if by_rows or config.rule.reads_inputs else []
     fits, misfits = fitted(model, parameters, config)
     for misfit in misfits:

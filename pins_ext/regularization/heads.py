@@ -46,14 +46,16 @@ def head_of_model(model: nn.Module) -> str | None:
     """The head of a transformers model, from its class and configuration; None for any other module.
 
     Raises:
-        ValueError: a multi-label or an encoder-decoder model, for which no distance from a teacher is defined.
+        ValueError: a multi-label model, or an encoder-decoder that generates: without labels its teacher has nothing to
+            decode from.
     """
     config = getattr(model, "config", None)
     names = [base.__name__ for base in type(model).__mro__]
     head = next((head for part, head in _CLASS_NAMES.items() if any(part in name for name in names)), None)
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and head not in ("classification", "span"):
         raise ValueError(
-            f"{names[0]} is an encoder-decoder: no distance from a teacher here, train without a SelfRegularizer"
+            f"{names[0]} is an encoder-decoder that generates: no distance from a teacher here, train without a "
+            "SelfRegularizer"
         )
     if head != "classification" or "ForMultipleChoice" in "".join(names):
         return head

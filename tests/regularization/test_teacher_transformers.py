@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -40,6 +42,14 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16))
 
 
+def bart() -> BartForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=40, d_model=16, max_position_embeddings=16, num_labels=3, **sizes, **heads)
+    return BartForSequenceClassification(config)
+
+
 def ids(*shape: int) -> Tensor:
     return torch.randint(40, shape, generator=torch.Generator().manual_seed(1))
 
@@ -47,6 +57,11 @@ def ids(*shape: int) -> Tensor:
 TOKENS = torch.where(ids(4, 8) % 3 == 0, -100, ids(4, 8) % 5)
 CASES: dict[str, Any] = {
     "classification": (lambda: bert(BertForSequenceClassification, num_labels=3), {"labels": ids(4) % 3}),
+    # Of each text the last token is its end.
+    "encoder-decoder": (
+        bart,
+        {"input_ids": ids(4, 8).clamp(min=3).index_fill(1, torch.tensor([7]), 2), "labels": ids(4) % 3},
+    ),
     "regression": (lambda: bert(BertForSequenceClassification, num_labels=1), {"labels": ids(4) / 8}),
     "choice": (lambda: bert(BertForMultipleChoice), {"input_ids": ids(4, 3, 8), "labels": ids(4) % 3}),
     "token": (lambda: bert(BertForTokenClassification, num_labels=5), {"labels": TOKENS}),
@@ -57,7 +72,7 @@ CASES: dict[str, Any] = {
     ),
     "lm": (gpt2, {"labels": torch.where(ids(4, 8) % 5 == 0, -100, ids(4, 8))}),
 }
-HEADS = {"choice": "classification", "masked": "token"}
+HEADS = {"choice": "classification", "encoder-decoder": "classification", "masked": "token"}
 
 
 def case(name: str) -> tuple[Any, dict[str, Tensor], str | float]:
