@@ -55,7 +55,7 @@ def head_of_model(model: nn.Module) -> str | None:
     if getattr(config, "is_encoder_decoder", False) and head not in ("classification", "span"):
         raise ValueError(
             f"{names[0]} is an encoder-decoder that generates: no distance from a teacher here, train without a "
-            "SelfRegularizer"
+            "SelfRegularizer (--teacher none)"
         )
     if head != "classification" or "ForMultipleChoice" in "".join(names):
         return head

@@ -138,7 +138,7 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
     if run.moment_dtype != "float32" and run.optimizer != "adamw":
         raise UsageError(f"--moment-dtype {run.moment_dtype} is of --optimizer adamw, not {run.optimizer}")
     training = trainer_flags.DEFAULTS | recommended | {name: typed[name] for name in typed if name != "optim"}
-    pruning = _build(PruneConfig, training | given)
+    pruning = _build(PruneConfig, {"seed": trainer_flags.SEED} | training | given)
     parts = (RunOptions, TaskArguments, PruneConfig, RegularizerOptions, LoraOptions)
     names = {f.name for part in parts for f in dataclasses.fields(part)} - {"seed"}
     request = Request(

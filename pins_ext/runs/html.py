@@ -27,7 +27,9 @@ def render(records: Sequence[RunRecord], title: str | None = None) -> str:
     """
     records = _distinct(records)
     heading = title or _heading(records)
-    said = [*map(no_better_than_baseline, records), standard_error(records)]
+    tasks = dict.fromkeys(record.data.task for record in records)
+    apart = f"These runs are of several tasks ({', '.join(tasks)}): their scores and times are not to be compared."
+    said = [apart if len(tasks) > 1 else "", *map(no_better_than_baseline, records), standard_error(records)]
     notes = [*filter(None, said), *(note for record in records for note in record.notes)]
     scores, *others = _figures(records)
     body = [

@@ -49,6 +49,10 @@ COMMON = {
 }
 
 
+SEED = 42
+"""What the Trainer takes where no --seed is given."""
+
+
 def check(tokens: Sequence[str], made: options.Parser) -> None:
     """Refuse what can be seen to be wrong without transformers: a flag that nobody knows, a number that is none.
 

@@ -159,6 +159,15 @@ def test_a_few_aliases_are_fine_and_a_bomb_of_them_is_refused_at_once(tmp_path: 
         parsed("--config", str(file))
 
 
+def test_the_seed_that_is_not_typed_is_that_of_all(tmp_path: Path) -> None:
+    asked = parsed("--train-file", "x.csv")
+    assert asked.pruning is not None
+    assert asked.pruning.seed == asked.training_arguments(tmp_path).seed == 42
+    typed = parsed("--train-file", "x.csv", "--seed", "7")
+    assert typed.pruning is not None
+    assert typed.pruning.seed == typed.training_arguments(tmp_path).seed == 7
+
+
 def test_recipes_give_way_to_flags() -> None:
     demo = parsed()
     assert demo.compares

@@ -248,6 +248,13 @@ def test_equal_labels_are_numbered() -> None:
     assert "PINS 80 % (2)" in html
 
 
+def test_runs_of_several_tasks_are_not_to_be_compared() -> None:
+    other = record("other", data=data()["data"] | {"task": "glue/rte"})
+    said = "These runs are of several tasks"
+    assert said in report.render([record(), other])
+    assert said not in report.render([record(), record("other")])
+
+
 def test_equal_labels_get_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for place in ("a/seed=1", "a/seed=2", "b"):
         (tmp_path / place).mkdir(parents=True)
