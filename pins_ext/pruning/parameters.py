@@ -18,6 +18,7 @@ from pins_ext.wrappers import is_flattened, named_parameters, plain_name
 # bare parameters, and where they are linear modules it is no different.
 _ADAPTER = "lora_"
 _NEVER = ("embed", "pooler", "classifier", "lm_head", "qa_outputs", "score", _ADAPTER, "router", "expert_gate")
+_ABOVE = frozenset((*_NEVER, "embedding", "embeddings"))
 _RELEASED = ("attention.self", "attention.output.dense", "output.dense", "intermediate.dense")
 
 
@@ -101,14 +102,19 @@ def _default_names(model: nn.Module) -> list[str]:
     """Matrices of linear, Conv1D, attention and experts modules, within module lists where the model has any."""
     found: list[tuple[str, bool]] = []
 
-    def visit(module: nn.Module, path: str, in_block: bool) -> None:
+    def visit(module: nn.Module, path: str, above: str | None) -> None:
+        # What a model calls the encoder above its blocks says nothing of them, unless it is a head or embeddings.
+        within = path if above is None else path.removeprefix(above)
+        if above is not None and not _ABOVE.isdisjoint(above.lower().split(".")):
+            return
         for name, p in module.named_parameters(recurse=False):
-            if _is_matrix(module, name, p) and not any(part in (path + name).lower() for part in _NEVER):
-                found.append((path + name, in_block))
+            if _is_matrix(module, name, p) and not any(part in (within + name).lower() for part in _NEVER):
+                found.append((path + name, above is not None))
         for name, child in module.named_children():
-            visit(child, plain_name(f"{path}{name}."), in_block or isinstance(module, nn.ModuleList))
+            listed = path if above is None and isinstance(module, nn.ModuleList) else above
+            visit(child, plain_name(f"{path}{name}."), listed)
 
-    visit(model, "", False)
+    visit(model, "", None)
     blocks_only = any(in_block for _, in_block in found)
     return [plain_name(name) for name, in_block in found if in_block or not blocks_only]
 

@@ -82,6 +82,16 @@ def test_odd_parameters_are_refused_with_a_reason() -> None:
         Pruner(model, ["not one"], CONFIG, STEPS)  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("name", ["embedder", "text_embed", "scorer", "router_model", "base_classifier"])
+def test_the_name_of_an_encoder_says_nothing_of_its_blocks(name: str) -> None:
+    blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4), "embed": nn.Linear(4, 4)}) for _ in range(2))
+    model = nn.ModuleDict({name: nn.ModuleDict({"layers": blocks}), "out": nn.Linear(4, 2)})
+    assert [*prunable_parameters(model, PruneConfig())] == [f"{name}.layers.{i}.fc.weight" for i in range(2)]
+    heads = nn.ModuleList([nn.Linear(4, 4)])
+    model["classifier"] = nn.ModuleDict({"layers": heads})
+    assert len(prunable_parameters(model, PruneConfig())) == 2
+
+
 def test_what_a_parametrization_makes_a_weight_of_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     nn.utils.parametrizations.weight_norm(model[0])
