@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         try:
-            told = [_answer(queue) for _ in processes]
+            told = _answers(queue, processes)
         finally:
             for process in processes:
                 process.join(10)
@@ -46,16 +49,31 @@ def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     return [result for _, _, result in sorted(told, key=lambda answer: answer[0])]
 
 
-def _answer(queue: Any) -> Any:
-    if not queue._reader.poll(TIMEOUT):
-        raise TimeoutError("the ranks wait for one another, or take too long")
-    return queue.get()
+def _answers(queue: Any, processes: list[Any]) -> list[tuple[int, bool, Any]]:
+    """One of each rank: one that dies without an answer, killed or aborted, gives its exit code."""
+    told: list[tuple[int, bool, Any]] = []
+    end = time.monotonic() + TIMEOUT
+    while len(told) < len(processes):
+        answered = {rank for rank, _, _ in told}
+        missing = {process.sentinel: rank for rank, process in enumerate(processes) if rank not in answered}
+        ready = wait([queue._reader, *missing], max(0.0, end - time.monotonic()))
+        if queue._reader in ready:
+            told.append(queue.get())
+        elif ready:
+            rank = missing[ready[0]]
+            processes[rank].join()
+            told.append((rank, True, f"rank {rank} ended with exit code {processes[rank].exitcode}, without a word"))
+        else:
+            said = [text for _, failed, text in told if failed]
+            raise TimeoutError("\n".join(["the ranks wait for one another, or take too long", *said]))
+    return told
 
 
 def _rank(rank: int, size: int, folder: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # tells where Python was when a rank is aborted
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
