@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from pins_ext.cli.run import check_threads
 from pins_ext.runs.errors import UsageError
-from pins_ext.runs.options import Parser
+from pins_ext.runs.options import Parser, file_to_write
 
 _ABOUT = """Times a model on the CPU: dense in torch, onnxruntime and OpenVINO (those that are installed), torch's CSR
 matrices, and sparse in pins_ext with float32, bfloat16 and int8 values. All take turns in one process, so that they see
@@ -59,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
     check_threads(given.get("threads", 1))
     if given.get("rounds", 1) < 1:
         raise UsageError("--rounds must be at least 1")
+    if given.get("layers", 1) < 1:
+        raise UsageError("--layers must be at least 1")
     if not given.get("seconds", 1.0) > 0:
         raise UsageError("--seconds must be above 0")
     if "output" in given:
-        _refuse_output(Path(given["output"]))
+        file_to_write("--output", given["output"], ".json")
     if "at" in given and "curves" not in given:
         raise UsageError("--at is for --curves: without them, --tokens says how many")
     if "checkpoint" in given and ("sparsity" in given or "layers" in given):
@@ -70,12 +70,3 @@ def main(argv: Sequence[str]) -> int:
     from .bench_inference import run
 
     return run(given)
-
-
-def _refuse_output(file: Path) -> None:
-    """Before anything is measured."""
-    if file.suffix == ".svg":
-        raise UsageError(f"--output {file}: the plot goes there; name a .json file")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        what = "it is a folder" if file.is_dir() else f"{file.parent} is no folder that can be written to"
-        raise UsageError(f"--output {file}: {what}")

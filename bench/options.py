@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pins_ext.runs.options import Formatter
+from pins_ext.cli.run import check_threads
+from pins_ext.runs.errors import UsageError
+from pins_ext.runs.options import Formatter, file_to_write
 
 from .shapes import DTYPES, SCORES, SHAPES
 
@@ -42,6 +45,13 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, argparse.ArgumentPa
         flags.error("--scaling measures steps: leave the stems out")
     if options.largest and not options.scaling:
         flags.error("--largest belongs to --scaling")
+    try:
+        check_threads(options.threads or 1)
+        if options.json:
+            file_to_write("--json", str(options.json), ".json")
+    except UsageError as error:
+        flags.error(str(error))
+    del options.debug  # whoever runs this reads it
     return options, flags
 
 
@@ -59,12 +69,12 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", choices=SHAPES, default=["bert-base"], metavar="NAME", help=f"{', '.join(SHAPES)}")
     add("--params", type=count, metavar="N", help="number of weights, as 16e6 or 7e9; the model's own by default")
     add("--dtype", choices=DTYPES, default="fp32", metavar="NAME", help="fp32, bf16 or fp16; with 16 bits, bf16 states")
-    add("--threads", type=int, metavar="N", help="CPU threads; torch's choice by default")
+    add("--threads", type=count, metavar="N", help="CPU threads; torch's choice by default")
     add("--device", help="cpu or cuda; default cuda if there is one")
     add("--quick", action="store_true", help="8 M weights, few samples, little patience with slow peers")
     add(
         "--budget",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="stop before the group that would pass it, and say what is left out",
     )
@@ -75,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"score distributions of the stem `scores`, at every ratio: {', '.join(SCORES)}",
     )
-    add("--ratios", nargs="+", type=float, metavar="R", help="remaining ratios of the stem `scores`")
+    add("--ratios", nargs="+", type=ratio, metavar="R", help="remaining ratios of the stem `scores`, between 0 and 1")
     add(
         "--wait",
         type=float,
@@ -91,21 +101,51 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--largest", type=count, metavar="N", help="most weights of --scaling, up to 2.2e9 and more; default 64e6")
     add("--no-peers", action="store_true", help="our operators only")
-    add("--rounds", type=int, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
-    add("--patience", type=float, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")
+    add("--rounds", type=count, metavar="N", help="samples per case; 11 on a CPU (--quick: 5), 50 on a GPU")
+    add("--patience", type=seconds, metavar="SECONDS", help="time per case; a slow peer gets fewer samples, or none")
     add("--seed", type=int, default=0, help="of the random data")
     add("--baseline", nargs="?", const="", metavar="FILE", help="compare with a saved run; the newest of this machine")
-    add("--json", type=Path, metavar="PATH", help="where to write; default bench/results/<machine>-<date>.json")
+    add(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="where to write; default <machine>-<date>.json in bench/results of a checkout, else in bench-results here",
+    )
+    add("--debug", action="store_true", help="show a traceback when something fails")
     return made
 
 
 def count(text: str) -> int:
-    """A number of weights, also in scientific notation.
+    """A number of weights, threads or samples, also in scientific notation.
 
     Raises:
         argparse.ArgumentTypeError: not a positive whole number.
     """
     value = float(text)
-    if value < 1 or value != int(value):
+    if not 1 <= value < math.inf or value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(value)
+
+
+def seconds(text: str) -> float:
+    """A time to spend.
+
+    Raises:
+        argparse.ArgumentTypeError: none above zero.
+    """
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} leaves no time: seconds above 0 do")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A remaining ratio.
+
+    Raises:
+        argparse.ArgumentTypeError: none between 0 and 1.
+    """
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the weights between 0 and 1")
+    return value

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     everything = chosen(rows, [])
     cells = chosen(rows, given.get("only", []))
     if "dry_run" in given:
-        return _show(grid, cells, len(everything))
+        return _show(grid, cells, len(everything), "overwrite" in given)
     screen = console()
     failed: list[Cell] = []
     if "report_only" not in given:
@@ -128,16 +128,17 @@ def _list() -> int:
     return EXIT_OK
 
 
-def _show(grid: Grid, cells: Sequence[Cell], total: int) -> int:
+def _show(grid: Grid, cells: Sequence[Cell], total: int, overwrite: bool) -> int:
     from pins_ext.runs.folder import as_typed
 
     models = dict.fromkeys(cell.request.run.model or "the embedded MiniLM" for cell in cells)
     print(f"{grid.name}: {len(cells)} of {total} cells, seeds {', '.join(map(str, grid.seeds))}, {', '.join(models)}")
     print(f"{grid.about}\n")
     for cell in cells:
-        state = "finished" if cell.record() else "resumes" if cell.interrupted else "to run"
+        conflict = None if overwrite else cell.conflict()
+        state = "finished" if cell.record() else "resumes" if cell.interrupted else "refused" if conflict else "to run"
         command = shlex.join(["pins-ext", "train", *cell.flags, "--output-dir", str(as_typed(cell.folder))])
-        print(f"{state:<9} {cell.name}\n          {command}")
+        print(f"{'to run' if overwrite else state:<9} {cell.name}\n          {conflict or command}")
     return EXIT_OK
 
 

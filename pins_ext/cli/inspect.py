@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pins_ext.runs.errors import EXIT_OK, UsageError
-from pins_ext.runs.options import Parser
+from pins_ext.runs.options import Parser, file_to_write
 
 if TYPE_CHECKING:
     from pins_ext.sparse.calibration import Calibration
@@ -42,10 +42,7 @@ def main(argv: Sequence[str]) -> int:
     path = Path(given["checkpoint"])
     if not path.exists():
         raise UsageError(f"there is no {path}")
-    picture = Path(given["picture"]) if "picture" in given else None
-    if picture is not None and (picture.is_dir() or not picture.parent.is_dir()):
-        what = "is a folder" if picture.is_dir() else f"there is no folder {picture.parent}"
-        raise UsageError(f"--picture {picture}: {what}; name a file to write")
+    picture = file_to_write("--picture", given["picture"], ".svg") if "picture" in given else None
 
     from pins_ext.files.plain import to_json
     from pins_ext.sparse.survey import SurveyError, survey, together

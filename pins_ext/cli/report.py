@@ -12,7 +12,7 @@ from pins_ext.runs.charts import scores_alone
 from pins_ext.runs.errors import EXIT_OK, UsageError
 from pins_ext.runs.folder import results_in
 from pins_ext.runs.html import REPORT, render
-from pins_ext.runs.options import Parser
+from pins_ext.runs.options import Parser, file_to_write
 from pins_ext.runs.record import RecordError, RunRecord, read_record
 
 _ABOUT = """Writes the report of one run into its folder, or one that shows several runs side by side.
@@ -47,11 +47,7 @@ def main(argv: Sequence[str]) -> int:
     except RecordError as error:
         raise UsageError(str(error)) from error
     name = REPORT if len(asked) == 1 else f"compare-{len(folders)}-runs.html"
-    output = Path(given["output"]) if "output" in given else asked[0] / name
-    if not output.parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent} to write {output.name} into: make it, or choose another")
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder: name a file to write")
+    output = file_to_write("--output", given["output"], ".html", ".svg") if "output" in given else asked[0] / name
     try:
         write_file(output, _content(records, output, given.get("title")))
     except SaveError as error:

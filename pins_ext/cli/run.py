@@ -135,6 +135,11 @@ def _sparsify(model: Any, given: dict[str, Any]) -> None:
 
 def _line(answer: dict[str, Any]) -> str:
     """One line for people."""
+    cut = f"  (the text was cut to {answer['cut_to']} tokens)" if "cut_to" in answer else ""
+    return _answer(answer) + cut
+
+
+def _answer(answer: dict[str, Any]) -> str:
     if "entities" in answer:
         return "; ".join(f"{e['label']}: {e['text']} ({e['score']:.2f})" for e in answer["entities"]) or "(no entity)"
     if "labels" in answer:

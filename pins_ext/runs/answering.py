@@ -57,11 +57,12 @@ def answers(
 
     Yields:
         classification: {"label", "score"}, or {"value"} for regression. entities: {"entities": [{"label", "text",
-        "start", "end", "score"}]}. questions: {"answer", "start", "end", "score"}. generation: {"text"}.
+        "start", "end", "score"}]}. questions: {"answer", "start", "end", "score"}. generation: {"text"}. Of a text that
+        is longer than the model reads, classification and entities also have "cut_to", the tokens that were read.
 
     Raises:
-        UnanswerableError: a kind that needs `pairs` without them, or the other way round; a text to go on from that is
-            empty or fills the model's positions.
+        UnanswerableError: a kind that needs `pairs` without them, or the other way round; a text without tokens; one to
+            go on from that fills the model's positions; a question that leaves its text no room.
     """
     kind = kind_of(model)
     if kind == "questions" and pairs is None:
@@ -83,25 +84,43 @@ def answers(
 
 
 def _classified(model: Any, tokenizer: Any, text: str, pair: str | None) -> dict[str, Any]:
-    inputs = tokenizer(text, pair, truncation=True, max_length=_longest(model, tokenizer), return_tensors="pt")
+    longest = _longest(model, tokenizer)
+    inputs = tokenizer(text, pair, truncation=True, max_length=longest, return_tensors="pt")
+    cut = _cut(tokenizer, text, pair, longest, inputs["input_ids"].shape[1])
     logits = model(**_taken(model, inputs)).logits[0].float()
     if logits.numel() == 1:
-        return {"value": float(logits[0])}
+        return {"value": float(logits[0])} | cut
     if model.config.problem_type == "multi_label_classification":
         scores = logits.sigmoid()
-        return {"labels": {model.config.id2label[i]: float(s) for i, s in enumerate(scores)}}
+        return {"labels": {model.config.id2label[i]: float(s) for i, s in enumerate(scores)}} | cut
     scores = logits.softmax(0)
     best = int(scores.argmax())
-    return {"label": model.config.id2label[best], "score": float(scores[best])}
+    return {"label": model.config.id2label[best], "score": float(scores[best])} | cut
+
+
+def _cut(tokenizer: Any, text: str, pair: str | None, longest: int | None, read: int) -> dict[str, int]:
+    """{"cut_to": tokens that are read} of a text with more, {} of others.
+
+    Raises:
+        UnanswerableError: no token is read.
+    """
+    if read == 0:
+        raise UnanswerableError("a text is empty: its tokenizer makes no tokens of it")
+    if longest is None or read < longest or len(tokenizer(text, pair, verbose=False)["input_ids"]) <= longest:
+        return {}
+    return {"cut_to": read}
 
 
 def _entities(model: Any, tokenizer: Any, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
     from transformers import pipeline
 
     # Where nobody said how long a text may be, the pipeline would not cut it.
-    tokenizer.model_max_length = _longest(model, tokenizer) or tokenizer.model_max_length
+    longest = _longest(model, tokenizer)
+    tokenizer.model_max_length = longest or tokenizer.model_max_length
     tagger = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="first")
     for text in texts:
+        read = len(tokenizer(text, truncation=longest is not None, max_length=longest)["input_ids"])
+        cut = _cut(tokenizer, text, None, longest, read)
         entities: list[Any] = tagger(text)
         yield {
             "entities": [
@@ -114,7 +133,7 @@ def _entities(model: Any, tokenizer: Any, texts: Iterable[str]) -> Iterator[dict
                 }
                 for found in entities
             ]
-        }
+        } | cut
 
 
 def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[str, Any]:
@@ -122,12 +141,16 @@ def _answered(model: Any, tokenizer: Any, context: str, question: str) -> dict[s
     from pins_ext.tasks.families.questions import best_span
 
     length = min(_longest(model, tokenizer) or 512, 512)
+    stride = length // 4
+    asked = len(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    if asked + tokenizer.num_special_tokens_to_add(pair=True) + stride >= length:
+        raise UnanswerableError(f"a question has {asked} tokens, too many beside a text in {length}: shorten it")
     encoded = tokenizer(
         question,
         context,
         truncation="only_second",
         max_length=length,
-        stride=length // 4,
+        stride=stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
         padding=True,

@@ -22,6 +22,12 @@ T = TypeVar("T")
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 """What the Trainer calls AdamW, which this command fuses with pruning."""
 
+_LEAST = {
+    "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "max_grad_norm": 0, "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+}  # fmt: skip
+"""What is less is refused, some of it by the Trainer after the model is loaded, some of it by nobody."""
+
 
 def _recipe(text: str) -> bool | str:
     """A recipe's name, or whether to use the task's own."""
@@ -155,6 +161,7 @@ def parse(made: options.Parser, argv: Sequence[str], early: Callable[[TaskArgume
         recipe=recipe,
     )
     _check_start(request)
+    _check_steps(request)
     adapters.check(request)
     if request.needs_evaluations and request.training.get("eval_strategy") == "no":
         raise UsageError(f"{request.needs_evaluations} decides by evaluations on the way: leave out --eval-strategy no")
@@ -201,6 +208,23 @@ def _check_start(request: Request) -> None:
     if run.release_gradients and request.pruning is not None and request.pruning.state_device is not None:
         raise UsageError(
             "--release-gradients: --state-device cpu would let each wait for the host: leave one of them out"
+        )
+
+
+def _check_steps(request: Request) -> None:
+    """Refuse what no optimizer steps by, or what one of them can't score by.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    for name, least in _LEAST.items():
+        if not (value := request.training.get(name, least)) >= least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
+    if (steps := request.training.get("max_steps", -1)) == 0 or steps < -1:
+        raise UsageError(f"--max-steps must be at least 1, or -1 to go by --num-train-epochs; got {steps}")
+    if request.pruning is not None and request.pruning.rule.reads_moments and request.run.optimizer == "sgd":
+        raise UsageError(
+            f"--criterion {request.pruning.criterion} reads AdamW's moments, and sgd has none: leave one out"
         )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -293,6 +294,29 @@ def densities(text: str) -> float | dict[str, float]:
         return _number(text)
     pairs = (part.rpartition("=") for part in text.split(","))
     return {pattern: _number(value) for pattern, _, value in pairs}
+
+
+def file_to_write(flag: str, text: str, *endings: str) -> Path:
+    """A file that can be written, asked before the work that fills it.
+
+    Args:
+        flag: what it was given with, for messages.
+        text: its path.
+        endings: one of these its name must have: it says what is written.
+
+    Raises:
+        UsageError: another ending, a folder, or one that is not there or can't be written to.
+    """
+    file = Path(text)
+    if file.is_dir():
+        raise UsageError(f"{flag} {file} is a folder: name a file to write")
+    if file.suffix not in endings:
+        raise UsageError(f"{flag} {file}: the name must end in {' or '.join(endings)}, which is what is written")
+    if not file.parent.is_dir():
+        raise UsageError(f"{flag} {file}: there is no folder {file.parent}; make it, or choose another")
+    if not os.access(file.parent, os.W_OK):
+        raise UsageError(f"{flag} {file} can't be written: you may not write in {file.parent}")
+    return file
 
 
 def patterns(text: str) -> str | dict[str, str]:

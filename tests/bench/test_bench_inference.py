@@ -136,6 +136,7 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
         (["--threads", "100000"], "--threads must be between 1 and 1024, got 100000"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--layers", "1", "--tokens", "8", "2x513"], "--tokens 513: BertModel reads 512 at most"),
+        (["--layers", "0"], "--layers must be at least 1"),
         (["none", "--sparsity", "0.9"], "leave them out with a checkpoint"),
         (["none"], "none is no folder"),
         (["none", "--curves"], "leave the checkpoint out"),

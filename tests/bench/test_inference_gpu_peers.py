@@ -230,9 +230,9 @@ def test_flags_of_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 def test_where_the_output_goes_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file, message in [
-        (tmp_path / "none" / "a.json", "is no folder that can be written to"),
-        (tmp_path, "it is a folder"),
-        (tmp_path / "a.svg", "the plot goes there; name a .json file"),
+        (tmp_path / "none" / "a.json", "there is no folder"),
+        (tmp_path, "is a folder: name a file"),
+        (tmp_path / "a.svg", "the name must end in .json"),
     ]:
         assert main(["bench-inference", "--layers", "1", "--output", str(file)]) == 2
         assert message in capsys.readouterr().err

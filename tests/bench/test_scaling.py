@@ -92,7 +92,19 @@ def test_the_command_writes_what_it_measured(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["select", "--scaling"], "leave the stems out"), (["--largest", "1e6"], "--largest belongs to --scaling")],
+    [
+        (["select", "--scaling"], "leave the stems out"),
+        (["--largest", "1e6"], "--largest belongs to --scaling"),
+        (["--threads", "0"], "0 is not a positive whole number"),
+        (["--threads", "1e9"], "between 1 and 1024"),
+        (["--rounds", "1.5"], "1.5 is not a positive whole number"),
+        (["--params", "inf"], "inf is not a positive"),
+        (["--budget", "0"], "0 leaves no time"),
+        (["--patience", "nan"], "nan leaves no time"),
+        (["--ratios", "0.2", "1.5"], "1.5 is no share of the weights"),
+        (["--json", "absent/x.json"], "there is no folder absent"),
+        (["--json", "x.txt"], "must end in .json"),
+    ],
 )
 def test_options_that_contradict_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]

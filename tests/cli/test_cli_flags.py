@@ -264,6 +264,24 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "unknown command 'wash'; there are train, plan, prune, ablate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1"),
+        (["--learning-rate", "nan"], "--learning-rate must be at least 0, got nan"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be at least 0"),
+        (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps must be at least 1"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, or -1 to go by --num-train-epochs; got 0"),
+        (["--criterion", "fisher", "--optimizer", "sgd"], "reads AdamW's moments, and sgd has none"),
+    ],
+)
+def test_train_refuses_numbers_that_nothing_steps_by(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--task", "stdlib", *flags]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_an_optimizer_that_is_nowhere_is_refused_with_what_there_is() -> None:
     with pytest.raises(UsageError, match=r"--optimizer: there is no 'adam'; did you mean adamw\?"):
         parsed("--train-file", "x.csv", "--optimizer", "adam")

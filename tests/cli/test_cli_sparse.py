@@ -20,6 +20,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -156,6 +157,9 @@ def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"{flag} is for sparse layers: leave it out with --dense" in said
     questions = saved("questions", tmp_path / "questions")
     assert "needs a question for each text" in refused(capsys, "run", questions, "--text", "a")
+    said = refused(capsys, "run", questions, "--text", "a", "--pair", "what? " * 9)
+    assert "a question has 45 tokens, too many beside a text in 64: shorten it" in said
+    assert run(capsys, questions, "--text", "a cab " * 40, "--pair", "what? " * 8 + "what", "--dense")
     entities = saved("entities", tmp_path / "entities")
     assert "takes one text at a time" in refused(capsys, "run", entities, "--text", "a", "--pair", "b")
 
@@ -196,7 +200,22 @@ def test_a_text_that_is_longer_than_the_models_positions(
     tokenizer.save_pretrained(folder)
     pair = ["--pair", "what?"] if kind == "questions" else []
     (answer,) = run(capsys, folder, "--text", "a bad cab " * 100, *pair, "--dense")
-    assert answer
+    # Questions are asked of windows that cover the whole text.
+    assert answer.get("cut_to") == (None if kind == "questions" else config().max_position_embeddings)
+    assert main(["run", str(folder), "--text", "a bad cab " * 100, *pair, "--dense"]) == 0
+    assert ("(the text was cut to 64 tokens)" in capsys.readouterr().out) == (kind != "questions")
+    # 62 letters, [CLS] and [SEP]
+    (answer,) = run(capsys, folder, "--text", "a bad cab " * 8 + "a bad cab"[:7], *pair, "--dense")
+    assert "cut_to" not in answer
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    GPT2ForSequenceClassification(decoder_config()).save_pretrained(tmp_path)
+    characters().save_pretrained(tmp_path)
+    assert "a text is empty: its tokenizer makes no tokens" in refused(capsys, "run", tmp_path, "--text", "", "--dense")
+    folder = saved("classification", tmp_path / "bert")
+    assert run(capsys, folder, "--text", "", "--dense")  # [CLS] [SEP]
 
 
 def test_weights_that_the_asked_form_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

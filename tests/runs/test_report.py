@@ -240,6 +240,8 @@ def test_the_command_writes_the_scores_alone(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", folders[0], "-o", str(tmp_path / "one.svg")]) == 2
     assert "two runs or more" in capsys.readouterr().err
     assert not (tmp_path / "one.svg").exists()
+    assert main(["report", *folders, "-o", str(tmp_path / "scores.pdf")]) == 2
+    assert "scores.pdf: the name must end in .html or .svg" in capsys.readouterr().err
 
 
 def test_equal_labels_are_numbered() -> None:

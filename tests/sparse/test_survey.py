@@ -218,7 +218,11 @@ def test_the_command_prints_draws_and_counts(
     assert "WRONG     2 weights are NaN or infinite" in said
     assert "pins-ext export packs it into" in said
     assert ElementTree.fromstring(picture.read_text()).tag.endswith("svg")
-    for wrong, reason in ((tmp_path, "is a folder; name a file"), (tmp_path / "no" / "x.svg", "there is no folder")):
+    for wrong, reason in (
+        (tmp_path, "is a folder: name a file"),
+        (tmp_path / "no" / "x.svg", "there is no folder"),
+        (tmp_path / "x.png", "must end in .svg"),
+    ):
         assert main(["inspect", str(checkpoint), "--picture", str(wrong)]) == 2
         said = capsys.readouterr()
         assert reason in said.err

@@ -204,6 +204,12 @@ def test_another_setting_is_not_taken_for_the_same(
     assert "max_steps 12 -> 10" in said
     assert "--overwrite" in said
     assert cells.commands == []
+    assert main(ablate(tiny, done, "--max-steps", "10", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert said.count("refused ") == said.count("max_steps 12 -> 10") == 10
+    assert main(ablate(tiny, done, "--max-steps", "10", "--dry-run", "--overwrite")) == 0
+    said = capsys.readouterr().out
+    assert said.count("to run ") == said.count("--max-steps 10 ") == 10
 
 
 def test_typed_flags_go_to_every_cell_but_make_no_method_another(
