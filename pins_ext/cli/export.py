@@ -99,7 +99,8 @@ def _write_sparse(model: Any, tokenizer: Any, target: Path, dtype: Any, int8: bo
         share = 1 - sizes["nonzero"] / sizes["weights"]
         print(f"pruned tensors: {sizes['weights']:,} weights, {share:.2%} zeros")
     print(f"dense   {_megabytes(sizes['dense'])}")
-    print(f"sparse  {_megabytes(sizes['on_disk'])}  {sizes['dense'] / max(1, sizes['on_disk']):.1f} times smaller")
+    times = sizes["dense"] / max(1, sizes["on_disk"])
+    print(f"sparse  {_megabytes(sizes['on_disk'])}  {f'{times:.1f} times smaller' if times > 1 else 'no smaller'}")
     print(f"floor   {_megabytes(sizes['floor'])}  set by tensors that are not pruned, before compression")
     print(f"written {target}")
 

@@ -62,10 +62,10 @@ def comparison(records: Sequence[RunRecord]) -> str:
     magnitude = [record for record in pruned if record.config.pruning.get("criterion") == "magnitude"]
     method = [record for record in pruned if record not in magnitude]
     three = [*dense, *method, *magnitude]
-    metrics = {record.final.metric for record in three}
+    metrics = {(record.final.metric, record.data.task) for record in three}
     if not len(dense) == len(method) == len(magnitude) == len(metrics) == 1 or None in map(score, three):
         return ""
-    return verdict(three, metrics.pop())
+    return verdict(three, three[0].final.metric)
 
 
 def verdict(records: Sequence[RunRecord], metric: str) -> str:

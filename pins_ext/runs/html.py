@@ -116,39 +116,44 @@ def _results(records: Sequence[RunRecord]) -> str:
     mains = [record.final.metric for record in records]
     found = dict.fromkeys(name for record in records for name in record.final.metrics if _shown(name))
     names = sorted(found, key=lambda name: name not in mains)
-    head = ["run", *(name.removeprefix("eval_").replace("_", " ") for name in names), "sparsity", "zeros"]
+    several = len({record.data.task for record in records}) > 1
+    task = ["task"] if several else []
+    head = ["run", *task, *(name.removeprefix("eval_").replace("_", " ") for name in names), "sparsity", "zeros"]
     rows = []
     for record in records:
         final = record.final
         rows.append(
             [
                 record.label,
+                *([record.data.task] if several else []),
                 *(_number(final.metrics.get(name)) for name in names),
                 "dense" if final.sparsity is None else percent(final.sparsity, 2),
                 f"{final.zeros:,}" if final.weights else NOTHING,
             ]
         )
     for data in {record.data.task: record.data for record in records if record.data.baseline}.values():
-        row = [data.baseline_name, *(_number(data.baseline.get(name)) for name in names)]
+        row = [data.baseline_name, *([data.task] if several else [])]
+        row += [_number(data.baseline.get(name)) for name in names]
         rows.append([*row, *[NOTHING] * (len(head) - len(row))])
     return _table("results", head, rows)
 
 
 def _costs(records: Sequence[RunRecord]) -> str:
     """What a step took, and what the teacher of self-regularization added."""
-    dense = next((record.timings.step_ms for record in records if not record.final.weights), None)
+    dense = {_trained_on(record): record.timings.step_ms for record in records[::-1] if not record.final.weights}
     head = ["run", "ms per step", "against dense", "of it pruning", "teacher", "teacher's memory", "peak memory"]
     rows = []
     for record in records:
         timings, teacher = record.timings, record.config.self_regularization
         step, peak = timings.step_ms, timings.peak_memory_mb
+        without = dense.get(_trained_on(record))
         held = teacher.get("memory")
         memory = sum(n for n in held.values() if isinstance(n, (int, float))) if isinstance(held, Mapping) else 0
         rows.append(
             [
                 record.label,
                 f"{step:.0f}" if step else NOTHING,
-                f"{step / dense:.2f} {TIMES}" if step and dense else NOTHING,
+                f"{step / without:.2f} {TIMES}" if step and without else NOTHING,
                 percent(timings.pruning_share),
                 _teacher(teacher, timings),
                 _megabytes(memory),
@@ -156,6 +161,11 @@ def _costs(records: Sequence[RunRecord]) -> str:
             ]
         )
     return _table("cost", head, rows)
+
+
+def _trained_on(record: RunRecord) -> tuple[str, ...]:
+    """What a step's time is of: only those of one model and one data set can be compared."""
+    return record.model.name, record.data.task, record.data.source
 
 
 def _teacher(settings: Mapping[str, Any], timings: Timings) -> str:

@@ -254,7 +254,22 @@ def test_runs_of_several_tasks_are_not_to_be_compared() -> None:
     other = record("other", data=data()["data"] | {"task": "glue/rte"})
     said = "These runs are of several tasks"
     assert said in report.render([record(), other])
+    assert '<th scope="col">task</th>' in report.render([record(), other])
     assert said not in report.render([record(), record("other")])
+    assert '<th scope="col">task</th>' not in report.render([record(), record("other")])
+
+
+def test_a_verdict_and_times_are_of_one_task() -> None:
+    runs = three()
+    step, without = runs[1].timings.step_ms, runs[0].timings.step_ms
+    assert step
+    assert without
+    ratio = f"{step / without:.2f} {report.TIMES}"
+    assert findings.comparison(runs)
+    assert ratio in report.render(runs)
+    elsewhere = [replace(runs[0], data=replace(runs[0].data, task="glue/rte")), *runs[1:]]
+    assert not findings.comparison(elsewhere)
+    assert ratio not in report.render(elsewhere)
 
 
 def test_equal_labels_get_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
