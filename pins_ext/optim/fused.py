@@ -201,6 +201,8 @@ class FusedOptimizer(Optimizer):
         for p, moments in loaded_moments(self, given[0]):
             for name, moment in moments.items():
                 self.state[p][name] = converted_moment(moment, p, self._storage(p, name))
+        if self.release is not None:
+            self.release.reset()
         if self.listener is not None:
             self.listener.states_replaced()
 

@@ -55,9 +55,10 @@ class GradientRelease:
         self._handles: list[Any] = [
             p.register_post_accumulate_grad_hook(hook) for p in self._groups_in_order() if p.requires_grad
         ]
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """No step is under way: a backward that an exception has ended is forgotten."""
         self._begun = False
         self._came: set[int] = set()
         self._groups: dict[int, dict[str, Any]] = {}
@@ -183,7 +184,7 @@ class GradientRelease:
             if optimizer.listener is not None:
                 optimizer.listener.end_step()
         finally:
-            self._reset()
+            self.reset()
 
     def _check_all_came(self) -> None:
         optimizer = self._optimizer

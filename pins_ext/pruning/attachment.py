@@ -76,6 +76,7 @@ class Slots(Sequence["Slot"]):
     def __init__(self, slots: Sequence[Slot], driver: StepDriver) -> None:
         self._slots, self.driver = tuple(slots), driver
         self.begun: list[Slot] = []
+        self._ending = False
         self.seconds = 0.0
         self._step = Step(0, None, False, False)
         capturable = any(slot.capturable for slot in slots)
@@ -129,17 +130,31 @@ class Slots(Sequence["Slot"]):
             self.finish()
         self.seconds += time.perf_counter() - begin
 
-    def abandon(self) -> None:
-        """Forget a step that was to be captured: nothing of it has run."""
+    def forget(self) -> None:
+        """Forget the step under way, which an exception has ended: states that are loaded take its place."""
         for slot in self.begun:
             slot.reset()
         self.begun = []
+
+    def abandon(self) -> None:
+        """Forget a step that was to be captured: nothing of it has run."""
+        self.forget()
         if self.captured is not None:
             self.captured.put_back(self._slots[0].masks)
 
+    @torch.no_grad()
+    def complete(self) -> None:
+        """End the step under way if all that began it have stepped: a gradient scaler has skipped the others."""
+        if self.begun and all(slot.stepped for slot in self.begun) and not self._ending:
+            self.finish()
+
     def finish(self) -> None:
         """End the step under way, also where some optimizers have not stepped."""
-        self.driver.end_step()
+        self._ending = True  # what is called on the way, such as before_mask, may ask for states
+        try:
+            self.driver.end_step()
+        finally:
+            self._ending = False
         self.begun = []
 
 

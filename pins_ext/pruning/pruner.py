@@ -125,6 +125,7 @@ class Pruner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruner:
         """A pruner of the copies of the model and of the optimizers, which are made along if they were not yet."""
+        self.slots.complete()
         if self.slots.begun or self.masks.in_view:
             raise RuntimeError("a Pruner can't be copied within a step or inside masked_view")
         if self.frozen_base:
@@ -336,6 +337,7 @@ class Pruner:
         Raises:
             RuntimeError: there has been no mask yet, so nothing would ever be pruned.
         """
+        self.slots.complete()
         if not self.masks.frozen and not (self.masks.chosen and self.importance.known):
             raise RuntimeError("freeze: no mask has been chosen yet, so no weight would ever be zero; train on to one")
         self.masks.frozen = True
@@ -360,6 +362,7 @@ class Pruner:
         Under the "reference" policy weights train densely between masks, so an evaluation there would see an unpruned
         model. Weights come back bit for bit, on exceptions too; a step inside the view is refused.
         """
+        self.slots.complete()
         return masked(self.model, self.parameters, self.masks)
 
     def stats(self) -> dict[str, Any]:
@@ -403,6 +406,7 @@ class Pruner:
         Raises:
             RuntimeError: they don't; every problem found is listed.
         """
+        self.slots.complete()
         forget_gathered(self.model)
         parameters = dict(zip(self.names, self.parameters, strict=True))
         report = inspection.verify(self.model, parameters, self.masks, self.slots)
@@ -421,6 +425,7 @@ class Pruner:
                 sent.
         """
         self._settle()
+        self.slots.complete()
         state = checkpoint.gather(self.config, self.schedule.total, self.step, self.names, self.importance, self.masks)
         if full:
             state["tensors"] = states.whole(state["tensors"], self.names, self.parameters, self.masks.ranks)
@@ -438,10 +443,12 @@ class Pruner:
                 message lists them, and nothing has changed.
         """
         self.masks.refuse_in_view("a state is loaded")
-        own = self.state_dict(full=False)
+        self._settle()
+        own = checkpoint.gather(self.config, self.schedule.total, self.step, self.names, self.importance, self.masks)
         if full and "tensors" in state:
             state = {**state, "tensors": states.parts(state["tensors"], self.names, self.parameters)}
         checkpoint.restore(state, own, self.masks)
+        self.slots.forget()
         self.step, self._settled = state["step"], True
         self.importance.ahead = False
         if self.importance.clock is not None:
