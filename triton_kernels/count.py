@@ -18,6 +18,9 @@ BINS = 65536
 THREADS = tl.constexpr(128)
 """Threads of a program: every kernel is launched with four warps."""
 
+REORDERS = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
+"""Whether the compiler finds an order that moves no key by itself; later ones are told of it, and move none either."""
+
 NOWHERE = tl.constexpr(0xFFFFFFFF)
 ZERO_KEY = tl.constexpr(0x80000000)
 
@@ -67,10 +70,12 @@ def no_tally():
 
 
 @triton.jit
-def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr):
+def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """Count the keys inside the bracket by atomics; return the others as one unit in a byte each, int32 [BLOCK_SIZE].
 
     Bytes from the lowest: below, at lo, at the special key, at hi. Sums over a chunk's blocks fit: 16384 / BLOCK_SIZE.
+
+    `DTYPE`: of what was loaded 16 bytes at a time; None: of a block or tile of which only what is `left` counts.
     """
     SIZE: tl.constexpr = GROUPS * GROUP if BLOCK_SIZE is None else BLOCK_SIZE
     lo, width, special, shift = bracket
@@ -82,13 +87,20 @@ def count_block(key, left, bracket, counts_ptr, BLOCK_SIZE: tl.constexpr, VECTOR
     unit = tl.where(past == NOWHERE, 1 << 8, unit)
     unit = tl.where(key < lo, 1, unit)
     past = tl.where(is_special, NOWHERE, past)
-    if not VECTOR:
+    if DTYPE is None:
         # A tile of groups comes with what is there.
         valid = left if BLOCK_SIZE is None else tl.arange(0, SIZE) < left
         unit = tl.where(valid, unit, 0)
         past = tl.where(valid, past, NOWHERE)
-    # Any order will do, and so the compiler need not move the keys to the places it prefers for atomics.
-    past = tl.reshape(past, [SIZE // THREADS, THREADS], can_reorder=True)
+    # Any order will do: each thread counts what it has loaded, and no key moves to another thread.
+    EACH: tl.constexpr = SIZE // THREADS
+    if REORDERS:
+        past = tl.reshape(past, [EACH, THREADS], can_reorder=True)
+    else:
+        LOADED: tl.constexpr = 4 if DTYPE == "float32" else 8 if DTYPE == "bfloat16" or DTYPE == "float16" else 1
+        RUN: tl.constexpr = LOADED if LOADED < EACH else EACH
+        past = tl.permute(tl.reshape(past, [EACH // RUN, THREADS, RUN]), [0, 2, 1])
+        past = tl.reshape(past, [EACH, THREADS])
     bins = ((past + 1) >> shift).to(tl.int32)
     one = tl.full(bins.shape, 1, tl.int64)
     tl.atomic_add(counts_ptr + 1 + bins, one, mask=past < tl.maximum(width, 1) - 1, sem="relaxed")

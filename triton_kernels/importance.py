@@ -300,7 +300,7 @@ def _fold_kernel(
                     addresses, weights, valid, None, scalars, factors, STATE, UNC, DTYPE, MOMENT, None, False
                 )
                 if bracket_ptr is not None:
-                    tally = add_units(tally, count_block(key, valid, bracket, counts_ptr, None, False))
+                    tally = add_units(tally, count_block(key, valid, bracket, counts_ptr, None, None))
         else:
             vectors = tl.where(accepted, vector_end(streams, length, BLOCK_SIZE), 0)
             if STATE == "bfloat16":
@@ -314,7 +314,7 @@ def _fold_kernel(
                     STATE, UNC, DTYPE, MOMENT, BLOCK_SIZE, True,
                 )  # fmt: skip
                 if bracket_ptr is not None:
-                    units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
+                    units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, STATE)
             if bracket_ptr is not None:
                 tally = add_units(tally, units)
             if STATE == "bfloat16":
@@ -328,7 +328,7 @@ def _fold_kernel(
                     STATE, UNC, DTYPE, MOMENT, TAIL, False,
                 )  # fmt: skip
                 if bracket_ptr is not None:
-                    tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
+                    tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, None))
     if bracket_ptr is not None:
         commit(tally, bracket, counts_ptr)
 

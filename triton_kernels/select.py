@@ -164,11 +164,11 @@ def _count_kernel(
         units = tl.zeros([BLOCK_SIZE], tl.int32)
         for start in range(0, vectors, BLOCK_SIZE):
             key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, BLOCK_SIZE, True))
-            units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, True)
+            units += count_block(key, length - start, bracket, counts_ptr, BLOCK_SIZE, A)
         tally = add_units(tally, units)
         for start in range(vectors, length, TAIL):
             key = order_key(load_score(operands, offset + start, length - start, SCORE, A, B, TAIL, False))
-            tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, False))
+            tally = add_units(tally, count_block(key, length - start, bracket, counts_ptr, TAIL, None))
     commit(tally, bracket, counts_ptr)
 
 

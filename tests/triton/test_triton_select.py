@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from cases import FLOATS, STATES, VALUES, index_of, masks_of, rng_of, tensors
 from torch import Tensor
 from triton_lists import (
@@ -26,6 +28,7 @@ from triton_lists import (
 from pins_ext import ops
 from pins_ext import reference as ref
 from pins_ext.ops.bracket import bracket_of, cutoff, narrow, settle
+from pins_ext.triton_kernels import count
 
 pytestmark = WARNINGS
 
@@ -95,6 +98,18 @@ def test_count_kernel(device: str, score: str, dtype: torch.dtype) -> None:
 def test_count_kernel_sizes(device: str, sizes: str) -> None:
     a, b = operands("product", torch.bfloat16, LISTS[sizes])
     check_count(device, "product", a, b, whole_bracket(0x70000000, 0xC0000000))
+
+
+@pytest.mark.parametrize(("score", "dtype"), KINDS)
+def test_count_kernel_counts_in_the_order_of_either_compiler(
+    device: str, monkeypatch: pytest.MonkeyPatch, score: str, dtype: torch.dtype
+) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("what is compiled has the order of this compiler")
+    a, b = operands(score, dtype, [0, 2300, 17])
+    for reorders in (True, False):
+        monkeypatch.setattr(count, "REORDERS", tl.constexpr(reorders))
+        check_count(device, score, a, b, whole_bracket(0x70000000, 0xC0000000))
 
 
 def test_count_kernel_counts_ties_wherever_they_lie_in_the_bracket(device: str) -> None:
