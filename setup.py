@@ -3,15 +3,17 @@
 Install with `pip install --no-build-isolation .`: the module is compiled against the torch that is installed.
 
 Environment:
-    PINS_EXT_CUDA: auto (default) compiles csrc/cuda where nvcc is found, also with a CPU-only torch and without a GPU;
-        1 requires it; 0 leaves it out.
+    PINS_EXT_CUDA: auto (default) compiles csrc/cuda where an nvcc of torch's CUDA is found, also with a CPU-only torch
+        and without a GPU; 1 requires it; 0 leaves it out.
     CUDA_HOME: the CUDA toolkit; otherwise /usr/local/cuda, otherwise the one of the nvcc in PATH.
     TORCH_CUDA_ARCH_LIST: GPU architectures, by default "8.0;9.0+PTX".
     MAX_JOBS: number of compilers at once.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,12 +60,30 @@ def cuda_home() -> Path | None:
         # The nvcc in PATH may be a wrapper script far from its toolkit: it comes last.
         in_path = shutil.which("nvcc")
         candidates = [Path("/usr/local/cuda"), *([Path(in_path).resolve().parents[1]] if in_path else [])]
+    others = []
     for home in candidates:
         if (home / "bin" / "nvcc").exists() and list(home.glob("lib*/libcudart_static.a")):
-            return home
+            if not (other := other_cuda(home)):
+                return home
+            others.append(other)
+    missing = others[0] if others else f"there is no CUDA toolkit in {', '.join(map(str, candidates))}"
     if wish == "1":
-        raise SystemExit(f"PINS_EXT_CUDA=1, but there is no CUDA toolkit in {', '.join(map(str, candidates))}")
+        raise SystemExit(f"PINS_EXT_CUDA=1, but {missing}")
+    if others:
+        print(f"pins_ext: CUDA kernels are left out: {missing}", file=sys.stderr)
     return None
+
+
+def other_cuda(home: Path) -> str:
+    """How a toolkit's CUDA differs from torch's in its first number, with which torch's build refuses; else nothing."""
+    import torch
+
+    told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ((\d+)[.\d]*)", told)
+    if not found or not torch.version.cuda or found[2] == torch.version.cuda.split(".")[0]:
+        return ""
+    said = f"nvcc in {home} is of CUDA {found[1]}, torch of {torch.version.cuda}"
+    return f"{said}: name a fitting toolkit in CUDA_HOME"
 
 
 def architectures() -> list[str]:

@@ -125,9 +125,10 @@ class FusedOptimizer(Optimizer):
         captured = is_captured(self)
         if captured:
             self.check_captured()
-        if self.listener is None and self._left_listener:
-            warnings.warn(COPY_WARNING, stacklevel=2)
-        self._left_listener = False
+        if self._left_listener:
+            if self.listener is None:
+                warnings.warn(COPY_WARNING, stacklevel=2)
+            self._left_listener = False
         if self._left_release and self.release is None:
             raise RuntimeError(
                 "this optimizer is a copy of one that released its gradients: call release_gradients() on it, too"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +113,28 @@ def test_a_build_without_torch_says_what_to_do(tmp_path: Path) -> None:
     found = run_without(["torch"], code, "-q", "build_ext", "--build-lib", str(tmp_path), cwd=ROOT)
     assert found.returncode == 1
     assert "install torch >= 2.10, then use --no-build-isolation" in found.stderr
+
+
+@pytest.mark.parametrize(("torchs", "wish"), [("12.8", "auto"), ("12.8", "1"), ("13.2", "auto"), (None, "1")])
+def test_a_toolkit_of_another_cuda_than_torchs_is_left_out(torchs: str | None, wish: str, tmp_path: Path) -> None:
+    """torch's build would end there, in a traceback."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
+    nvcc.chmod(0o755)
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    code = f"import runpy, torch; torch.version.cuda = {torchs!r}; "
+    code += "print(runpy.run_path('setup.py', run_name='__main__')['cuda_home']())"
+    arguments = [sys.executable, "-c", code, "-q", "egg_info", "--egg-base", str(tmp_path)]
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "PINS_EXT_CUDA": wish}
+    found = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if torchs != "12.8":
+        assert found.stdout.split()[-1] == str(tmp_path)
+    elif wish == "auto":
+        assert found.stdout.split()[-1] == "None"
+        assert "CUDA kernels are left out: nvcc in" in found.stderr
+        assert "of CUDA 13.0, torch of 12.8: name a fitting toolkit in CUDA_HOME" in found.stderr
+    else:
+        assert found.returncode == 1
+        assert "PINS_EXT_CUDA=1, but nvcc in" in found.stderr
