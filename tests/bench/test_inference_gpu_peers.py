@@ -61,6 +61,10 @@ def test_four_bits_are_the_rounded_weights() -> None:
     assert Int4Linear(weight.new_zeros(48, 96), None)(x).count_nonzero() == 0
 
 
+rowwise = pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch's CPU takes one scale, not one a row")
+
+
+@rowwise
 def test_eight_bits_are_the_rounded_weights() -> None:
     weight, bias, x = weights()
     y = Fp8Linear(weight, bias)(x)
@@ -108,7 +112,7 @@ def test_shapes_that_torch_has_no_kernels_for(
         make(torch.randn(shape).bfloat16(), None)
 
 
-@pytest.mark.parametrize("name", ["torch int4", "torch fp8"])
+@pytest.mark.parametrize("name", ["torch int4", pytest.param("torch fp8", marks=rowwise)])
 def test_a_model_of_fewer_bits_answers_nearly_as_before(name: str) -> None:
     model = small_bert()
     inputs = random_inputs(model, (2, 9))
@@ -128,15 +132,15 @@ def test_a_layer_of_two_names_stays_one() -> None:
     model: Any = small_bert()
     model.encoder.layer[1] = model.encoder.layer[0]
     made: list[nn.Module] = []
-    original = LAYERS["torch fp8"]
+    original = LAYERS["torch int4"]
 
     def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
         made.append(original[1](weight, bias))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setitem(LAYERS, "torch fp8", (original[0], make))
-        gpu_peers.with_layers(model, random_inputs(model, (1, 4)), "torch fp8")
+        patch.setitem(LAYERS, "torch int4", (original[0], make))
+        gpu_peers.with_layers(model, random_inputs(model, (1, 4)), "torch int4")
     assert len(made) == 6
 
 
