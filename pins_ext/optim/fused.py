@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from pins_ext.optim.listener import Batch, PruningArguments, StepListener
 from pins_ext.optim.moments import converted_moment, exported_states, loaded_moments, take_loaded
 from pins_ext.optim.norm import GradientNorm
 from pins_ext.optim.release import Clip, GradientRelease
+from pins_ext.optim.rounding import Alike
 from pins_ext.optim.step import (
     Scaling,
     State,
@@ -30,15 +31,12 @@ from pins_ext.optim.step import (
     is_captured,
     is_rehearsal,
     refuse_capture,
-    scalars_on,
 )
 
 COPY_WARNING = (
     "this optimizer is a copy of one that a Pruner takes part in, and prunes nothing: copy the pruner along, "
     "copy.deepcopy((model, optimizer, pruner)), or attach a new one"
 )
-
-_ROUNDING = 2  # stream of random bits, beside those of pins_ext.pruning.importance
 
 
 class FusedOptimizer(Optimizer):
@@ -70,7 +68,8 @@ class FusedOptimizer(Optimizer):
         self._left_listener = False  # a copy, of one that had a listener
         self._left_release = False  # a copy, of one that released its gradients
         self._eager_step = torch.compiler.disable(self._step)
-        self._plain: dict[tuple[int, ...], PruningArguments] = {}
+        self._plain: dict[tuple[int, ...], tuple[PruningArguments, Alike | None]] = {}
+        self._alike: dict[Hashable, Alike] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's. Raises ValueError for an unsupported option."""
@@ -101,7 +100,8 @@ class FusedOptimizer(Optimizer):
         self._step_supports_amp_scaling = True
         for name in ("listener", "grad_clip", "release"):
             self.__dict__.setdefault(name, None)
-        self.__dict__.setdefault("_plain", {})
+        for name in ("_plain", "_alike"):
+            self.__dict__.setdefault(name, {})
         self.__dict__.setdefault("_norm", GradientNorm())
         self.__dict__.setdefault("_pointers", ops.PointerTables())
         self.__dict__.setdefault("_uploads", ops.Uploads())
@@ -350,29 +350,31 @@ class FusedOptimizer(Optimizer):
         for batch in batches:
             parameters = batch.parameters
             key = tuple(id(p) for p in parameters)
-            arguments = live[key] = self._plain[key] if key in self._plain else self._without_pruning(parameters)
-            if self.rounds(parameters):
-                arguments = dataclasses.replace(arguments, rng=self._rng(parameters))
+            arguments, alike = live[key] = self._plain[key] if key in self._plain else self._without_pruning(batch)
+            if alike is not None:
+                arguments = dataclasses.replace(arguments, rng=alike.keys(self.state))
             self._run(batch, arguments)
         # A graph, or the capture to come, reads all that was asked for.
         self._plain = self._plain | live if self.capturable else live
 
-    def _without_pruning(self, parameters: list[Tensor]) -> PruningArguments:
-        # Random bits follow the place in the whole tensor.
-        shards = [shard_of(str(i), p) for i, p in enumerate(parameters)] if self.rounds(parameters) else None
-        return PruningArguments.none(ops.Layout.of([local(p) for p in parameters], shards))
+    def _without_pruning(self, batch: Batch) -> tuple[PruningArguments, Alike | None]:
+        if not self.rounds(batch.parameters):
+            return PruningArguments.none(ops.Layout.of(locals_of(batch.parameters))), None
+        alike = self.alike(batch.kind)
+        return PruningArguments.none(alike.layout(batch.parameters)), alike
 
-    def _rng(self, parameters: list[Tensor]) -> Tensor:
-        """Keys of the stochastic rounding of parameters that are not pruned, int64 [2]; other ones in every step."""
-        # Skipped steps are left out, as in a state_dict: a run that is loaded goes on with the same keys.
-        states, device = [self.state[p] for p in parameters], parameters[0].device
-        steps = [state.get("step", 0) for state in states]
-        skipped = [state.get("skipped", 0) for state in states]
-        if any(isinstance(count, Tensor) for count in [*steps, *skipped]):
-            taken = scalars_on(steps, device) - scalars_on(skipped, device)
-            return ops.rounding_keys(0, taken.max().long(), _ROUNDING)
-        step = max(map(int, steps))
-        return ops.to_device(torch.tensor(ops.rounding_key(0, step, _ROUNDING), device="cpu"), device)
+    def kind_of(self, p: Tensor, group: dict[str, Any]) -> Hashable:
+        """What parameters of one pass have in common."""
+        place = None if self.listener is None else self.listener.place_of(p)
+        return place is None, p.device, p.dtype, self._moments(group)
+
+    def alike(self, kind: Hashable) -> Alike:
+        """All parameters of this kind, those without a gradient, too."""
+        owned = ((p, group) for group in self.param_groups for p in group["params"])
+        parameters = [p for p, group in owned if self.kind_of(p, group) == kind]
+        if kind not in self._alike or not self._alike[kind].has_just(parameters):
+            self._alike[kind] = Alike(parameters)
+        return self._alike[kind]
 
     def _run(self, batch: Batch, pruning: PruningArguments, released: Scaling | None = None) -> None:
         """Check tensors, count the step, run the kernel.

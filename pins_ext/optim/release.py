@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from pins_ext import ops
 from pins_ext.distributed.shards import is_dtensor
 from pins_ext.hooks import weakly
 from pins_ext.optim.listener import Batch, PruningArguments, StepListener
+from pins_ext.optim.rounding import Alike
 from pins_ext.optim.step import NonFiniteError, Scaling
 
 Clip = Literal["previous", "tensor"]
@@ -27,11 +28,14 @@ class Stepper(Protocol):
     param_groups: list[dict[str, Any]]
     listener: StepListener | None
 
+    @property
+    def state(self) -> Mapping[Tensor, dict[str, Any]]: ...
+
     def rounds(self, parameters: Sequence[Tensor]) -> bool: ...
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]: ...
+    def kind_of(self, p: Tensor, group: dict[str, Any]) -> Hashable: ...
 
-    def _rng(self, parameters: list[Tensor]) -> Tensor: ...
+    def alike(self, kind: Hashable) -> Alike: ...
 
     def _run(self, batch: Batch, pruning: PruningArguments, released: Scaling | None = None) -> None: ...
 
@@ -49,6 +53,7 @@ class GradientRelease:
         self._optimizer, self._max_norm, self._clip = optimizer, max_norm, clip
         self._layouts: dict[int, ops.Layout] = {}
         self._plain: dict[int, PruningArguments] = {}
+        self._alike: dict[Hashable, Alike] = {}
         for p in self._groups_in_order():
             self._refuse(p)
         hook = torch.compiler.disable(weakly(self._hook))
@@ -65,6 +70,7 @@ class GradientRelease:
         self._factor: Tensor | None = None
         self._squares: list[Tensor] = []
         self._skips: list[Tensor] = []
+        self._keys: dict[Hashable, Tensor] = {}
 
     def detach(self) -> None:
         """Let go of the parameters."""
@@ -117,22 +123,22 @@ class GradientRelease:
             )
 
     def _no_pruning(self, p: Tensor) -> PruningArguments:
-        """Arguments of a parameter that is not pruned; random bits follow its place in an ordinary step's pass."""
+        """Arguments of a parameter that is not pruned; random bits are those of an ordinary step's pass."""
+        optimizer = self._optimizer
+        kind = optimizer.kind_of(p, self._groups[id(p)])
+        if kind not in self._alike:
+            self._alike[kind] = optimizer.alike(kind)
+        alike = self._alike[kind]
         if id(p) not in self._plain:
-            alike = [q for q in self._groups_in_order() if self._kind(q) == self._kind(p)]
-            place = next(i for i, q in enumerate(alike) if q is p)
-            self._plain[id(p)] = PruningArguments.none(ops.Layout.of(alike).subset([place]))
-        arguments = self._plain[id(p)]
-        return replace(arguments, rng=self._optimizer._rng([p])) if self._optimizer.rounds([p]) else arguments
+            self._plain[id(p)] = PruningArguments.none(alike.layout([p]))
+        if not optimizer.rounds([p]):
+            return self._plain[id(p)]
+        if kind not in self._keys:  # before any of this kind has counted the step
+            self._keys[kind] = alike.keys(optimizer.state)
+        return replace(self._plain[id(p)], rng=self._keys[kind])
 
     def _groups_in_order(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _kind(self, p: Tensor) -> tuple[Any, ...]:
-        """What the parameters of one pass have in common."""
-        listener = self._optimizer.listener
-        pruned = listener is not None and listener.place_of(p) is not None
-        return pruned, p.device, p.dtype, self._optimizer._moments(self._groups[id(p)])
 
     def _layout(self, p: Tensor) -> ops.Layout:
         if id(p) not in self._layouts:

@@ -27,6 +27,7 @@ from watch import Watch
 
 from pins_ext import StepGraphs, ops
 from pins_ext.optim import PinsAdamW
+from pins_ext.optim.listener import Batch
 from pins_ext.pruning import graphs
 from pins_ext.pruning.captured import CapturedSteps
 
@@ -203,10 +204,10 @@ def test_what_a_graph_reads_of_tensors_that_are_not_pruned_is_kept() -> None:
     made: list[weakref.ref[Any]] = []
     without_pruning = optimizer._without_pruning
 
-    def noted(parameters: list[torch.Tensor]) -> Any:
-        arguments = without_pruning(parameters)
+    def noted(batch: Batch) -> Any:
+        arguments, alike = without_pruning(batch)
         made.append(weakref.ref(arguments.layout))
-        return arguments
+        return arguments, alike
 
     grads = [torch.ones(8) for _ in weights]
     with patch.object(optimizer, "_without_pruning", noted):

@@ -90,6 +90,31 @@ def test_weights_of_16_bits_are_rounded_alike(moments: torch.dtype) -> None:
     assert not same(runs[0], Network().bfloat16())
 
 
+@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [(torch.bfloat16, "float32"), (torch.float32, "bfloat16"), (torch.float32, "8bit")],
+    ids=str,
+)
+def test_parameters_without_a_gradient_change_no_random_bits(dtype: torch.dtype, moments: str, pruned: bool) -> None:
+    runs = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]).to(dtype)
+        optimizer = PinsAdamW(model.parameters(), lr=1e-2, moment_dtype=moments)
+        if released:
+            optimizer.release_gradients()
+        if pruned:
+            Pruner(model, optimizer, PruneConfig(sparsity=0.5, delta_t=2, warmup=0, cooldown=2), 8)
+        for t in range(8):
+            used = [p for i, p in enumerate(model.parameters()) if i != 1 or t % 2 == 0]
+            torch.stack([(p * torch.randn_like(p)).sum() for p in used]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(model)
+    assert same(*runs)
+
+
 @pytest.mark.parametrize("criterion", ["fisher", "moments"])
 def test_criteria_that_read_moments(criterion: str) -> None:
     config = PruneConfig(sparsity=0.8, delta_t=5, warmup=5, cooldown=20, criterion=criterion)
