@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,8 +46,10 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 def _documented(config: type[Any]) -> type[Any]:
     """The class with an Args section made of the help of its fields."""
     if config.__doc__:  # none under -OO
-        lines = [f"        {f.name}: {f.metadata['help']}.{_default(f)}\n" for f in dataclasses.fields(config)]
-        config.__doc__ = config.__doc__.replace("    Raises:", f"    Args:\n{''.join(lines)}\n    Raises:", 1)
+        lines = [f"    {f.name}: {f.metadata['help']}.{_default(f)}\n" for f in dataclasses.fields(config)]
+        # Python 3.13 takes the indentation away, earlier ones leave it.
+        text = inspect.cleandoc(config.__doc__)
+        config.__doc__ = text.replace("Raises:", f"Args:\n{''.join(lines)}\nRaises:", 1)
     return config
 
 

@@ -70,7 +70,7 @@ def test_the_parameters_are_those_of_the_schema(op: str) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_each_parameter_is_typed_and_documented(op: str) -> None:
     function = getattr(ops, op)
-    documented = re.findall(r"^        (\w+): \S", function.__doc__ or "", re.MULTILINE)
+    documented = re.findall(r"^    (\w+): \S", inspect.getdoc(function) or "", re.MULTILINE)
     names = [*inspect.signature(function).parameters]
     assert [name for name in documented if name in names] == names
     hints = typing.get_type_hints(function)
