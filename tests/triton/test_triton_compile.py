@@ -303,7 +303,8 @@ def test_the_criterion_keeps_the_sign_of_zero() -> None:
 def test_registers_and_spills(name: str, capability: int) -> None:
     """At 80 registers six programs of 128 threads share the 65536 of a multiprocessor, which the grid reckons with.
 
-    In 8 bits there are fewer, with more registers. Triton 3.9 spills a few bytes once in a chunk, outside of hot loops.
+    In 8 bits there are fewer, with more registers. Outside of hot loops Triton 3.7 spills 8 bytes of one kernel, 3.9 up
+    to 48 of some.
     """
     code = variant(name, capability)
     registers, programs = table.shares_of(VARIANTS[name].constants)
@@ -311,7 +312,7 @@ def test_registers_and_spills(name: str, capability: int) -> None:
     assert programs * THREADS * registers <= 65536
     assert code.resources["LOCAL"] == 0
     assert not [op for op in hot_loop(code.sass) if op.startswith(("LDL", "STL"))]
-    assert code.resources["STACK"] <= (0 if count.REORDERS.value else 48)
+    assert code.resources["STACK"] <= (8 if count.REORDERS.value else 48)
 
 
 # ---- memory -----------------------------------------------------------------------------------------
