@@ -20,12 +20,12 @@ $(BIN)/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=python3.x')"
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "$(HAS_TORCH)" >/dev/null 2>&1 && echo --system-site-packages) $(ENVIRONMENT)
 
-# Torch first and alone: any other package that asks for it would fetch another build. Triton next, the one that torch 2.13
-# asks for, where torch came without: pip would exchange torch for one that fits another Triton.
+# Torch first and alone: any other package that asks for it would fetch another build, and nothing may exchange it later.
+# Triton, where torch came without, is the one that torch 2.13 asks for.
 $(ENVIRONMENT)/.pins_ext: $(BIN)/python $(SOURCES)
 	@$(BIN)/python -c "$(HAS_TORCH)" >/dev/null 2>&1 || $(PIP) torch==2.13.0
 	@$(BIN)/python -c "import triton" >/dev/null 2>&1 || $(PIP) "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"
-	$(PIP) -r requirements.txt
+	$(PIP) -r requirements.txt torch==$$($(BIN)/python -c "from importlib.metadata import version; print(version('torch').split('+')[0])")
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
