@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -73,7 +74,8 @@ def test_from_a_bracket_that_hits_or_misses(lo: int, octaves: float, levels: int
 @pytest.mark.parametrize("values", VALUES)
 def test_a_bin_of_more_weights_than_are_ordered(values: str) -> None:
     a, b = operands("product", torch.float32, LISTS["chunk"], values)
-    with patch("pins_ext.ops.select.CANDIDATES", 3):
+    # The package has a function of the module's name.
+    with patch.object(sys.modules["pins_ext.ops.select"], "CANDIDATES", 3):
         check(a, b, "product", 30000)
 
 
