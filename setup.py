@@ -43,6 +43,8 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
+HEADERS = (".h", ".inl", ".cuh")
+
 # They build, test and write the checkout: no use in a wheel.
 CHECKOUT_ONLY = (("pins_ext.bench", "gpu_check"), ("pins_ext.bench", "results_table"))
 
@@ -112,7 +114,7 @@ def extension() -> Extension:
     return cpp_extension.CppExtension(
         "pins_ext._C",
         sources,
-        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inl", ".cuh")],
+        depends=[str(p) for p in Path("csrc").rglob("*") if p.suffix in HEADERS],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, TORCH_TARGET, f"-ffile-prefix-map={ROOT}/="],
             "nvcc": [*NVCC_FLAGS, *architectures(), TORCH_TARGET, "-Xcompiler", f"-ffile-prefix-map={ROOT}/="],
@@ -120,6 +122,19 @@ def extension() -> Extension:
         extra_link_args=link,
         py_limited_api=True,
     )
+
+
+def remove_outdated_kernels(objects: Path) -> None:
+    """Have kernels compiled anew when a header changed: without a CUDA torch, ninja is not told which they include."""
+    import torch
+
+    if torch.version.cuda:
+        return
+    headers = [p for folder in ("csrc", "csrc/cuda") for p in Path(folder).iterdir() if p.suffix in HEADERS]
+    changed = max(p.stat().st_mtime for p in headers)
+    for compiled in (objects / "csrc" / "cuda").glob("*.o"):
+        if compiled.stat().st_mtime < changed:
+            compiled.unlink()
 
 
 class BuildExtension(build_ext if cpp_extension is None else cpp_extension.BuildExtension):
@@ -138,6 +153,7 @@ class BuildExtension(build_ext if cpp_extension is None else cpp_extension.Build
         # other's logs, and each would compile everything anew.
         if (own := Path(sys.executable).parent / "ninja").exists():
             os.environ["PATH"] = f"{own.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        remove_outdated_kernels(Path(self.build_temp))
         super().run()
 
 

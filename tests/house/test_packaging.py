@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -51,6 +52,26 @@ def test_instruction_set_units_share_nothing() -> None:
     for path in objects:
         shared = [name for kind, name in symbols(path, "--defined-only") if kind not in "tdbr"]
         assert len([name for name in shared if name.endswith("kernelsE")]) == len(shared) <= 1
+
+
+def test_kernels_are_compiled_anew_when_a_header_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a torch without CUDA, whose builds know of sources alone."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setenv("PINS_EXT_CUDA", "0")
+    for folder in ("csrc/cpu", "csrc/cuda", "objects/csrc/cuda"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    header, compiled = tmp_path / "csrc" / "tensors.h", tmp_path / "objects" / "csrc" / "cuda" / "update.o"
+    for written, changed in ((compiled, 1), (header, 0)):
+        written.touch()
+        os.utime(written, (changed, changed))
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    setup["remove_outdated_kernels"](tmp_path / "objects")
+    assert compiled.exists()
+    os.utime(header, (2, 2))
+    setup["remove_outdated_kernels"](tmp_path / "objects")
+    assert not compiled.exists()
 
 
 @pytest.fixture(scope="module")
