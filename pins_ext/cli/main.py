@@ -63,27 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {n:<17}{about}" for n, (_, about) in COMMANDS.items())))
-        return EXIT_OK
-    if name in ("-V", "--version"):
-        print(f"pins-ext {__version__}")
-        return EXIT_OK
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
-    if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _fail("runs in one process: start it without accelerate launch and torchrun", EXIT_USAGE, name)
-    if name in _TRAINERS and not {"-h", "--help"} & {*rest} and (outdated := extras.outdated()) is not None:
-        return _fail(outdated, EXIT_FAILED, name)
     try:
+        code = _run(name, rest)
+    finally:
+        lost = _all_is_printed()
+    return code or lost
+
+
+def _run(name: str, rest: list[str]) -> int:
+    try:
+        if name in ("-h", "--help", "help"):
+            print(_HELP.format(commands="\n".join(f"  {n:<17}{about}" for n, (_, about) in COMMANDS.items())))
+            return EXIT_OK
+        if name in ("-V", "--version"):
+            print(f"pins-ext {__version__}")
+            return EXIT_OK
+        if (refusal := _refusal(name, rest)) is not None:
+            return refusal
         with warnings.catch_warnings():
             warnings.showwarning = _say
             return importlib.import_module(COMMANDS[name][0]).main(rest) or EXIT_OK
     except BrokenPipeError:
-        # Whoever read our output has seen enough: `pins-ext train --help | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return EXIT_OK
     except StoppedError as stop:
         return _fail(str(stop), stop.exit_code, name)
@@ -97,6 +98,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (what_to_install := extras.advice(error, "train")) is not None:
             return _fail(what_to_install, EXIT_FAILED, name)
         return _fail(f"{one_line(error)}  (--debug shows where)", EXIT_FAILED, name)
+
+
+def _refusal(name: str, rest: list[str]) -> int | None:
+    """The exit code of a command that is not begun."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}", EXIT_USAGE)
+    if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _fail("runs in one process: start it without accelerate launch and torchrun", EXIT_USAGE, name)
+    if name in _TRAINERS and not {"-h", "--help"} & {*rest} and (outdated := extras.outdated()) is not None:
+        return _fail(outdated, EXIT_FAILED, name)
+    return None
+
+
+def _all_is_printed() -> int:
+    """Whether standard output took all, as an exit code."""
+    try:
+        if sys.stdout is not None:  # it was closed: `pins-ext train >&-`
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _print_no_more()
+    except OSError as error:
+        _print_no_more()
+        return _fail(f"standard output: {error.strerror}", EXIT_FAILED)
+    return EXIT_OK
+
+
+def _print_no_more() -> None:
+    """Whoever read our output has seen enough, `pins-ext train --help | head`, or has no room for more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: Warning | str, *where: Any, **more: Any) -> None:
