@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -77,11 +79,19 @@ def exported(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[Path]:
         raise AbsentError("onnxscript is not installed: pip install onnx onnxscript") from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
+        # It names torchvision's operators that it won't know, and what of torch's own it should no longer call.
+        exporter = logging.getLogger("torch.onnx")
+        level = exporter.level
+        exporter.setLevel(logging.ERROR)
         try:
-            torch.onnx.export(model, (), file, kwargs=inputs, dynamo=True, external_data=False, verbose=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(model, (), file, kwargs=inputs, dynamo=True, external_data=False, verbose=False)
         except Exception as error:
             reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
             raise AbsentError(f"torch.onnx can't export {type(model).__name__}: {reason}") from error
+        finally:
+            exporter.setLevel(level)
         yield file
 
 

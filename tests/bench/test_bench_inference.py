@@ -131,7 +131,7 @@ def test_bad_requests_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None
     for argv, message in [
         (["--tokens", "8y"], "--tokens 8y: a number of tokens, or sequences x tokens as in 8x128"),
         (["--tokens", "1x2x3"], "sequences x tokens as in 8x128"),
-        (["--sparsity", "0.2"], "--sparsity must lie between 0.7 and 1"),
+        (["--sparsity", "0.2"], "--sparsity must be at least 0.5"),
         (["--threads", "0"], "--threads must be between 1 and 1024, got 0"),
         (["--threads", "100000"], "--threads must be between 1 and 1024, got 100000"),
         (["--rounds", "0"], "--rounds must be at least 1"),
